@@ -1,0 +1,338 @@
+"""AMP, Adversarial Model Perturbation, as a `torch.optim.Optimizer` around any base optimizer.
+
+Paper: "Regularizing Neural Networks via Adversarial Model Perturbation", Zheng, Zhang, Mao, CVPR 2021,
+https://arxiv.org/abs/2010.04925. For one mini-batch, Algorithm 1 reads::
+
+    delta = 0
+    repeat inner_iter times:
+        delta = project(delta + inner_lr * gradient at theta + delta)    # onto the ball of radius epsilon
+    theta = base_optimizer(theta, gradient at theta + delta)
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+from torch.optim.optimizer import ParamsT
+from torch.utils._pytree import tree_map_only
+
+from amp_plugin.base import OptimizerFactory, make_base
+from amp_plugin.passes import ExtraPasses
+from amp_plugin.perturbation import Ascent, Norm, Perturbation
+
+
+class AMP(Optimizer):
+    """Minimises the worst loss within a small ball around the weights, with any base optimizer.
+
+    Either pass a closure, as the released class wants it (it clears the gradients, computes the loss, calls
+    ``backward()`` and returns ``(outputs, loss)`` or the loss)::
+
+        outputs, loss = optimizer.step(closure)
+
+    or drive the two passes yourself::
+
+        loss_fn(model(x), y).backward()  # at theta
+        optimizer.ascend()               # to theta + delta; clears the gradients
+        loss_fn(model(x), y).backward()  # at theta + delta
+        optimizer.step()                 # back to theta, then the base optimizer's step
+
+    The groups and the state are the base optimizer's own, so schedulers and checkpoints see one optimizer.
+    The step makes no host synchronisation of its own; only whether the ascent gradient was finite travels to
+    the host, asynchronously, during the descent pass.
+
+    Args:
+        params: parameters, named parameters or parameter groups; a group may set its own ``epsilon`` and
+            ``inner_lr`` beside the base optimizer's options. Other keys are kept.
+        lr: learning rate of the base optimizer; None for its default.
+        epsilon: radius of the ball, in the units of the weights. 0 is exactly the base optimizer.
+        inner_lr: step length of the ascent, zeta in the paper: ``delta = inner_lr * gradient``, then clipped.
+        inner_iter: number of ascent steps, N in the paper. 0 is exactly the base optimizer.
+        base_optimizer: a class, or a name that `torch.optim` (``"AdamW"``) or timm (``"lamb"``) knows.
+        norm: ``"tensor"``, a ball for every parameter tensor, as in the released code and so in the published
+            tables; or ``"global"``, one ball over all parameters, as in the paper's text.
+        momentum: for the base optimizer; None for its default.
+        weight_decay: for the base optimizer; None for its default. Acts at theta, never in the ascent.
+        nesterov: for the base optimizer; None for its default.
+        **kwargs: further arguments of the base optimizer.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range, or the base optimizer is unknown or cannot be used.
+        TypeError: the base optimizer does not take one of the arguments.
+    """
+
+    _parked: dict[Tensor, Tensor]
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor | None = None,
+        epsilon: float = 0.5,
+        inner_lr: float = 1.0,
+        inner_iter: int = 1,
+        base_optimizer: str | OptimizerFactory = SGD,
+        norm: Norm = "tensor",
+        *,
+        momentum: float | None = None,
+        weight_decay: float | None = None,
+        nesterov: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _check_not_negative(lr=lr, epsilon=epsilon, inner_lr=inner_lr, momentum=momentum, weight_decay=weight_decay)
+        if isinstance(inner_iter, bool) or not isinstance(inner_iter, int) or inner_iter < 0:
+            raise ValueError(f"inner_iter must be an integer >= 0, got {inner_iter!r}")
+        given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        self.base_optimizer = make_base(
+            base_optimizer, params, {**{k: v for k, v in given.items() if v is not None}, **kwargs}
+        )
+        self.inner_iter = inner_iter
+        self.skipped_steps = 0
+        self._reset(norm)
+        groups, state = self.base_optimizer.param_groups, self.base_optimizer.state
+        super().__init__(groups, {**self.base_optimizer.defaults, "epsilon": epsilon, "inner_lr": inner_lr})
+        self.param_groups, self.state = groups, state  # the initialiser above emptied them
+
+    @property
+    def norm(self) -> Norm:
+        """Which ball: ``"tensor"`` or ``"global"``."""
+        return self._perturbation.norm
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether the hyper-parameters ask for any perturbation at all; if not, AMP is its base optimizer."""
+        return self.inner_iter > 0 and any(g["epsilon"] > 0 and g["inner_lr"] > 0 for g in self.param_groups)
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether the weights are at theta + delta now, rather than at theta."""
+        return self._perturbation.active
+
+    # One list of groups and one state, the base optimizer's: nothing to link again after a load or a copy.
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's groups."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = groups
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The base optimizer's state."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        self.base_optimizer.state = state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, which may set ``epsilon`` and ``inner_lr`` beside the base optimizer's options."""
+        _check_not_negative(**{k: param_group[k] for k in ("lr", "epsilon", "inner_lr") if k in param_group})
+        self.base_optimizer.add_param_group(param_group)
+        for key in ("epsilon", "inner_lr"):
+            param_group.setdefault(key, self.defaults[key])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, passes: ExtraPasses | None = None) -> Any:
+        """One AMP step.
+
+        Args:
+            closure: clears the gradients, computes the loss, calls ``backward()`` and returns the loss or
+                ``(outputs, loss)``. Called ``inner_iter + 1`` times. Gradients accumulated before the call are
+                kept out of the ascent and given back for the descent, unless the closure clears them. None:
+                :meth:`ascend` must have been called ``inner_iter`` times since the last step.
+            passes: what the additional calls must leave alone; None: as in the released code, BatchNorm
+                statistics are updated and dropout masks drawn in every call.
+
+        Returns:
+            What the first call of the closure, at the unperturbed weights, returned, detached.
+
+        Raises:
+            RuntimeError: no closure and no ascent, or gradients are sparse. Whatever is raised, the weights
+                are the unperturbed ones.
+        """
+        if closure is None:
+            self._require_ascents()
+            self.restore()
+            self._descend()
+            return None
+        if self._open:
+            raise RuntimeError("step(closure) after ascend(): call step() without a closure, or restore() first")
+        evaluate = torch.enable_grad()(closure)
+        ascents = self.inner_iter if self.perturbs else 0
+        if ascents:
+            self._parked = {p: p.grad for p in self._params() if p.grad is not None}
+            self._set_grads({})
+        try:
+            with passes.clean() if passes else nullcontext():
+                result = evaluate()
+            for i in range(ascents):
+                self._ascend()
+                if i + 1 == ascents:
+                    self._set_grads(self._parked)
+                with passes.extra() if passes else nullcontext():
+                    evaluate()
+        except BaseException:
+            self.restore()
+            self._ascents = 0
+            self._set_grads({})
+            raise
+        finally:
+            self._parked = {}
+        self.restore()
+        self._descend()
+        return tree_map_only(Tensor, Tensor.detach, result)
+
+    @torch.no_grad()
+    def ascend(self, *, grad_scale: float | Tensor = 1.0) -> None:
+        """Take one ascent step along ``.grad`` and clear the gradients; the weights are now at theta + delta.
+
+        To be called ``inner_iter`` times before :meth:`step`, each time after a backward pass.
+
+        Args:
+            grad_scale: what the loss was multiplied by (a gradient scaler's scale); divided out here, since
+                AMP, unlike SAM, does not normalise the gradient.
+
+        Raises:
+            RuntimeError: no parameter has a gradient, or one is sparse.
+        """
+        grads = [p.grad for p in self._params() if p.grad is not None]
+        if not grads:
+            raise RuntimeError("ascend() found no gradient: call backward() on the loss at the current weights first")
+        try:
+            if not isinstance(grad_scale, float) or grad_scale != 1.0:
+                torch._foreach_div_(grads, grad_scale)
+            self._ascend()
+        except BaseException:
+            self.restore()
+            raise
+
+    def restore(self) -> None:
+        """Put the exact bits of theta back, if the weights are displaced; drops the ascent."""
+        self._perturbation.restore()
+        self._open = False
+
+    def ascent_was_finite(self) -> bool:
+        """Whether the last ascent's gradients were all finite; waits for the device if that is not known yet."""
+        return self._perturbation.was_finite()
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Measures of the last ascent, see :meth:`Perturbation.statistics`; nothing is synchronised."""
+        return self._perturbation.statistics()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear all gradients, including those that :meth:`step` keeps aside for the descent."""
+        self._parked = {}
+        super().zero_grad(set_to_none)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.perturbed:
+            raise RuntimeError("cannot copy or pickle AMP while the weights are perturbed; call restore() first")
+        names = ("defaults", "base_optimizer", "inner_iter", "norm", "skipped_steps")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "base_optimizer" in state:  # from a copy or a pickle
+            self.base_optimizer, self.inner_iter = state["base_optimizer"], state["inner_iter"]
+            self.skipped_steps = state["skipped_steps"]
+            self._reset(state["norm"])
+            super().__setstate__({"defaults": state["defaults"]})
+            return
+        if self.perturbed:
+            raise RuntimeError("cannot load a state while the weights are perturbed; call restore() first")
+        self.base_optimizer.__setstate__(state)  # from load_state_dict
+        for group in self.param_groups:  # a checkpoint of the base optimizer alone has no such keys
+            for key in ("epsilon", "inner_lr"):
+                group.setdefault(key, self.defaults[key])
+
+    def __repr__(self) -> str:
+        head = f"{type(self).__name__}({type(self.base_optimizer).__name__}, norm={self.norm!r}"
+        return super().__repr__().replace(type(self).__name__, f"{head}, inner_iter={self.inner_iter})", 1)
+
+    def _reset(self, norm: Norm) -> None:
+        """State that lives within one step only and is never saved."""
+        self._perturbation = Perturbation(norm)
+        self._ascents = 0  # since the last step
+        self._open = False  # between the first ascend() and restore() or step()
+        self._parked = {}  # gradients from before step(closure)
+        self._warned_low_precision = False
+
+    def _params(self) -> Iterator[Tensor]:
+        # dict: a tensor listed twice is one weight, to be displaced once
+        return iter(dict.fromkeys(p for group in self.param_groups for p in group["params"]))
+
+    def _set_grads(self, grads: dict[Tensor, Tensor]) -> None:
+        for p in self._params():
+            p.grad = grads.get(p)
+
+    def _ascend(self) -> None:
+        ascents: dict[Tensor, Ascent] = {}
+        for group in self.param_groups:
+            epsilon, inner_lr = group["epsilon"], group["inner_lr"]
+            _check_not_negative(epsilon=epsilon, inner_lr=inner_lr)  # a schedule may have changed them
+            if not (epsilon and inner_lr):
+                continue
+            for p in group["params"]:
+                if p.grad is not None and p.grad.layout != torch.strided:
+                    raise RuntimeError(
+                        f"AMP does not support sparse gradients (parameter of shape {tuple(p.shape)}); make them"
+                        " dense, e.g. nn.Embedding(sparse=False), or put the parameter in a group with epsilon=0"
+                    )
+                ascents[p] = Ascent(p, p.grad, inner_lr, epsilon)
+        if not self._warned_low_precision and any(p.dtype in (torch.bfloat16, torch.float16) for p in ascents):
+            self._warned_low_precision = True
+            warnings.warn(
+                "AMP on pure 16-bit weights: displacements below the weights' rounding are lost. Keep the weights in"
+                " float32 and use autocast instead.",
+                stacklevel=2,
+            )
+        if not self._open:
+            self._ascents, self._open = 0, True
+        self._perturbation.ascend(ascents.values())
+        self._set_grads({})
+        self._ascents += 1
+
+    def _require_ascents(self) -> None:
+        """Refuse to train without the perturbation while claiming to train with it."""
+        if not self.perturbs or self._ascents == self.inner_iter:
+            return
+        if not self._ascents and all(float(g["lr"]) == 0.0 for g in self.param_groups):
+            return  # harmless, and how torch.distributed.checkpoint makes an optimizer build its state
+        raise RuntimeError(
+            f"AMP.step() without a closure needs {self.inner_iter} ascent step(s) before it, got {self._ascents}; it"
+            " would train without the perturbation that you asked for. Use one of: optimizer.step(closure);"
+            " loss.backward(), optimizer.ascend(), loss.backward(), optimizer.step(); or amp_plugin.AMPTrainer."
+            " (After an interrupted step, optimizer.restore() starts afresh.)"
+        )
+
+    def _descend(self) -> None:
+        """The base optimizer's step at theta, unless the ascent was not finite."""
+        ascended, self._ascents = self._ascents > 0, 0
+        if ascended and not self.ascent_was_finite():
+            self.skipped_steps += 1
+            warnings.warn(
+                "AMP: the ascent gradient had NaN or infinite entries; the step was skipped and the weights left as"
+                f" they were ({self.skipped_steps} so far)",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return
+        self.base_optimizer.step()
+
+
+def _check_not_negative(**values: float | Tensor | None) -> None:
+    for name, value in values.items():
+        try:
+            valid = value is None or 0.0 <= float(value) < math.inf
+        except (TypeError, ValueError):
+            valid = False
+        if not valid:
+            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")

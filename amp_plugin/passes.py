@@ -1,0 +1,92 @@
+"""What an additional forward and backward pass must not disturb: running statistics and random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+BatchNormPolicy = Literal["clean", "all"]
+RngPolicy = Literal["same", "fresh"]
+
+
+class ExtraPasses:
+    """Marks the passes of a training step, so that the additional ones leave no trace in the module.
+
+    Args:
+        module: whose buffers (BatchNorm running statistics and counters, and those of any custom layer) and
+            whose device's random number generator are looked after.
+        batch_norm: ``"clean"``: buffers keep what the pass at the unperturbed weights wrote, so running
+            statistics describe the weights that are kept. ``"all"``: every pass updates them, as the released
+            code of the paper does.
+        rng: ``"same"``: every pass of a step draws the random numbers (dropout masks, drop-path) of the clean
+            pass, and the step consumes the generator as a single pass would. ``"fresh"``: each draws new ones.
+
+    Raises:
+        ValueError: unknown policy.
+    """
+
+    def __init__(self, module: nn.Module, *, batch_norm: BatchNormPolicy = "clean", rng: RngPolicy = "same") -> None:
+        check_policies(batch_norm, rng)
+        self.module = module
+        self.batch_norm = batch_norm
+        self.rng = rng
+        self._rng_states: dict[torch.device, Tensor] = {}
+        self._snapshot: list[Tensor] = []
+
+    @contextmanager
+    def clean(self) -> Iterator[None]:
+        """The pass at the unperturbed weights: remember where its random numbers start."""
+        if self.rng == "same":
+            self._rng_states = {device: _get_rng_state(device) for device in self._devices()}
+        yield
+
+    @contextmanager
+    def extra(self) -> Iterator[None]:
+        """A pass at perturbed weights: replay the random numbers, put the buffers back afterwards."""
+        for device, state in self._rng_states.items():
+            _set_rng_state(device, state)
+        buffers = list(self.module.buffers()) if self.batch_norm == "clean" else []
+        if not buffers:
+            yield
+            return
+        if [_layout(b) for b in buffers] != [_layout(s) for s in self._snapshot]:
+            self._snapshot = [torch.empty_like(b) for b in buffers]
+        with torch.no_grad():
+            torch._foreach_copy_(self._snapshot, buffers)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(buffers, self._snapshot)
+
+    def _devices(self) -> set[torch.device]:
+        return {torch.device("cpu"), *(p.device for p in self.module.parameters())}
+
+
+def check_policies(batch_norm: str, rng: str) -> None:
+    """Raise ValueError unless both are known policies."""
+    for name, value, known in (("batch_norm", batch_norm, BatchNormPolicy), ("rng", rng, RngPolicy)):
+        if value not in get_args(known):
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(known)))}, got {value!r}")
+
+
+def _layout(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _get_rng_state(device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    state: Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def _set_rng_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)

@@ -1,0 +1,29 @@
+"""What every test shares: no network, one thread, fixed seeds, and the real data where it is present."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Folder with CIFAR-10, CIFAR-100 and an SVHN sample in the layout of the Hub."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    root = Path(os.environ.get("AMP_PLUGIN_DATA_ROOT", beside))
+    if not (root / "uoft-cs" / "cifar10").is_dir():
+        pytest.skip("needs the real CIFAR-10: set AMP_PLUGIN_DATA_ROOT to a folder in the layout of the Hub")
+    return root

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from amp_plugin.perturbation import Ascent, Perturbation
+
+
+def moved(p: Perturbation, theta: Tensor, grad: Tensor, inner_lr: float = 1.0, epsilon: float = 0.5) -> Tensor:
+    param = theta.clone()
+    p.ascend([Ascent(param, grad.clone(), inner_lr, epsilon)])
+    delta = param - theta
+    p.restore()
+    assert torch.equal(param, theta)
+    return delta
+
+
+@pytest.mark.parametrize("norm", ["tensor", "global"])
+def test_inside_the_ball_the_step_is_the_raw_gradient_times_inner_lr(norm: str) -> None:
+    theta, grad = torch.zeros(3, dtype=torch.float64), torch.tensor([0.3, 0.0, -0.4], dtype=torch.float64)
+    torch.testing.assert_close(moved(Perturbation(norm), theta, grad, inner_lr=0.2, epsilon=0.5), 0.2 * grad)
+
+
+@pytest.mark.parametrize("norm", ["tensor", "global"])
+def test_outside_the_ball_the_step_is_projected(norm: str) -> None:
+    theta, grad = torch.zeros(2, dtype=torch.float64), torch.tensor([30.0, -40.0], dtype=torch.float64)
+    torch.testing.assert_close(moved(Perturbation(norm), theta, grad), 0.5 * grad / 50.0)
+
+
+def test_global_ball_holds_all_tensors_together() -> None:
+    params = [torch.zeros(1, dtype=torch.float64) for _ in range(2)]
+    p = Perturbation("global")
+    p.ascend(
+        [Ascent(q, torch.full((1,), g, dtype=torch.float64), 1.0, 1.0) for q, g in zip(params, (3.0, 4.0), strict=True)]
+    )
+    torch.testing.assert_close(torch.cat(params), torch.tensor([0.6, 0.8], dtype=torch.float64))
+    assert p.statistics()["clipped"] == 1.0
+    assert p.statistics()["perturbation_norm"] == pytest.approx(1.0)
+
+
+def test_global_ball_measures_each_group_in_its_own_epsilon() -> None:
+    """sqrt((d1/e1)^2 + (d2/e2)^2) <= 1: the point (3, 4) with radii (1, 2) is scaled by 1 / sqrt(9 + 4)."""
+    a, b = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    Perturbation("global").ascend([Ascent(a, a + 3, 1.0, 1.0), Ascent(b, b + 4, 1.0, 2.0)])
+    assert a.item() == pytest.approx(3 / math.sqrt(13))
+    assert b.item() == pytest.approx(4 / math.sqrt(13))
+
+
+def test_statistics_of_the_tensor_balls() -> None:
+    a, b = torch.zeros(1), torch.zeros(1)
+    p = Perturbation("tensor")
+    assert p.statistics() == {}
+    p.ascend([Ascent(a, a + 3, 1.0, 0.5), Ascent(b, b + 0.25, 1.0, 0.5)])
+    assert p.statistics()["clipped"] == 0.5
+    assert p.statistics()["perturbation_norm"] == pytest.approx(math.hypot(0.5, 0.25))
+
+
+def test_second_step_starts_from_the_first_and_keeps_tensors_without_gradient() -> None:
+    a, b = torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    c = torch.ones(1, dtype=torch.float64)
+    p = Perturbation("tensor")
+    p.ascend([Ascent(a, a * 0.1, 1.0, 0.5), Ascent(b, b * 0.2, 1.0, 0.5), Ascent(c, None, 1.0, 0.5)])
+    assert c.item() == 1.0
+    p.ascend([Ascent(a, a * 0 + 0.1, 1.0, 0.5), Ascent(b, None, 1.0, 0.5), Ascent(c, c * 0.3, 1.0, 0.5)])
+    assert [t.item() for t in (a, b, c)] == pytest.approx([1.2, 1.2, 1.3])
+    p.restore()
+    assert [t.item() for t in (a, b, c)] == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64])
+def test_restore_is_exact_to_the_bit_and_in_place(dtype: torch.dtype) -> None:
+    theta = torch.randn(1000).to(dtype)
+    param, address = theta.clone(), None
+    address = param.data_ptr()
+    p = Perturbation()
+    for _ in range(5):
+        p.ascend([Ascent(param, torch.randn(1000).to(dtype), 0.7, 0.5)])
+        assert not torch.equal(param, theta)
+        p.restore()
+        assert torch.equal(param, theta)
+    assert param.data_ptr() == address
+
+
+def test_complex_numbers_are_pairs_of_reals() -> None:
+    theta = torch.zeros(1, dtype=torch.complex128)
+    delta = moved(Perturbation(), theta, torch.tensor([3 + 4j], dtype=torch.complex128))
+    torch.testing.assert_close(delta, torch.tensor([0.3 + 0.4j], dtype=torch.complex128))
+
+
+def test_scalar_parameter() -> None:
+    assert moved(Perturbation(), torch.tensor(1.0), torch.tensor(7.0)).item() == 0.5
+
+
+def test_a_zero_gradient_moves_nothing() -> None:
+    assert moved(Perturbation(), torch.ones(3), torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("norm", ["tensor", "global"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
+def test_non_finite_gradients_leave_every_tensor_alone(norm: str, bad: float, dtype: torch.dtype) -> None:
+    params = [torch.ones(4).to(dtype), torch.ones(2).to(dtype)]
+    grads = [torch.tensor([1.0, bad, 1.0, 1.0]).to(dtype), torch.ones(2).to(dtype)]
+    p = Perturbation(norm)
+    p.ascend([Ascent(q, g, 1.0, 0.5) for q, g in zip(params, grads, strict=True)])
+    assert [q.tolist() for q in params] == [[1.0] * 4, [1.0] * 2]
+    assert not p.was_finite()
+    p.ascend([Ascent(q, torch.ones_like(q), 1.0, 0.5) for q in params])
+    assert not p.was_finite(), "one bad ascent makes the whole step bad"
+    p.restore()
+    p.ascend([Ascent(q, torch.ones_like(q), 1.0, 0.5) for q in params])
+    assert p.was_finite()
+
+
+def test_the_norm_of_half_precision_gradients_does_not_overflow() -> None:
+    delta = moved(Perturbation(), torch.zeros(100, dtype=torch.float16), torch.full((100,), 1e4, dtype=torch.float16))
+    assert delta.float().norm().item() == pytest.approx(0.5, rel=1e-3)
+
+
+def test_autocast_sees_the_moved_weights() -> None:
+    layer = torch.nn.Linear(4, 4, bias=False)
+    x = torch.randn(2, 4)
+    p = Perturbation()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = layer(x)
+        p.ascend([Ascent(layer.weight, torch.ones(4, 4), 1.0, 8.0)])
+        displaced = layer(x)
+        p.restore()
+        after = layer(x)
+    assert not torch.equal(before, displaced)
+    assert torch.equal(before, after)
+
+
+def test_unknown_norm() -> None:
+    with pytest.raises(ValueError, match=r"norm must be one of 'tensor', 'global', got 'l1'"):
+        Perturbation("l1")  # type: ignore[arg-type]
