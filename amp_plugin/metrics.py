@@ -1,0 +1,176 @@
+"""Accuracy, error, negative log-likelihood and calibration error, the figures the AMP paper reports.
+
+`ImageClassificationMetric` is an `evaluate.Metric` that needs no network; `compute_metrics` is what
+`transformers.Trainer` takes under that name. Both are `classification_scores` underneath.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+import numpy.typing as npt
+from transformers import EvalPrediction
+
+_DESCRIPTION = """\
+Accuracy, error, mean negative log-likelihood and expected calibration error of an image classifier's logits.
+"""
+
+_INPUTS = """\
+Args:
+    predictions: logits, one row of at least two finite floats per sample, all rows of one length.
+    references: class indices, one integer per sample.
+    n_bins: number of confidence bins of the expected calibration error, 15 by default.
+
+Returns:
+    accuracy (fraction), error (percent), nll (nats a sample), ece (fraction).
+"""
+
+_CITATION = """\
+@inproceedings{guo2017calibration,
+  title     = {On Calibration of Modern Neural Networks},
+  author    = {Guo, Chuan and Pleiss, Geoff and Sun, Yu and Weinberger, Kilian Q.},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2017},
+}
+"""
+
+
+class ImageClassificationMetric(evaluate.Metric):  # type: ignore[misc] # evaluate publishes no types
+    """`classification_scores` as an `evaluate.Metric`, to be fed batch by batch.
+
+    `compute` takes `n_bins` beside `predictions` (logits) and `references` (class indices).
+
+    Example:
+        >>> metric = ImageClassificationMetric(keep_in_memory=True)
+        >>> metric.add_batch(predictions=[[2.0, 0.0], [0.0, 2.0]], references=[0, 0])
+        >>> metric.compute()["error"]
+        50.0
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = {
+            "predictions": datasets.List(datasets.Value("float64")),
+            "references": datasets.Value("int64"),
+        }
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_INPUTS,
+            features=datasets.Features(features),
+            reference_urls=["https://arxiv.org/abs/1706.04599"],
+        )
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
+        """Add the logits (n, K) and class indices (n,) of n samples.
+
+        Raises:
+            ValueError: the batch is one that `classification_scores` refuses.
+        """
+        # Checked here because evaluate would truncate fractional labels and fail obscurely on an empty batch.
+        logits, labels = _checked(predictions, references)
+        super().add_batch(predictions=logits, references=labels, **kwargs)
+
+    def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> Any:
+        """Score every sample added so far and those passed here.
+
+        Returns:
+            What `classification_scores` returns, on the first process; None on the others.
+
+        Raises:
+            ValueError: there is no sample, or `classification_scores` refuses them.
+        """
+        if predictions is None and references is None and len(self) == 0:
+            raise ValueError("there are no samples: call add_batch first, or pass predictions and references")
+        return super().compute(predictions=predictions, references=references, **kwargs)
+
+    def _compute(self, predictions: Any, references: Any, n_bins: int = 15) -> dict[str, float]:
+        return classification_scores(predictions, references, n_bins=n_bins)
+
+
+def compute_metrics(eval_prediction: EvalPrediction, n_bins: int = 15) -> dict[str, float]:
+    """Score an evaluation of `transformers.Trainer`: `Trainer(..., compute_metrics=compute_metrics)`.
+
+    The Trainer has gathered the arrays already, so they skip the Arrow table of `ImageClassificationMetric`.
+
+    Args:
+        eval_prediction: logits (n, K) as `predictions` and class indices (n,) as `label_ids`.
+        n_bins: see `classification_scores`.
+
+    Raises:
+        ValueError: the model returned more than its logits, or `classification_scores` refuses the arrays.
+    """
+    if isinstance(eval_prediction.predictions, tuple):
+        raise ValueError(
+            f"predictions is a tuple of {len(eval_prediction.predictions)} arrays, not the logits alone: "
+            "switch the model's other outputs off, or drop them with Trainer's preprocess_logits_for_metrics"
+        )
+    return classification_scores(eval_prediction.predictions, eval_prediction.label_ids, n_bins=n_bins)
+
+
+def classification_scores(logits: Any, labels: Any, *, n_bins: int = 15) -> dict[str, float]:
+    """Score logits against class indices, in float64.
+
+    Args:
+        logits: (n, K) array-like of finite numbers, n >= 1, K >= 2.
+        labels: (n,) array-like of integers in [0, K).
+        n_bins: number of confidence bins of the calibration error.
+
+    Returns:
+        `accuracy`, a fraction (a tie goes to the lowest class). `error`, percent. `nll`, the mean negative
+        log-likelihood in nats. `ece`, the expected calibration error, a fraction: |accuracy - mean
+        confidence| of each of `n_bins` bins of equal width, (0, 1/n_bins] to (1 - 1/n_bins, 1], averaged with
+        the bins' numbers of samples as weights (Guo et al. 2017, section 2, https://arxiv.org/abs/1706.04599).
+
+    Raises:
+        ValueError: no samples, shapes other than those above, a logit that is not finite, a label that is not
+            an integer in [0, K), or `n_bins` < 1.
+    """
+    if n_bins < 1:
+        raise ValueError(f"n_bins must be at least 1, got {n_bins}")
+    logits, labels = _checked(logits, labels)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_probs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    correct = logits.argmax(axis=1) == labels
+    confidence = np.exp(log_probs.max(axis=1))
+
+    bins = np.ceil(confidence * n_bins).astype(int)  # 1 to n_bins, a confidence being positive
+    gaps = np.bincount(bins, weights=correct - confidence)
+    return {
+        "accuracy": float(correct.mean()),
+        "error": float(100 * (~correct).mean()),
+        "nll": float(-log_probs[np.arange(len(labels)), labels].mean()),
+        "ece": float(np.abs(gaps).sum() / len(labels)),
+    }
+
+
+def _checked(logits: Any, labels: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    try:
+        logits = np.asarray(logits, dtype=np.float64)
+    except ValueError as error:
+        raise ValueError(f"predictions must be rows of logits, all of one length: {error}") from error
+    labels = np.asarray(labels)
+    if logits.size == 0 or labels.size == 0:
+        raise ValueError(f"there are no samples: predictions {logits.shape}, references {labels.shape}")
+    if logits.ndim != 2 or logits.shape[1] < 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            "predictions must be logits of shape (samples, classes), at least two classes, and references "
+            f"class indices of shape (samples,); got shapes {logits.shape} and {labels.shape}"
+        )
+    if not np.isfinite(logits).all():
+        bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+        raise ValueError(
+            f"predictions hold NaN or infinity in {bad.size} of {len(logits)} samples, the first is sample "
+            f"{bad[0]}: the model has diverged, or its numbers overflow"
+        )
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"references must be integer class indices, got dtype {labels.dtype}")
+    outside = (labels < 0) | (labels >= logits.shape[1])
+    if outside.any():
+        raise ValueError(
+            f"references must lie in [0, {logits.shape[1]}), the classes of predictions; sample "
+            f"{outside.argmax()} has {labels[outside][0]}"
+        )
+    return logits, labels.astype(np.int64)
