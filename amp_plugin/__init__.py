@@ -1,0 +1,49 @@
+"""Adversarial Model Perturbation for timm, transformers.Trainer and accelerate.
+
+Importing the package registers the optimizers (``amp``, ``ampadamw``, ``amplamb``) and the paper's architectures
+with timm. What needs transformers, datasets or evaluate is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from amp_plugin import models as models
+from amp_plugin.hosts.timm import register_optimizers
+from amp_plugin.optimizer import AMP
+from amp_plugin.passes import ExtraPasses
+from amp_plugin.perturbation import Perturbation
+
+if TYPE_CHECKING:
+    from amp_plugin.hosts.training_args import AMPTrainingArguments
+    from amp_plugin.hosts.transformers import AMPTrainer
+    from amp_plugin.metrics import ImageClassificationMetric
+
+__all__ = [
+    "AMP",
+    "AMPTrainer",
+    "AMPTrainingArguments",
+    "ExtraPasses",
+    "ImageClassificationMetric",
+    "Perturbation",
+]
+__version__ = "0.1.0"
+
+_LAZY = {
+    "AMPTrainer": "amp_plugin.hosts.transformers",
+    "AMPTrainingArguments": "amp_plugin.hosts.training_args",
+    "ImageClassificationMetric": "amp_plugin.metrics",
+}
+
+register_optimizers()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

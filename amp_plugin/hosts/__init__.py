@@ -1,0 +1,1 @@
+"""How AMP lives inside timm and transformers."""

@@ -1,0 +1,248 @@
+"""`AMPTrainer`: AMP in `transformers.Trainer`, exact over the gradient accumulation window.
+
+The stock loop fetches a whole accumulation window at once (`get_batch_samples`). At its first micro-batch, all of
+them are run at theta to give the ascent gradient, the weights are perturbed, and the stock steps then run at
+theta + delta; after the last one the weights are theta again, before clipping and the optimizer's step. So k
+accumulation steps equal one batch that is k times larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.loss.loss_utils import LOSS_MAPPING, ForSequenceClassificationLoss
+from transformers.trainer_pt_utils import nested_gather
+from transformers.utils import logging
+
+from amp_plugin.hosts.training_args import AMPTrainingArguments
+from amp_plugin.optimizer import AMP
+from amp_plugin.passes import ExtraPasses
+
+logger = logging.get_logger(__name__)
+
+
+class AMPTrainer(Trainer):
+    """`transformers.Trainer` that trains with Adversarial Model Perturbation when ``args.optim`` asks for it.
+
+    Logs ``loss``, the loss at the clean weights (comparable with other optimizers); ``amp_loss``, at the perturbed
+    ones; ``sharpness``, their difference; ``clipped``, the fraction of tensors that the ball held back; and
+    ``perturbation_norm``; each a mean over the steps since the last log.
+
+    Raises:
+        ValueError: the host cannot run AMP exactly (DeepSpeed, FSDP version 1, XLA, optimizers that step inside
+            backward); the message names what to use instead.
+    """
+
+    args: AMPTrainingArguments
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, AMPTrainingArguments):
+            raise TypeError(f"AMPTrainer needs AMPTrainingArguments, got {type(self.args).__name__}")
+        if self.args.uses_amp:
+            self._refuse_inexact_hosts()
+        if LOSS_MAPPING.get(getattr(self.model, "loss_type", None)) is ForSequenceClassificationLoss:
+            # Such models take **kwargs but ignore num_items_in_batch, so the stock Trainer would not divide the loss
+            # by the number of accumulation steps (https://github.com/huggingface/transformers/issues/47688).
+            self.model_accepts_loss_kwargs = False
+        self.callback_handler.callbacks.insert(0, _EndOfEpoch(self))
+        self._window: list[dict[str, Any]] = []
+        self._clean_losses: list[Tensor] = []
+        self._descent: ExitStack | None = None
+        self._passes: ExtraPasses | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._steps_summed = 0
+
+    @property
+    def amp(self) -> AMP | None:
+        """The AMP optimizer inside whatever accelerate wrapped around it; None when training without."""
+        optimizer = self.optimizer
+        while optimizer is not None and not isinstance(optimizer, AMP):
+            optimizer = getattr(optimizer, "optimizer", None)
+        return optimizer
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
+        """The stock choice of the base optimizer, inside AMP if ``args.optim`` asks for it."""
+        if not isinstance(args, AMPTrainingArguments) or not args.uses_amp:
+            return Trainer.get_optimizer_cls_and_kwargs(args, model)
+        base, kwargs = Trainer.get_optimizer_cls_and_kwargs(args.base_arguments(), model)
+        special = {"params", "model", "optimizer_dict"} & kwargs.keys()
+        if special or not (isinstance(base, type) and issubclass(base, Optimizer)):
+            raise ValueError(
+                f"--optim {args.optim}: this base optimizer takes over the parameters or the backward pass, so AMP"
+                " cannot perturb the weights around it; use e.g. amp (SGD), amp_adamw_torch or amp_adafactor"
+            )
+        return AMP, {**kwargs, **args.optimizer_kwargs(), "base_optimizer": base}
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """All parameters with ``--decay_all_parameters`` (the paper's setting), else the stock choice."""
+        if self.args.decay_all_parameters:
+            return [name for name, _ in model.named_parameters()]
+        return super().get_decay_parameter_names(model)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Stock training; whatever ends it, the weights are the unperturbed ones."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._end_window()
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock window of micro-batches, remembered for the ascent."""
+        self._end_window()
+        samples, num_items = super().get_batch_samples(*args, **kwargs)
+        self._window = list(samples)
+        return samples, num_items
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """The stock step at theta + delta, after the ascent at the window's first micro-batch.
+
+        Returns:
+            The loss of this micro-batch at theta, detached.
+        """
+        amp = self.amp
+        if amp is None:
+            if self.args.uses_amp:
+                raise RuntimeError(f"--optim {self.args.optim}, but the optimizer given to AMPTrainer is not AMP")
+            return super().training_step(model, inputs, num_items_in_batch)
+        if not amp.perturbs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        try:
+            if self._descent is None:
+                self._ascend(amp, model, num_items_in_batch)
+            amp_loss = super().training_step(model, inputs, num_items_in_batch)
+        except BaseException:
+            self._end_window()
+            raise
+        self._add("amp_loss", amp_loss)
+        loss = self._clean_losses.pop(0)
+        if not self._clean_losses:
+            self._end_window()
+            self._steps_summed += 1
+            for name, value in amp.statistics().items():
+                self._add(name, value)
+            self._pass_on_overflow(amp)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Stock log; a training record gains ``amp_loss``, ``sharpness`` and the perturbation's statistics."""
+        if "loss" in logs and self._steps_summed:
+            for name, total in self._sums.items():
+                logs[name] = nested_gather(total, self.args.parallel_mode).mean().item() / self._steps_summed
+            logs["sharpness"] = logs["amp_loss"] - logs["loss"]
+            self._sums, self._steps_summed = {}, 0
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """The stock count, times the number of passes of a step."""
+        amp = self.amp
+        passes = 1 + amp.inner_iter if amp is not None and amp.perturbs else 1
+        return passes * int(super().floating_point_ops(inputs))
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Stock evaluation; refused while the weights are perturbed."""
+        self._require_clean_weights("evaluate or predict")
+        return super().evaluation_loop(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Stock save; refused while the weights are perturbed."""
+        self._require_clean_weights("save")
+        super().save_model(*args, **kwargs)
+
+    def _ascend(self, amp: AMP, model: nn.Module, num_items_in_batch: Tensor | int | None) -> None:
+        """Run the window at theta, perturb, and leave the perturbed state open until `_end_window`."""
+        amp.zero_grad()
+        scaler = self.accelerator.scaler
+        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        if self._passes is None or self._passes.module is not model:
+            self._passes = ExtraPasses(model, batch_norm=self.args.amp_batch_norm, rng=self.args.amp_rng)  # type: ignore[arg-type]
+        passes = self._passes
+        self._descent = ExitStack()
+        self._descent.callback(amp.restore)
+        for i in range(amp.inner_iter):
+            with passes.extra() if i else passes.clean():
+                losses = []
+                for k, inputs in enumerate(self._window):
+                    last = k + 1 == len(self._window)
+                    with _gradient_sync(model, last and self.args.sync_ascent):
+                        losses.append(super().training_step(model, inputs, num_items_in_batch))
+            if i == 0:
+                self._clean_losses = losses
+            amp.ascend(grad_scale=scale)
+        self._descent.enter_context(passes.extra())
+
+    def _end_window(self) -> None:
+        """Back to theta and to the clean pass's running statistics, if a window is open."""
+        if self._descent is not None:
+            self._descent.close()
+            self._descent = None
+        self._clean_losses = []
+        self._window = []
+
+    def _pass_on_overflow(self, amp: AMP) -> None:
+        """fp16: an ascent that overflowed must make the gradient scaler skip this step and lower its scale."""
+        if self.accelerator.scaler is None or amp.ascent_was_finite():
+            return
+        grad = next(p.grad for group in amp.param_groups for p in group["params"] if p.grad is not None)
+        grad.fill_(torch.inf)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        value = value.detach().float()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def _require_clean_weights(self, action: str) -> None:
+        if self.amp is not None and self.amp.perturbed:
+            raise RuntimeError(
+                f"cannot {action} in the middle of a gradient accumulation window: the weights are perturbed there;"
+                " do it in on_step_end instead of on_substep_end"
+            )
+
+    def _refuse_inexact_hosts(self) -> None:
+        fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
+        reasons = {
+            "DeepSpeed (it steps inside backward); use DDP or FSDP version 2": self.is_deepspeed_enabled,
+            "FSDP version 1; use fsdp_config={'version': 2}": fsdp is not None
+            and getattr(fsdp, "fsdp_version", 1) != 2,
+            "XLA; use CUDA or CPU": bool(self.is_fsdp_xla_enabled) or self.args.device.type == "xla",
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                raise ValueError(f"--optim {self.args.optim} does not work exactly with {reason}")
+
+
+class _EndOfEpoch(TrainerCallback):
+    """A stop in the middle of a window must not leave the weights perturbed for the save that follows."""
+
+    def __init__(self, trainer: AMPTrainer) -> None:
+        self._trainer = trainer
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer._end_window()
+
+
+@contextmanager
+def _gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Whether backward averages gradients over processes (DDP, FSDP2), whatever the caller has set."""
+    if hasattr(model, "require_backward_grad_sync"):
+        before = model.require_backward_grad_sync
+        model.require_backward_grad_sync = enabled  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            model.require_backward_grad_sync = before
+    elif hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(enabled)  # type: ignore[operator]
+        yield
+    else:
+        yield
