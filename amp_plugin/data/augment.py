@@ -1,0 +1,133 @@
+"""Crop, flip, AutoAugment, Cutout and normalisation of a whole batch on the CPU.
+
+The random numbers come in as an argument, one row a sample, so the same row always means the same
+augmentation.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from torch import Tensor
+
+from amp_plugin.data.autoaugment import BatchAutoAugment
+from amp_plugin.data.settings import DatasetSettings
+
+Augmentation = Literal["none", "plain", "cutout", "autoaugment"]
+Images = npt.NDArray[np.uint8]
+Draws = npt.NDArray[np.float64]
+
+# The columns of a row of draws; every mode uses the same, so modes differ only in what they add.
+_CROP, _FLIP, _CUTOUT, _POLICY, _PROBS, _SIGNS = slice(0, 2), 2, slice(3, 5), 5, slice(6, 8), slice(8, 10)
+DRAWS = 10
+
+
+class Augmenter:
+    """Turn uint8 images into normalised float32 batches.
+
+    Args:
+        settings: of the data set.
+        augment: "none"; "plain" (crop and flip); "cutout" (plain and Cutout); "autoaugment" (plain,
+            AutoAugment and Cutout, as in the AMP paper; no crop where the settings say so).
+        image_size: (H, W).
+        channels_last: return batches in that memory format.
+
+    Raises:
+        ValueError: unknown ``augment``, or a policy that torchvision does not have.
+    """
+
+    def __init__(
+        self,
+        settings: DatasetSettings,
+        augment: Augmentation,
+        image_size: tuple[int, int],
+        *,
+        channels_last: bool = False,
+    ) -> None:
+        if augment not in get_args(Augmentation):
+            raise ValueError(f"augment must be one of {', '.join(get_args(Augmentation))}, got {augment!r}")
+        self.settings = settings
+        self.augment = augment
+        self._autoaugment = None
+        if augment == "autoaugment":
+            self._autoaugment = BatchAutoAugment(settings.autoaugment, image_size, settings.fill)
+        self._crop = settings.pad > 0 and (augment != "autoaugment" or settings.autoaugment_crop)
+        self._cutout = augment in ("cutout", "autoaugment")
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        mean, std = (torch.tensor(value).view(3, 1, 1) for value in (settings.mean, settings.std))
+        self._scale, self._shift = 1 / (255 * std), -mean / std
+
+    def __call__(self, images: Images, draws: Draws) -> Tensor:
+        """Augment and normalise a batch.
+
+        Args:
+            images: uint8 (B, H, W, 3).
+            draws: (B, DRAWS) independent and uniform in [0, 1); not looked at when ``augment`` is "none".
+
+        Returns:
+            float32 (B, 3, H, W).
+        """
+        planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        if self.augment != "none":
+            if self._crop:
+                planes = random_crop(planes, draws[:, _CROP], self.settings.pad, self.settings.fill)
+            if self.settings.flip:
+                planes = random_flip(planes, draws[:, _FLIP])
+            if self._autoaugment is not None:
+                policy_ids = _choose(draws[:, _POLICY], self._autoaugment.num_sub_policies)
+                probs, signs = draws[:, _PROBS], _choose(draws[:, _SIGNS], 2)
+                planes = self._autoaugment(torch.from_numpy(planes), policy_ids, probs, signs).numpy()
+            if self._cutout:
+                planes = cutout(planes, draws[:, _CUTOUT], self.settings.cutout_length)
+        # Black is 0 before and after the conversion to [0, 1]: Cutout on bytes is Cutout between it and this.
+        batch = torch.from_numpy(planes).float().mul_(self._scale).add_(self._shift)
+        return batch.contiguous(memory_format=self._memory_format)
+
+
+def random_crop(images: Images, draws: Draws, pad: int, fill: int) -> Images:
+    """Pad images (B, 3, H, W) on every side and cut their size out again, where draws (B, 2) say."""
+    height, width = images.shape[2:]
+    padded = np.full((*images.shape[:2], height + 2 * pad, width + 2 * pad), fill, dtype=np.uint8)
+    padded[:, :, pad : pad + height, pad : pad + width] = images
+    windows = sliding_window_view(padded, (height, width), axis=(2, 3))  # a view (B, 3, top, left, H, W)
+    top, left = _choose(draws, 2 * pad + 1).T
+    cropped: Images = windows.transpose(0, 2, 3, 1, 4, 5)[np.arange(len(images)), top, left]
+    return cropped
+
+
+def random_flip(images: Images, draws: Draws) -> Images:
+    """Mirror the images (B, 3, H, W) whose draw (B,) is below one half; a new array."""
+    flipped = images.copy()
+    chosen = draws < 0.5
+    flipped[chosen] = images[chosen][..., ::-1]
+    return flipped
+
+
+def cutout(images: Images, draws: Draws, length: int) -> Images:
+    """Blacken a square of side ``length`` in each image (B, 3, H, W).
+
+    Its centre is any pixel with equal chance, chosen by draws (B, 2), so it may cross the border (DeVries and
+    Taylor, https://arxiv.org/abs/1708.04552). Of an even length, it takes one pixel more before the centre
+    than after it.
+    """
+    height, width = images.shape[2:]
+    rows = _outside_span(draws[:, 0], height, length)
+    columns = _outside_span(draws[:, 1], width, length)
+    kept: Images = images * (rows[:, None, :, None] | columns[:, None, None, :])
+    return kept
+
+
+def _outside_span(draws: Draws, size: int, length: int) -> npt.NDArray[np.bool_]:
+    """Mark in each row (B, size) what is not in its span of ``length`` around a random centre."""
+    start = _choose(draws, size)[:, None] - length // 2
+    positions = np.arange(size)
+    return (positions < start) | (positions >= start + length)
+
+
+def _choose(draws: Draws, n: int) -> npt.NDArray[np.int64]:
+    """Turn uniform draws into integers from 0 to n - 1, equally likely."""
+    return (draws * n).astype(np.int64)

@@ -1,0 +1,31 @@
+"""Tells the training images which epoch begins, where `transformers.Trainer` and accelerate do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class EpochCallback(TrainerCallback):
+    """Call ``set_epoch`` of the training data as each epoch begins: `Trainer(callbacks=[EpochCallback()])`.
+
+    accelerate forwards the epoch to the data set unless the sampler inside the wrapped batch sampler has a
+    ``set_epoch`` of its own. The Trainer's has, and its batch sampler is wrapped in a run of several
+    processes and in an epoch resumed in the middle. Without this, the first would see one augmentation for
+    ever, the second that of epoch 0.
+    """
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: DataLoader[Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Forward the epoch; a data set without ``set_epoch`` is left alone."""
+        set_epoch = getattr(getattr(train_dataloader, "dataset", None), "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(int(state.epoch))

@@ -1,0 +1,96 @@
+"""A map-style data set whose items are whole batches, and the collator that lets them through."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from amp_plugin.data.augment import DRAWS, Augmentation, Augmenter
+from amp_plugin.data.draws import uniform_draws
+from amp_plugin.data.images import ImageSplit
+from amp_plugin.data.settings import DatasetSettings
+
+Batch = dict[str, Tensor]
+
+
+class ImageBatches(Dataset[Batch]):
+    """Augmented, normalised batches of one split, for a `DataLoader` with `collate`.
+
+    The augmentation of sample i in epoch e depends on (seed, e, i) alone: not on the number of workers or
+    processes, the batch size, the order, or where a run was resumed.
+
+    Args:
+        split: images and labels.
+        settings: of the data set.
+        augment: see `Augmenter`; "none" to evaluate.
+        seed: of the augmentation.
+        channels_last: memory format of the images.
+
+    Raises:
+        ValueError: unknown ``augment`` or policy, or seed outside [0, 2**64).
+    """
+
+    def __init__(
+        self,
+        split: ImageSplit,
+        settings: DatasetSettings,
+        augment: Augmentation = "none",
+        *,
+        seed: int = 0,
+        channels_last: bool = False,
+    ) -> None:
+        self.split = split
+        self.seed = seed
+        height, width = split.images.shape[1:3]
+        self._augmenter = Augmenter(settings, augment, (height, width), channels_last=channels_last)
+        # Shared, so that workers which live on see it change.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._drawn_epoch = 0
+        self._draws = self._draw(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose augmentation comes next, here and in the workers that run already.
+
+        accelerate's prepared `DataLoader` calls this itself as each epoch begins, except in two cases:
+        several processes with a seedable sampler (the Trainer's default), and a resumed epoch. Then call it
+        yourself; the Trainer does with `amp_plugin.data.callback.EpochCallback`.
+
+        Raises:
+            ValueError: negative epoch.
+        """
+        if epoch < 0:
+            raise ValueError(f"epoch must not be negative, got {epoch}")
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> Batch:
+        """One sample: pixel_values float32 (3, H, W) and labels, an int64 scalar."""
+        return {name: values[0] for name, values in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """A batch, as a `DataLoader` asks for it: pixel_values float32 (B, 3, H, W), labels int64 (B,)."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        epoch = int(self._epoch)
+        if epoch != self._drawn_epoch:
+            self._draws, self._drawn_epoch = self._draw(epoch), epoch
+        pixel_values = self._augmenter(self.split.images[chosen], self._draws[chosen])
+        return {"pixel_values": pixel_values, "labels": torch.from_numpy(self.split.labels[chosen])}
+
+    def _draw(self, epoch: int) -> npt.NDArray[np.float64]:
+        return uniform_draws(self.seed, epoch, len(self), DRAWS)
+
+
+def collate(samples: Batch | Sequence[Any]) -> Any:
+    """Let a batch of `ImageBatches` through as it is; stack samples that come one by one.
+
+    For `DataLoader(..., collate_fn=collate)` and `Trainer(..., data_collator=collate)`.
+    """
+    return samples if isinstance(samples, dict) else default_collate(list(samples))
