@@ -47,7 +47,7 @@ class AMPTrainer(Trainer):
             raise TypeError(f"AMPTrainer needs AMPTrainingArguments, got {type(self.args).__name__}")
         if self.args.uses_amp:
             self._refuse_inexact_hosts()
-        if LOSS_MAPPING.get(getattr(self.model, "loss_type", None)) is ForSequenceClassificationLoss:
+        if LOSS_MAPPING.get(str(getattr(self.model, "loss_type", None))) is ForSequenceClassificationLoss:
             # Such models take **kwargs but ignore num_items_in_batch, so the stock Trainer would not divide the loss
             # by the number of accumulation steps (https://github.com/huggingface/transformers/issues/47688).
             self.model_accepts_loss_kwargs = False

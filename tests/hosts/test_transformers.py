@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from amp_plugin import AMP, AMPTrainer, AMPTrainingArguments
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+
+from amp_plugin import AMP, AMPTrainer, AMPTrainingArguments
 
 SAMPLES, MICRO_BATCH = 44, 4
 

@@ -1,0 +1,64 @@
+"""A timm architecture as a transformers image classifier, to be trained from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+
+def image_classifier(
+    architecture: str,
+    class_names: Sequence[str],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    image_size: int | tuple[int, int] = 32,
+    **model_args: Any,
+) -> TimmWrapperForImageClassification:
+    """Build any registered timm architecture with timm's own initial weights.
+
+    What `save_pretrained` writes opens with `AutoModelForImageClassification`, `AutoImageProcessor` and
+    `pipeline("image-classification")` after ``import amp_plugin``.
+
+    Args:
+        architecture: timm's name, e.g. ``preactresnet18``.
+        class_names: one name a class.
+        mean: per channel, of pixels in [0, 1]; saved for the image processor.
+        std: per channel, of pixels in [0, 1].
+        image_size: side of the images in pixels, or (height, width).
+        **model_args: of the architecture, e.g. ``width=16``.
+
+    Raises:
+        ValueError: timm has no such architecture (the message lists near ones), or it refuses an argument.
+    """
+    if not timm.is_model(architecture):
+        near = timm.list_models(f"*{architecture.lower()[:6]}*")
+        hint = f"; near ones: {', '.join(near[:8])}" if near else "; timm.list_models() lists them"
+        raise ValueError(f"model {architecture!r} is unknown to timm{hint}")
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    settings: dict[str, Any] = {
+        "architecture": architecture,
+        "model_args": model_args,
+        "num_labels": len(class_names),
+        "id2label": dict(enumerate(class_names)),
+        "label2id": {name: i for i, name in enumerate(class_names)},
+        "pretrained_cfg": {
+            "input_size": [3, height, width],
+            "mean": list(mean),
+            "std": list(std),
+            "crop_pct": 1.0,
+            "interpolation": "bicubic",
+        },
+    }
+    config = TimmWrapperConfig(**settings)
+    try:
+        initial = timm.create_model(architecture, num_classes=len(class_names), **model_args)
+    except TypeError as error:
+        raise ValueError(f"model {architecture!r} does not take these arguments: {error}") from error
+    model = TimmWrapperForImageClassification(config)
+    # The wrapper has just redrawn every convolution from N(0, 0.02), taking it that a checkpoint will be loaded.
+    model.timm_model.load_state_dict(initial.state_dict())
+    return model
