@@ -1,0 +1,94 @@
+"""What a run has to show: its training curves as a picture, its figures as a small table."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Records = Sequence[Mapping[str, Any]]
+
+# Okabe and Ito's colours, which the colour-blind tell apart; they stand on white and on black.
+_BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
+
+
+def table(rows: Mapping[str, str]) -> str:
+    """Two aligned columns, names and values, between rules."""
+    left = max(len(name) for name in rows)
+    right = max(len(value) for value in rows.values())
+    rule = "-" * (left + right + 2)
+    return "\n".join([rule, *(f"{name:<{left}}  {value:>{right}}" for name, value in rows.items()), rule])
+
+
+def series(records: Records, key: str) -> tuple[list[float], list[float]]:
+    """Epochs and values of one logged quantity, e.g. of ``trainer.state.log_history``."""
+    points = [(float(r["epoch"]), float(r[key])) for r in records if key in r and "epoch" in r]
+    return [epoch for epoch, _ in points], [value for _, value in points]
+
+
+def append_to_ledger(path: Path, settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+    """Append one finished run to a JSON Lines file, in one write: settings, versions, commit and metrics.
+
+    Args:
+        path: the ledger; made if it does not exist.
+        settings: of the run; only what JSON can hold is kept.
+        metrics: of the run.
+    """
+    names = ("torch", "timm", "transformers", "accelerate", "datasets", "amp_plugin")
+    record = {
+        "commit": _commit(),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "versions": {name: importlib.import_module(name).__version__ for name in names},
+        "settings": dict(settings),
+        "metrics": dict(metrics),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as ledger:
+        ledger.write(json.dumps(record, default=str) + "\n")
+
+
+def _commit() -> str | None:
+    """The checked-out commit, marked if files differ from it; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def plot_curves(records: Records, path: Path, title: str) -> None:
+    """Draw loss, test error and learning rate against the epoch to a PNG.
+
+    Args:
+        records: ``trainer.state.log_history`` of a finished run.
+        path: the PNG to write.
+        title: above the picture.
+
+    Raises:
+        ImportError: matplotlib is missing (``pip install "amp-plugin[plots]"``).
+    """
+    from matplotlib.figure import Figure  # the object interface: no global state, no display
+
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    loss, error, rate = figure.subplots(1, 3)
+    lines: list[tuple[Any, str, str, str, str]] = [
+        (loss, "loss", "train, at the weights", _BLUE, "-"),
+        (loss, "amp_loss", "train, worst in the ball", _ORANGE, "--"),
+        (loss, "eval_loss", "test", _GREEN, "-."),
+        (error, "eval_error", "test", _GREEN, "-"),
+        (rate, "learning_rate", "", _BLUE, "-"),
+    ]
+    for axes, key, label, colour, style in lines:
+        epochs, values = series(records, key)
+        if values:
+            axes.plot(epochs, values, style, color=colour, label=label or None, linewidth=1.6)
+    for axes, name in ((loss, "loss (nats)"), (error, "error (%)"), (rate, "learning rate")):
+        axes.set(xlabel="epoch", ylabel=name)
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(frameon=False)
+    rate.set_yscale("log")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,164 @@
+"""What `train.py` can be told: on the command line, in a YAML recipe, or both."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import yaml
+from transformers import HfArgumentParser
+
+from amp_plugin import AMPTrainingArguments
+from amp_plugin.data import Augmentation
+from amp_plugin.data.settings import BUNDLED
+
+
+@dataclass
+class DataArguments:
+    """Which images, and how they are augmented."""
+
+    dataset: str = field(
+        default="cifar10_sample",
+        metadata={"help": "cifar10, cifar100, svhn, cifar10_sample (bundled), or any other with its two columns."},
+    )
+    data_root: str | None = field(
+        default=None, metadata={"help": "Folder in the layout of the Hub to load from, instead of the Hub."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the labels."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    test_split: str = field(default="test", metadata={"help": "Split to test on."})
+    image_size: int | None = field(default=None, metadata={"help": "Resize all images to this side, in pixels."})
+    augment: Literal["default", "none", "plain", "cutout", "autoaugment"] = field(
+        default="default",
+        metadata={
+            "help": "plain: crop and flip; cutout: and Cutout; autoaugment: and AutoAugment and Cutout. Default: plain,"
+            " but none on the bundled sample, which a network can then learn by heart."
+        },
+    )
+    train_images: int | None = field(
+        default=None, metadata={"help": "Train on so many images only, equally many of every class."}
+    )
+    validation_images: int | None = field(
+        default=None,
+        metadata={"help": "Hold out so many training images and report on them, to choose settings honestly."},
+    )
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """`augment`, with the default settled."""
+        if self.augment == "default":
+            return "none" if self.dataset == BUNDLED else "plain"
+        return self.augment
+
+
+@dataclass
+class ModelArguments:
+    """Which network."""
+
+    model: str = field(default="preactresnet18", metadata={"help": "Any architecture that timm knows."})
+    model_kwargs: str | None = field(
+        default='{"width": 16, "layers": [1, 1, 1, 1]}',
+        metadata={"help": "Its arguments, as JSON. Default: a narrow network; '{}' for the full one."},
+    )
+
+    def __post_init__(self) -> None:
+        """Check the JSON."""
+        self.parsed_model_kwargs()
+
+    def parsed_model_kwargs(self) -> dict[str, Any]:
+        """`model_kwargs` as a dict."""
+        try:
+            value = json.loads(self.model_kwargs or "{}")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--model_kwargs must be a JSON object, got {self.model_kwargs!r}: {error}") from error
+        if not isinstance(value, dict):
+            raise ValueError(f"--model_kwargs must be a JSON object, got {self.model_kwargs!r}")
+        return cast("dict[str, Any]", value)
+
+
+@dataclass
+class RecipeArguments(AMPTrainingArguments):
+    """The paper's settings where they do not depend on the data set, and the small job's where they do."""
+
+    learning_rate: float = field(default=0.1, metadata={"help": "Learning rate at the start."})
+    lr_milestones: list[float] = field(
+        default_factory=lambda: [0.5, 0.75],
+        metadata={"help": "Fractions of the training at which the learning rate drops."},
+    )
+    lr_gamma: float = field(default=0.1, metadata={"help": "What it is multiplied by there."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay."})
+    decay_all_parameters: bool = field(default=True, metadata={"help": "On BatchNorm and biases too."})
+    max_grad_norm: float = field(default=50.0, metadata={"help": "Clip norm of the descent gradient."})
+    num_train_epochs: float = field(default=30, metadata={"help": "Passes over the training images."})
+    per_device_train_batch_size: int = field(default=50, metadata={"help": "Images of a step, per process."})
+    per_device_eval_batch_size: int = field(default=500, metadata={"help": "Images of an evaluation batch."})
+    amp_epsilon: float = field(default=0.2, metadata={"help": "Radius of the ball (paper: 0.5 for wide networks)."})
+    amp_inner_lr: float = field(default=0.3, metadata={"help": "Step length of the ascent (paper: 1)."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to test."})
+    logging_strategy: str = field(default="epoch", metadata={"help": "When to log."})
+    save_strategy: str = field(default="no", metadata={"help": "When to save a checkpoint; 'epoch' to resume."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    report_to: str = field(default="none", metadata={"help": "Experiment trackers, e.g. tensorboard."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The data set has what the model takes."})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.accelerator.is_available, metadata={"help": "Pin the batches' memory for an accelerator."}
+    )
+    cpu_threads: int | None = field(
+        default=None,
+        metadata={"help": "Threads of a process on the CPU. Default: torch's, but all cores under accelerate launch."},
+    )
+    ledger: str | None = field(
+        default=None, metadata={"help": "JSON Lines file to append the finished run to: settings, commit, metrics."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check the schedule."""
+        if not all(0.0 < m < 1.0 for m in self.lr_milestones):
+            raise ValueError(f"lr_milestones must be fractions of the training in (0, 1), got {self.lr_milestones}")
+        if not self.lr_gamma > 0.0:
+            raise ValueError(f"lr_gamma must be positive, got {self.lr_gamma}")
+        if self.cpu_threads is not None and self.cpu_threads < 1:
+            raise ValueError(f"cpu_threads must be positive, got {self.cpu_threads}")
+        super().__post_init__()
+
+    def checkpoint_to_resume(self) -> str | bool | None:
+        """`resume_from_checkpoint`: a folder, or whether to take the last one in the output folder."""
+        word = str(self.resume_from_checkpoint).lower()
+        return word == "true" if word in ("true", "false") else self.resume_from_checkpoint
+
+
+def parse(argv: list[str], description: str | None = None) -> tuple[DataArguments, ModelArguments, RecipeArguments]:
+    """The recipe file, if one is named first, then the command line, which wins."""
+    types: Any = (DataArguments, ModelArguments, RecipeArguments)
+    parser = HfArgumentParser(types, description=description)
+    if argv and not argv[0].startswith("-"):
+        path, argv = Path(argv[0]), argv[1:]
+        known = {action.dest for action in parser._actions}
+        settings = read_recipe(path, known)
+        parser.set_defaults(**settings)
+    data, model, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    if training.output_dir in (None, "trainer_output"):
+        training.output_dir = (
+            f"runs/{data.dataset.replace('/', '_')}-{model.model}-{training.optim}-seed{training.seed}"
+        )
+    return data, model, training
+
+
+def read_recipe(path: Path, known: set[str]) -> dict[str, Any]:
+    """Settings from a YAML file; refuses a name that no option has."""
+    if not path.is_file():
+        recipes = ", ".join(sorted(p.stem for p in Path(__file__).parent.glob("*.yaml")))
+        raise ValueError(f"recipe {str(path)!r} does not exist; in recipes/ there are: {recipes}")
+    settings = yaml.safe_load(path.read_text())
+    if not isinstance(settings, dict):
+        raise ValueError(f"recipe {str(path)!r} must be a mapping of options to values")
+    for name in settings.keys() - known:
+        near = difflib.get_close_matches(name, known, n=1)
+        raise ValueError(f"recipe {str(path)!r}: no option {name!r}{f', did you mean {near[0]!r}?' if near else ''}")
+    return {k: json.dumps(v) if k == "model_kwargs" and isinstance(v, dict) else v for k, v in settings.items()}

@@ -1,0 +1,187 @@
+"""Train an image classifier with Adversarial Model Perturbation (AMP, not automatic mixed precision).
+
+    python recipes/train.py --optim amp                      # a narrow PreActResNet on a bundled sample of CIFAR-10
+    python recipes/train.py --optim sgd                      # the same job without AMP
+    python recipes/train.py recipes/preactresnet18_cifar10.yaml --amp_epsilon 0.3   # a published setting, changed
+
+Works the same under ``accelerate launch`` and ``torchrun``. Ends with a table, the saved model and a picture of the
+training curves in the output folder.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before torch starts its threads: waiting ones sleep, or on a busy machine they slow each other down sevenfold.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from options import DataArguments, RecipeArguments, parse
+from transformers import set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from amp_plugin import AMPTrainer
+from amp_plugin.data import DatasetError, ImageBatches, ImageData, collate, load_images
+from amp_plugin.data.callback import EpochCallback
+from amp_plugin.hosts.classifier import image_classifier
+from amp_plugin.metrics import compute_metrics
+from amp_plugin.report import append_to_ledger, plot_curves, table
+
+
+class RecipeTrainer(AMPTrainer):
+    """`AMPTrainer` with the paper's step schedule."""
+
+    args: RecipeArguments
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Multiply the learning rate by `lr_gamma` at each of `lr_milestones`."""
+        if self.lr_scheduler is None:
+            scheduled: Any = self.optimizer if optimizer is None else optimizer
+            milestones = [round(fraction * num_training_steps) for fraction in self.args.lr_milestones]
+            scheduler: Any = torch.optim.lr_scheduler.MultiStepLR(scheduled, milestones, self.args.lr_gamma)
+            self.lr_scheduler = scheduler
+        return self.lr_scheduler
+
+
+class EpochLine(ProgressCallback):
+    """A progress bar, and a line for every epoch instead of a dict for every log."""
+
+    training_bar: Any
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the bar, unless --disable_tqdm."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.disable = args.disable_tqdm
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        """No second bar: a test takes a moment."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Write the line when both the training's and the test's figures are there."""
+        if not state.is_world_process_zero or self.training_bar is None or "eval_error" not in (logs or {}):
+            return
+        train: dict[str, Any] = next((r for r in reversed(state.log_history) if "loss" in r), {})
+        shown = {**train, "eval_error_%": logs["eval_error"], "eval_nll": logs["eval_nll"]}
+        names = ("loss", "amp_loss", "sharpness", "clipped", "eval_error_%", "eval_nll")
+        figures = "  ".join(f"{name} {shown[name]:.3f}" for name in names if name in shown)
+        self.training_bar.write(f"epoch {logs['epoch']:>5.1f}  {figures}")
+
+
+def load(args: DataArguments) -> tuple[ImageData, Any, Any]:
+    """The data set, and the images to train and to report on."""
+    data = load_images(
+        args.dataset,
+        data_root=args.data_root,
+        config_name=args.dataset_config_name,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        train_split=args.train_split,
+        test_split=args.test_split,
+        image_size=args.image_size,
+    )
+    train, test = data.train, data.test
+    if args.validation_images is not None:
+        train, test = train.split(args.validation_images)
+    if args.train_images is not None:
+        train = train.subset(args.train_images)
+    return data, train, test
+
+
+def set_cpu_threads(requested: int | None) -> int:
+    """Use the cores: accelerate launch allows a process one thread unless it is told otherwise."""
+    if requested is not None:
+        torch.set_num_threads(requested)
+    elif "ACCELERATE_MIXED_PRECISION" in os.environ and torch.get_num_threads() == 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return torch.get_num_threads()
+
+
+def main(argv: list[str]) -> None:
+    """Train, test, save and report."""
+    data_args, model_args, args = parse(argv, __doc__)
+    threads = set_cpu_threads(args.cpu_threads)
+    set_seed(args.seed)
+    with args.main_process_first(desc="decoding the images"):
+        data, train, test = load(data_args)
+    height, width = train.images.shape[1:3]
+    model = image_classifier(
+        model_args.model,
+        data.class_names,
+        mean=data.settings.mean,
+        std=data.settings.std,
+        image_size=(height, width),
+        **model_args.parsed_model_kwargs(),
+    )
+    trainer = RecipeTrainer(
+        model=model,
+        args=args,
+        train_dataset=ImageBatches(train, data.settings, data_args.augmentation, seed=args.seed),
+        eval_dataset=ImageBatches(test, data.settings, "none"),
+        data_collator=collate,
+        compute_metrics=compute_metrics,
+        callbacks=[EpochCallback()],
+    )
+    for default in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(default)
+    trainer.add_callback(EpochLine())
+    if trainer.is_world_process_zero():
+        where = f"cpu, {threads} thread(s)" if args.device.type == "cpu" else str(args.device)
+        described = f"AMP, epsilon {args.amp_epsilon}, inner_lr {args.amp_inner_lr}, {args.amp_norm} ball"
+        print(
+            f"{model_args.model} with {sum(p.numel() for p in model.parameters()):,} parameters on {data.name}:"
+            f" {len(train):,} images to train, {len(test):,} to test; {args.optim}"
+            f"{f' ({described})' if args.uses_amp else ' (without AMP)'}; on {where}; results in"
+            f" {args.output_dir}",
+            flush=True,
+        )
+    folder = Path(str(args.output_dir))
+    start = time.perf_counter()
+    result = trainer.train(resume_from_checkpoint=args.checkpoint_to_resume())
+    seconds = time.perf_counter() - start
+    metrics = {**result.metrics, **trainer.evaluate()}
+    last = next((r for r in reversed(trainer.state.log_history) if "loss" in r), {})
+    metrics.update({name: last[name] for name in ("loss", "amp_loss", "sharpness", "clipped") if name in last})
+    metrics["seconds"] = seconds
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("all", metrics)
+    if trainer.is_world_process_zero():
+        if args.ledger is not None:
+            settings = {**vars(data_args), **vars(model_args), **args.to_dict()}
+            append_to_ledger(Path(args.ledger), settings, metrics)
+        where = "validation" if data_args.validation_images else "test"
+        report(metrics, where, folder, trainer.state.log_history, f"{model_args.model}, {args.optim}")
+
+
+def report(metrics: dict[str, float], where: str, folder: Path, records: list[dict[str, Any]], title: str) -> None:
+    """Print the table and draw the curves."""
+    rows = {
+        "train loss": f"{metrics['loss']:.4f}",
+        f"{where} error": f"{metrics['eval_error']:.2f} %",
+        f"{where} NLL": f"{metrics['eval_nll']:.4f}",
+        f"{where} ECE": f"{metrics['eval_ece']:.4f}",
+        "sharpness": f"{metrics['sharpness']:.4f}" if "sharpness" in metrics else "- (no AMP)",
+        "time": f"{metrics['seconds']:.0f} s",
+    }
+    print(table(rows))
+    print(f"model: {folder}")
+    try:
+        plot_curves(records, folder / "curves.png", title)
+    except ImportError:
+        print('no curves drawn: matplotlib is missing (pip install "amp-plugin[plots]")')
+    else:
+        print(f"curves: {folder / 'curves.png'}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (DatasetError, ValueError) as error:
+        sys.exit(f"error: {error}")
