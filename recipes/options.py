@@ -162,3 +162,26 @@ def read_recipe(path: Path, known: set[str]) -> dict[str, Any]:
         near = difflib.get_close_matches(name, known, n=1)
         raise ValueError(f"recipe {str(path)!r}: no option {name!r}{f', did you mean {near[0]!r}?' if near else ''}")
     return {k: json.dumps(v) if k == "model_kwargs" and isinstance(v, dict) else v for k, v in settings.items()}
+
+
+# What decides the outcome of a run beside the fields declared here and in AMPTrainingArguments, and what does not.
+_STOCK = (
+    "seed",
+    "max_steps",
+    "gradient_accumulation_steps",
+    "world_size",
+    "bf16",
+    "fp16",
+    "torch_compile",
+    "optim_args",
+)
+_ELSEWHERE = {"data_root", "ledger", "report_to", "dataloader_pin_memory", "remove_unused_columns", "save_total_limit"}
+
+
+def settings_of(data: DataArguments, model: ModelArguments, training: RecipeArguments) -> dict[str, Any]:
+    """The settings that decide a run's outcome, for the ledger; not where it ran or what it left there."""
+    settings = {**vars(data), "augment": data.augmentation, **vars(model)}
+    for kind in (RecipeArguments, AMPTrainingArguments):
+        settings.update({name: getattr(training, name) for name in kind.__annotations__})
+    settings.update({name: getattr(training, name) for name in _STOCK})
+    return {name: value for name, value in settings.items() if name not in _ELSEWHERE}

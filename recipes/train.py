@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from options import DataArguments, RecipeArguments, parse
+from options import DataArguments, RecipeArguments, parse, settings_of
+from tqdm.auto import tqdm
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -55,9 +56,9 @@ class EpochLine(ProgressCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar, unless --disable_tqdm."""
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.disable = args.disable_tqdm
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=args.disable_tqdm)
+        self.current_step = 0
 
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
         """No second bar: a test takes a moment."""
@@ -154,8 +155,7 @@ def main(argv: list[str]) -> None:
     trainer.save_metrics("all", metrics)
     if trainer.is_world_process_zero():
         if args.ledger is not None:
-            settings = {**vars(data_args), **vars(model_args), **args.to_dict()}
-            append_to_ledger(Path(args.ledger), settings, metrics)
+            append_to_ledger(Path(args.ledger), settings_of(data_args, model_args, args), metrics)
         where = "validation" if data_args.validation_images else "test"
         report(metrics, where, folder, trainer.state.log_history, f"{model_args.model}, {args.optim}")
 

@@ -59,6 +59,7 @@ def test_the_main_job(tmp_path: Path, optim: str) -> None:
     (record,) = (json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines())
     assert record["settings"]["seed"] == 42
     assert record["settings"]["optim"] == optim
+    assert str(tmp_path) not in str(record), "a ledger is shared: no paths of the machine"
     assert record["metrics"]["eval_error"] == metrics["eval_error"]
 
 
