@@ -11,25 +11,24 @@ https://arxiv.org/abs/2010.04925. For one mini-batch, Algorithm 1 reads::
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD
 from torch.optim.optimizer import ParamsT
 from torch.utils._pytree import tree_map_only
 
-from amp_plugin.base import OptimizerFactory, make_base
+from amp_plugin.base import OptimizerFactory, check_not_negative, make_base
 from amp_plugin.passes import ExtraPasses
-from amp_plugin.perturbation import Ascent, Norm, Perturbation
+from amp_plugin.perturbation import LOW_PRECISION, Ascent, Norm, Perturbation
+from amp_plugin.wrapper import OptimizerWrapper
 
 
-class AMP(Optimizer):
+class AMP(OptimizerWrapper):
     """Minimises the worst loss within a small ball around the weights, with any base optimizer.
 
     Either pass a closure, as the released class wants it (it clears the gradients, computes the loss, calls
@@ -68,6 +67,12 @@ class AMP(Optimizer):
         TypeError: the base optimizer does not take one of the arguments.
     """
 
+    # A gradient scaler then calls step() even after an overflow (with `found_inf` and `grad_scale` set for the call),
+    # so that the weights are put back; without this it would leave them at theta + delta.
+    _step_supports_amp_scaling = True
+
+    found_inf: Tensor
+    grad_scale: Tensor | None
     _parked: dict[Tensor, Tensor]
 
     def __init__(
@@ -85,19 +90,15 @@ class AMP(Optimizer):
         nesterov: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        _check_not_negative(lr=lr, epsilon=epsilon, inner_lr=inner_lr, momentum=momentum, weight_decay=weight_decay)
+        check_not_negative(lr=lr, epsilon=epsilon, inner_lr=inner_lr, momentum=momentum, weight_decay=weight_decay)
         if isinstance(inner_iter, bool) or not isinstance(inner_iter, int) or inner_iter < 0:
             raise ValueError(f"inner_iter must be an integer >= 0, got {inner_iter!r}")
         given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
-        self.base_optimizer = make_base(
-            base_optimizer, params, {**{k: v for k, v in given.items() if v is not None}, **kwargs}
-        )
+        kwargs = {**{name: value for name, value in given.items() if value is not None}, **kwargs}
         self.inner_iter = inner_iter
         self.skipped_steps = 0
         self._reset(norm)
-        groups, state = self.base_optimizer.param_groups, self.base_optimizer.state
-        super().__init__(groups, {**self.base_optimizer.defaults, "epsilon": epsilon, "inner_lr": inner_lr})
-        self.param_groups, self.state = groups, state  # the initialiser above emptied them
+        super().__init__(make_base(base_optimizer, params, kwargs), {"epsilon": epsilon, "inner_lr": inner_lr})
 
     @property
     def norm(self) -> Norm:
@@ -114,31 +115,10 @@ class AMP(Optimizer):
         """Whether the weights are at theta + delta now, rather than at theta."""
         return self._perturbation.active
 
-    # One list of groups and one state, the base optimizer's: nothing to link again after a load or a copy.
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's groups."""
-        return self.base_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base_optimizer.param_groups = groups
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:
-        """The base optimizer's state."""
-        return self.base_optimizer.state
-
-    @state.setter
-    def state(self, state: defaultdict[Tensor, Any]) -> None:
-        self.base_optimizer.state = state
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, which may set ``epsilon`` and ``inner_lr`` beside the base optimizer's options."""
-        _check_not_negative(**{k: param_group[k] for k in ("lr", "epsilon", "inner_lr") if k in param_group})
-        self.base_optimizer.add_param_group(param_group)
-        for key in ("epsilon", "inner_lr"):
-            param_group.setdefault(key, self.defaults[key])
+        check_not_negative(**{k: param_group[k] for k in ("lr", "epsilon", "inner_lr") if k in param_group})
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, passes: ExtraPasses | None = None) -> Any:
@@ -160,12 +140,21 @@ class AMP(Optimizer):
                 are the unperturbed ones.
         """
         if closure is None:
-            self._require_ascents()
-            self.restore()
+            try:
+                self._require_ascents()
+            finally:
+                self.restore()
             self._descend()
             return None
         if self._open:
-            raise RuntimeError("step(closure) after ascend(): call step() without a closure, or restore() first")
+            self.restore()
+            raise RuntimeError("step(closure) after ascend(): call step() without a closure; the ascent was dropped")
+        if hasattr(self, "found_inf"):
+            raise RuntimeError(
+                "a gradient scaler cannot drive step(closure), because the closure's gradients carry the loss scale;"
+                " use backward(), ascend(grad_scale=scaler.get_scale()), backward(), scaler.step(optimizer), or"
+                " bfloat16, which needs no scaler"
+            )
         evaluate = torch.enable_grad()(closure)
         ascents = self.inner_iter if self.perturbs else 0
         if ascents:
@@ -219,6 +208,8 @@ class AMP(Optimizer):
         """Put the exact bits of theta back, if the weights are displaced; drops the ascent."""
         self._perturbation.restore()
         self._open = False
+        if all(p.grad is None for p in self._params()):
+            self._ascents = 0  # no pass at theta + delta was made: a step now would be one without perturbation
 
     def ascent_was_finite(self) -> bool:
         """Whether the last ascent's gradients were all finite; waits for the device if that is not known yet."""
@@ -234,24 +225,16 @@ class AMP(Optimizer):
         super().zero_grad(set_to_none)
 
     def __getstate__(self) -> dict[str, Any]:
-        if self.perturbed:
-            raise RuntimeError("cannot copy or pickle AMP while the weights are perturbed; call restore() first")
-        names = ("defaults", "base_optimizer", "inner_iter", "norm", "skipped_steps")
-        return {name: getattr(self, name) for name in names}
+        self._require_clean("copy or pickle AMP")
+        own = {"inner_iter": self.inner_iter, "norm": self.norm, "skipped_steps": self.skipped_steps}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "base_optimizer" in state:  # from a copy or a pickle
-            self.base_optimizer, self.inner_iter = state["base_optimizer"], state["inner_iter"]
-            self.skipped_steps = state["skipped_steps"]
-            self._reset(state["norm"])
-            super().__setstate__({"defaults": state["defaults"]})
-            return
-        if self.perturbed:
-            raise RuntimeError("cannot load a state while the weights are perturbed; call restore() first")
-        self.base_optimizer.__setstate__(state)  # from load_state_dict
-        for group in self.param_groups:  # a checkpoint of the base optimizer alone has no such keys
-            for key in ("epsilon", "inner_lr"):
-                group.setdefault(key, self.defaults[key])
+        if "norm" in state:  # from a copy or a pickle
+            self._reset(state.pop("norm"))
+        else:
+            self._require_clean("load a state")
+        super().__setstate__(state)
 
     def __repr__(self) -> str:
         head = f"{type(self).__name__}({type(self.base_optimizer).__name__}, norm={self.norm!r}"
@@ -265,6 +248,10 @@ class AMP(Optimizer):
         self._parked = {}  # gradients from before step(closure)
         self._warned_low_precision = False
 
+    def _require_clean(self, action: str) -> None:
+        if self.perturbed:
+            raise RuntimeError(f"cannot {action} while the weights are perturbed; call restore() first")
+
     def _params(self) -> Iterator[Tensor]:
         # dict: a tensor listed twice is one weight, to be displaced once
         return iter(dict.fromkeys(p for group in self.param_groups for p in group["params"]))
@@ -277,22 +264,22 @@ class AMP(Optimizer):
         ascents: dict[Tensor, Ascent] = {}
         for group in self.param_groups:
             epsilon, inner_lr = group["epsilon"], group["inner_lr"]
-            _check_not_negative(epsilon=epsilon, inner_lr=inner_lr)  # a schedule may have changed them
+            check_not_negative(epsilon=epsilon, inner_lr=inner_lr)  # a schedule may have changed them
             if not (epsilon and inner_lr):
                 continue
             for p in group["params"]:
+                if hasattr(p, "device_mesh"):
+                    raise RuntimeError("AMP does not support sharded parameters (FSDP, DTensor) yet; use DDP instead")
                 if p.grad is not None and p.grad.layout != torch.strided:
                     raise RuntimeError(
                         f"AMP does not support sparse gradients (parameter of shape {tuple(p.shape)}); make them"
                         " dense, e.g. nn.Embedding(sparse=False), or put the parameter in a group with epsilon=0"
                     )
-                ascents[p] = Ascent(p, p.grad, inner_lr, epsilon)
-        if not self._warned_low_precision and any(p.dtype in (torch.bfloat16, torch.float16) for p in ascents):
+                ascents[p] = Ascent(p, p.grad, -inner_lr if group.get("maximize") else inner_lr, epsilon)
+        if not self._warned_low_precision and any(p.dtype in LOW_PRECISION for p in ascents):
             self._warned_low_precision = True
             warnings.warn(
-                "AMP on pure 16-bit weights: displacements below the weights' rounding are lost. Keep the weights in"
-                " float32 and use autocast instead.",
-                stacklevel=2,
+                "AMP on 16-bit weights loses small displacements; use float32 weights and autocast", stacklevel=2
             )
         if not self._open:
             self._ascents, self._open = 0, True
@@ -316,6 +303,11 @@ class AMP(Optimizer):
     def _descend(self) -> None:
         """The base optimizer's step at theta, unless the ascent was not finite."""
         ascended, self._ascents = self._ascents > 0, 0
+        if hasattr(self, "found_inf"):  # set by a gradient scaler for this call
+            if self.found_inf.item():
+                return  # the scaler will lower its scale
+            if self.grad_scale is not None:  # not unscaled yet
+                torch._foreach_div_([p.grad for p in self._params() if p.grad is not None], self.grad_scale.item())
         if ascended and not self.ascent_was_finite():
             self.skipped_steps += 1
             warnings.warn(
@@ -326,13 +318,3 @@ class AMP(Optimizer):
             )
             return
         self.base_optimizer.step()
-
-
-def _check_not_negative(**values: float | Tensor | None) -> None:
-    for name, value in values.items():
-        try:
-            valid = value is None or 0.0 <= float(value) < math.inf
-        except (TypeError, ValueError):
-            valid = False
-        if not valid:
-            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")

@@ -17,7 +17,7 @@ NORMS: tuple[str, ...] = get_args(Norm)
 
 # A float of that many bytes, read as an integer: multiplying the bits by 0 clears even NaN and inf.
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_LOW_PRECISION = (torch.float16, torch.bfloat16)
+LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 class Ascent(NamedTuple):
@@ -26,7 +26,7 @@ class Ascent(NamedTuple):
     Attributes:
         param: the parameter, of any shape; complex numbers count as pairs of reals.
         grad: its gradient, same shape, or None if it received none in this pass. **Consumed**: overwritten.
-        inner_lr: step length (zeta in the paper), > 0.
+        inner_lr: step length (zeta in the paper), > 0; < 0 to go downhill, the worst direction when maximising.
         epsilon: radius of the ball, in the units of the weights, > 0.
     """
 
@@ -92,7 +92,7 @@ class Perturbation:
                 torch._foreach_add_(b.deltas, b.params)
                 torch._foreach_sub_(b.deltas, b.backups)
         scales = [1.0 if again else b.inner_lr for b in buckets]
-        ratios = [_norms(b.deltas) * (scale / b.epsilon) for b, scale in zip(buckets, scales, strict=True)]
+        ratios = [_norms(b.deltas) * (abs(scale) / b.epsilon) for b, scale in zip(buckets, scales, strict=True)]
         finite = _all_finite(ratios)
         if again and self._finite is not None:
             finite = finite & self._finite
@@ -142,7 +142,10 @@ class Perturbation:
         radii = torch.cat([ratio.new_full(ratio.shape, epsilon, device=device) for ratio, epsilon in self._ratios])
         length = torch.linalg.vector_norm(ratios) if self.norm == "global" else ratios
         norm = torch.linalg.vector_norm(radii * ratios / length.clamp(min=1.0))
-        return {"perturbation_norm": norm, "clipped": (length > 1.0).float().mean()}
+        clipped = (length > 1.0).float().mean()
+        assert self._finite is not None
+        moved = self._finite.to(device)  # if not, the weights stayed at theta
+        return {"perturbation_norm": torch.where(moved, norm, 0.0), "clipped": torch.where(moved, clipped, 0.0)}
 
     def _buckets(self, ascents: Iterable[Ascent]) -> list[_Bucket]:
         """Back up parameters that are not displaced yet; group by device, dtype and hyper-parameters."""
@@ -202,7 +205,7 @@ def _plain(tensor: Tensor) -> Tensor:
 
 def _norms(tensors: list[Tensor]) -> Tensor:
     """L2 norm of each tensor, as one vector; half precision is summed in float32, which cannot overflow."""
-    dtype = torch.float32 if tensors[0].dtype in _LOW_PRECISION else None
+    dtype = torch.float32 if tensors[0].dtype in LOW_PRECISION else None
     return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
 
 

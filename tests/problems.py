@@ -60,3 +60,16 @@ def max_relative_difference(a: dict[str, Any], b: dict[str, Any]) -> float:
     """Largest over the tensors of ||a - b|| / ||b||."""
     assert a.keys() == b.keys()
     return max(float((a[k].double() - b[k].double()).norm() / b[k].double().norm().clamp(min=1e-30)) for k in a)
+
+
+SGD_ARGS = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3}
+
+
+def train(optimizer: torch.optim.Optimizer, model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
+    for batch in batches:
+        optimizer.step(closure_for(optimizer, model, batch))
+
+
+def assert_same_parameters(a: nn.Module, b: nn.Module) -> None:
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q), name

@@ -1,32 +1,17 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
-import pickle
-from collections.abc import Callable
+import weakref
 from typing import Any
 
 import pytest
 import torch
-from problems import closure_for, parameters_of, small_batches, small_net
+from problems import SGD_ARGS, assert_same_parameters, closure_for, parameters_of, small_batches, small_net, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from amp_plugin import AMP, ExtraPasses
-
-SGD_ARGS = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3}
-
-
-def train(optimizer: torch.optim.Optimizer, model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
-    for batch in batches:
-        optimizer.step(closure_for(optimizer, model, batch))
-
-
-def assert_same_parameters(a: nn.Module, b: nn.Module) -> None:
-    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
-        assert torch.equal(p, q), name
-
+from amp_plugin import AMP
 
 # --- the released interface
 
@@ -373,201 +358,176 @@ def test_restore_drops_an_unfinished_step() -> None:
     optimizer.step()
 
 
-# --- state
+# --- further cases
 
 
-def test_the_state_is_the_base_optimizers_and_loads_as_weights_only() -> None:
-    a, b = small_net(), small_net()
-    amp, sgd = AMP(a.parameters(), **SGD_ARGS), torch.optim.SGD(b.parameters(), **SGD_ARGS)
-    train(amp, a, small_batches(2))
-    train(sgd, b, small_batches(2))
-    ours, theirs = amp.state_dict(), sgd.state_dict()
-    assert {k: v.keys() for k, v in ours["state"].items()} == {k: v.keys() for k, v in theirs["state"].items()}
-    assert ours["param_groups"][0].keys() == theirs["param_groups"][0].keys() | {"epsilon", "inner_lr"}
-    file = io.BytesIO()
-    torch.save(ours, file)
-    file.seek(0)
-    assert str(torch.load(file, weights_only=True)) == str(ours)
+@pytest.mark.parametrize("off", [{"epsilon": 0.0}, {"inner_iter": 0}, {"inner_lr": 0.0}])
+def test_without_perturbation_the_closure_runs_once(off: dict[str, Any]) -> None:
+    model, batch, calls = small_net(), small_batches(1)[0], []
+    optimizer = AMP(model.parameters(), 0.1, **off)
+    inner = closure_for(optimizer, model, batch)
+    optimizer.step(lambda: (calls.append(1), inner())[1])
+    assert len(calls) == 1
 
 
-@pytest.mark.parametrize("base", ["SGD", "adamw", "lamb"])
-@pytest.mark.parametrize("norm", ["tensor", "global"])
-def test_resume_is_bit_exact(base: str, norm: Any) -> None:
-    kwargs = {"lr": 0.01, "base_optimizer": base, "norm": norm, "momentum": 0.9 if base == "SGD" else None}
-    model, batches = small_net(), small_batches(6)
-    optimizer = AMP(model.parameters(), **kwargs)
-    train(optimizer, model, batches[:3])
-    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    train(optimizer, model, batches[3:])
-    resumed = small_net(seed=5)
-    again = AMP(resumed.parameters(), **kwargs)
-    resumed.load_state_dict(saved[0])
-    again.load_state_dict(saved[1])
-    train(again, resumed, batches[3:])
-    assert_same_parameters(model, resumed)
+def test_gradients_accumulated_before_stay_out_of_every_ascent() -> None:
+    """From p = 1 with 0.5 * d(p^2)/dp: to 2, then to 4; the descent has 3 from before and 8 from there."""
+    p = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+    optimizer = AMP([p], 0.1, epsilon=10.0, inner_lr=0.5, inner_iter=2)
+    (3 * p).sum().backward()
+
+    def accumulating() -> Tensor:
+        loss = (p**2).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(accumulating)
+    assert p.item() == pytest.approx(1.0 - 0.1 * (3 + 8))
 
 
-def test_a_checkpoint_of_the_base_optimizer_loads() -> None:
-    model = small_net()
-    sgd = torch.optim.SGD(model.parameters(), **SGD_ARGS)
-    train(sgd, model, small_batches(1))
-    amp = AMP(model.parameters(), **SGD_ARGS, epsilon=0.3)
-    amp.load_state_dict(sgd.state_dict())
-    assert amp.param_groups[0]["epsilon"] == 0.3
-    train(amp, model, small_batches(1))
+def test_gradients_that_the_closure_clears_are_freed_at_once() -> None:
+    model, batch = small_net(), small_batches(1)[0]
+    optimizer = AMP(model.parameters(), 0.1)
+    inner = closure_for(optimizer, model, batch)
+    inner()
+    old, alive = [weakref.ref(p.grad) for p in model.parameters() if p.grad is not None], []
+    model[0].register_forward_pre_hook(lambda *_: alive.append(sum(r() is not None for r in old)))
+    optimizer.step(inner)
+    assert alive == [0, 0]
 
 
-@pytest.mark.parametrize("load_first", [False, True])
-def test_schedulers_move_the_learning_rate_that_trains(load_first: bool) -> None:
-    model, batches = small_net(), small_batches(4)
-    optimizer = AMP(model.parameters(), **SGD_ARGS)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.1)
-    if load_first:
-        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    train(optimizer, model, batches[:1])
-    scheduler.step()
-    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    scheduler.step()
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.1**2)
-    for group in optimizer.base_optimizer.param_groups:
-        group["momentum"] = 0.0
-        group["lr"] = 0.0
-    before = parameters_of(model)
-    train(optimizer, model, batches[1:])
+def test_gradients_from_before_are_not_held_after_the_step() -> None:
+    p = nn.Parameter(torch.ones(1))
+    optimizer = AMP([p], 0.1)
+    (3 * p).sum().backward()
+    old = weakref.ref(p.grad)
+    optimizer.step(lambda: (p**2).sum().backward())
+    p.grad = None
+    assert old() is None
+
+
+def test_an_interrupted_step_does_not_count_as_an_ascent() -> None:
+    model, batch, calls = small_net(), small_batches(1)[0], []
+    optimizer = AMP(model.parameters(), 0.1)
+    inner = closure_for(optimizer, model, batch)
+
+    def fails_when_perturbed() -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return inner()
+
+    with pytest.raises(MemoryError):
+        optimizer.step(fails_when_perturbed)
+    inner()
+    with pytest.raises(RuntimeError, match="got 0"):
+        optimizer.step()
+
+
+def test_a_refused_ascent_puts_the_weights_back() -> None:
+    """The second of two ascents finds an epsilon that a schedule has ruined."""
+    model, batch = small_net(), small_batches(1)[0]
+    optimizer = AMP(model.parameters(), 0.1, inner_iter=2)
+    before, backward = parameters_of(model), closure_for(optimizer, model, batch)
+    backward()
+    optimizer.ascend()
+    backward()
+    optimizer.param_groups[0]["epsilon"] = math.nan
+    with pytest.raises(ValueError, match="epsilon"):
+        optimizer.ascend()
+    assert not optimizer.perturbed
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_loading_into_the_base_optimizer_keeps_one_set_of_groups() -> None:
-    model = small_net()
-    optimizer = AMP(model.parameters(), **SGD_ARGS)
-    optimizer.base_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    optimizer.param_groups[0]["lr"] = 0.0
-    assert optimizer.base_optimizer.param_groups[0]["lr"] == 0.0
-    assert optimizer.state is optimizer.base_optimizer.state
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
-def test_deepcopy_and_pickle_train_on_like_the_original(duplicate: Callable[[Any], Any]) -> None:
-    model, batches = small_net(), small_batches(4)
-    optimizer = AMP(model.parameters(), **SGD_ARGS, norm="global", inner_iter=2)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100)
-    train(optimizer, model, batches[:2])
-    twin_model, twin = duplicate((model, optimizer))
-    assert twin.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
-    public = {k for k in vars(optimizer) if not k.startswith("_")} - {"step"}  # step: patched in by schedulers
-    assert public <= vars(twin).keys() | set(dir(twin))
-    assert (twin.norm, twin.inner_iter) == ("global", 2)
-    assert twin.base_optimizer.param_groups is twin.param_groups
-    train(optimizer, model, batches[2:])
-    train(twin, twin_model, batches[2:])
-    assert_same_parameters(model, twin_model)
-    scheduler.step()
-
-
-def test_no_copy_and_no_load_while_the_weights_are_perturbed() -> None:
-    model, batch = small_net(), small_batches(1)[0]
-    optimizer = AMP(model.parameters(), 0.1)
-    state = optimizer.state_dict()
-    closure_for(optimizer, model, batch)()
+def test_a_skipped_step_does_not_stop_the_base_optimizer_when_epsilon_has_decayed_to_zero() -> None:
+    p = nn.Parameter(torch.ones(1))
+    optimizer = AMP([p], 0.1)
+    p.grad = torch.full((1,), math.nan)
     optimizer.ascend()
-    with pytest.raises(RuntimeError, match=r"cannot copy or pickle.*restore\(\)"):
-        copy.deepcopy(optimizer)
-    with pytest.raises(RuntimeError, match=r"cannot load.*restore\(\)"):
-        optimizer.load_state_dict(state)
+    p.grad = torch.ones(1)
+    with pytest.warns(RuntimeWarning, match="skipped"):
+        optimizer.step()
+    optimizer.param_groups[0]["epsilon"] = 0.0
+    p.grad = torch.ones(1)
+    optimizer.step()
+    assert p.item() == pytest.approx(0.9)
+    assert optimizer.skipped_steps == 1
+    assert copy.deepcopy(optimizer).skipped_steps == 1
 
 
-def test_hooks_run_once_per_step() -> None:
+def test_a_bare_step_is_an_error_unless_every_lr_is_zero() -> None:
+    a, b = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    optimizer = AMP([{"params": [a], "lr": 0.0}, {"params": [b], "lr": 0.1}], 0.1)
+    a.grad, b.grad = torch.ones(1), torch.ones(1)
+    with pytest.raises(RuntimeError, match="without the perturbation"):
+        optimizer.step()
+    assert b.item() == 1.0
+
+
+@pytest.mark.filterwarnings("ignore:.*duplicate parameters")
+def test_the_scale_of_a_tensor_that_is_listed_twice_is_divided_out_once() -> None:
+    p = nn.Parameter(torch.zeros(1))
+    optimizer = AMP([{"params": [p, p]}], 0.1, epsilon=10.0)
+    p.grad = torch.full((1,), 8.0)
+    optimizer.ascend(grad_scale=4.0)
+    assert p.item() == 2.0
+
+
+@pytest.mark.parametrize("norm", ["tensor", "global"])
+@pytest.mark.parametrize("epsilon", [0.01, 10.0])
+@pytest.mark.parametrize("inner_iter", [1, 3])
+def test_maximising_an_objective_is_minimising_its_negative(norm: Any, epsilon: float, inner_iter: int) -> None:
+    weights = []
+    for sign in (1.0, -1.0):
+        p = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+        optimizer = AMP([p], 0.1, epsilon, 0.3, inner_iter, norm=norm, maximize=sign < 0)
+        for _ in range(3):
+            for k in range(inner_iter + 1):
+                (sign * (p**4).sum()).backward()
+                optimizer.step() if k == inner_iter else optimizer.ascend()
+            optimizer.zero_grad()
+        weights.append(p.detach())
+    torch.testing.assert_close(*weights)
+
+
+@pytest.mark.parametrize("wrong", ["step too early", "closure after ascend"])
+def test_a_refused_step_puts_the_weights_back(wrong: str) -> None:
     model, batch = small_net(), small_batches(1)[0]
-    optimizer = AMP(model.parameters(), 0.1)
-    calls: list[str] = []
-    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
-    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
-    optimizer.register_load_state_dict_post_hook(lambda _: calls.append("load"))
-    optimizer.step(closure_for(optimizer, model, batch))
-    optimizer.load_state_dict(optimizer.state_dict())
-    assert calls == ["pre", "post", "load"]
-
-
-# --- base optimizers
-
-
-@pytest.mark.parametrize(
-    ("base", "expected"),
-    [(torch.optim.AdamW, "AdamW"), ("AdamW", "AdamW"), ("adamw", "AdamW"), ("lamb", "Lamb"), ("sgd", "SGD")],
-)
-def test_base_optimizers_by_class_and_by_name(base: Any, expected: str) -> None:
-    model = small_net()
-    optimizer = AMP(model.parameters(), 0.001, base_optimizer=base)
-    assert type(optimizer.base_optimizer).__name__ == expected
-    assert f"AMP({expected}, norm='tensor', inner_iter=1)" in repr(optimizer)
-    train(optimizer, model, small_batches(1))
-
-
-def test_timm_names_come_with_timm_defaults_and_its_rule_for_momentum() -> None:
-    sgd = AMP(small_net().parameters(), 0.1, base_optimizer="sgd", momentum=0.9)
-    assert sgd.param_groups[0]["nesterov"] is True
-    AMP(small_net().parameters(), 0.1, base_optimizer="adamw", momentum=0.9)
-    with pytest.raises(TypeError, match="momentum"):
-        AMP(small_net().parameters(), 0.1, base_optimizer=torch.optim.AdamW, momentum=0.9)
-
-
-def test_unusable_base_optimizers() -> None:
-    params = list(small_net().parameters())
-    with pytest.raises(ValueError, match=r"base_optimizer 'addamw' is unknown; did you mean adamw"):
-        AMP(params, 0.1, base_optimizer="addamw")
-    with pytest.raises(ValueError, match="'amp' is unknown"):
-        AMP(params, 0.1, base_optimizer="amp")
-    with pytest.raises(ValueError, match="LBFGS needs a closure of its own"):
-        AMP(params, 0.1, base_optimizer=torch.optim.LBFGS)
-    with pytest.raises(TypeError, match="base_optimizer must be an optimizer class"):
-        AMP(params, 0.1, base_optimizer=3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="base_optimizer must make a"):
-        AMP(params, base_optimizer=lambda params: params)  # type: ignore[arg-type, return-value]
-
-
-@pytest.mark.parametrize("name", ["lr", "epsilon", "inner_lr", "momentum", "weight_decay"])
-@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, "much"])
-def test_invalid_numbers_are_named(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"{name} must be a finite number >= 0, got {value!r}"):
-        AMP(small_net().parameters(), **{name: value})
-
-
-@pytest.mark.parametrize("value", [-1, 1.5, True, "1"])
-def test_invalid_inner_iter(value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"inner_iter must be an integer >= 0, got {value!r}"):
-        AMP(small_net().parameters(), 0.1, inner_iter=value)
-
-
-def test_a_schedule_that_ruins_epsilon_is_noticed() -> None:
-    model, batch = small_net(), small_batches(1)[0]
-    optimizer = AMP([{"params": model[0].parameters()}, {"params": model[5].parameters()}], 0.1)
-    optimizer.param_groups[1]["epsilon"] = math.nan
-    with pytest.raises(ValueError, match="epsilon must be a finite number >= 0, got nan"):
-        optimizer.step(closure_for(optimizer, model, batch))
+    optimizer = AMP(model.parameters(), 0.1, inner_iter=2)
+    before, closure = parameters_of(model), closure_for(optimizer, model, batch)
+    closure()
+    optimizer.ascend()
+    with pytest.raises(RuntimeError):
+        optimizer.step(closure if wrong == "closure after ascend" else None)
     assert not optimizer.perturbed
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
-def test_sixteen_bit_weights_are_warned_about_once() -> None:
-    model = small_net(torch.bfloat16)
+def test_an_ascent_dropped_by_restore_does_not_count() -> None:
+    model, batch = small_net(), small_batches(1)[0]
     optimizer = AMP(model.parameters(), 0.1)
-    with pytest.warns(UserWarning, match="16-bit weights") as record:
-        train(optimizer, model, small_batches(2, dtype=torch.bfloat16))
-    assert len(record) == 1
+    closure = closure_for(optimizer, model, batch)
+    closure()
+    optimizer.ascend()
+    optimizer.restore()
+    closure()  # at theta
+    with pytest.raises(RuntimeError, match="got 0"):
+        optimizer.step()
 
 
-# --- what the additional passes leave alone (amp_plugin.passes)
+def test_sharded_parameters_are_refused_and_nothing_moves() -> None:
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
-
-def test_extra_passes_keep_dropout_masks_and_running_statistics() -> None:
-    """With a vanishing ball the step must equal SGD with the same dropout masks, and one BatchNorm update."""
-    a, b, batches = small_net(dropout=0.5), small_net(dropout=0.5), small_batches(3)
-    amp, sgd = AMP(a.parameters(), 0.1, epsilon=1e-30), torch.optim.SGD(b.parameters(), 0.1)
-    passes = ExtraPasses(a)
-    torch.manual_seed(3)
-    for batch in batches:
-        amp.step(closure_for(amp, a, batch), passes=passes)
-    torch.manual_seed(3)
-    train(sgd, b, batches)
-    assert_same_parameters(a, b)
-    for p, q in zip(a.buffers(), b.buffers(), strict=True):
-        assert torch.equal(p, q)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,)), [Shard(0)])
+        p = nn.Parameter(sharded)
+        assert isinstance(p, DTensor)
+        (p * p).sum().backward()
+        optimizer = AMP([p], 0.1)
+        with pytest.raises(RuntimeError, match=r"sharded parameters \(FSDP, DTensor\) yet; use DDP"):
+            optimizer.ascend()
+        assert not optimizer.perturbed
+        assert p.full_tensor().tolist() == [1.0] * 4
+    finally:
+        torch.distributed.destroy_process_group()

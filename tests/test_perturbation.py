@@ -137,3 +137,60 @@ def test_autocast_sees_the_moved_weights() -> None:
 def test_unknown_norm() -> None:
     with pytest.raises(ValueError, match=r"norm must be one of 'tensor', 'global', got 'l1'"):
         Perturbation("l1")  # type: ignore[arg-type]
+
+
+def test_each_group_steps_with_its_own_inner_lr() -> None:
+    a, b = torch.zeros(1), torch.zeros(1)
+    Perturbation().ascend([Ascent(a, a + 1, 0.1, 0.5), Ascent(b, b + 1, 0.2, 0.5)])
+    assert [a.item(), b.item()] == pytest.approx([0.1, 0.2])
+
+
+@pytest.mark.parametrize("norm", ["tensor", "global"])
+def test_every_step_is_inner_lr_long(norm: str) -> None:
+    a, b = torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    p = Perturbation(norm)
+    for _ in range(3):
+        p.ascend([Ascent(a, a * 0 + 0.2, 0.5, 10.0), Ascent(b, b * 0 - 0.2, 0.25, 20.0)])
+    assert [a.item(), b.item()] == pytest.approx([1.3, 0.85])
+
+
+@pytest.mark.parametrize("bad_one", [0, 1, 2])
+@pytest.mark.parametrize("norm", ["tensor", "global"])
+def test_one_bad_gradient_stops_parameters_of_every_dtype_and_radius(norm: str, bad_one: int) -> None:
+    params = [torch.ones(3), torch.ones(3).bfloat16(), torch.ones(3)]
+    grads = [torch.full_like(q, math.inf if i == bad_one else 1.0) for i, q in enumerate(params)]
+    p = Perturbation(norm)
+    p.ascend([Ascent(q, g, 1.0, r) for q, g, r in zip(params, grads, (0.5, 0.5, 0.25), strict=True)])
+    assert [q.tolist() for q in params] == [[1.0] * 3] * 3
+    assert not p.was_finite()
+
+
+def test_an_ascent_without_gradients_forgets_the_last_ones_overflow() -> None:
+    q = torch.ones(1)
+    p = Perturbation()
+    p.ascend([Ascent(q, q * math.nan, 1.0, 0.5)])
+    p.restore()
+    p.ascend([Ascent(q, None, 1.0, 0.5)])
+    assert p.was_finite()
+
+
+@pytest.mark.parametrize("change", [lambda t: t.double(), lambda t: t.repeat(2)])
+def test_a_parameter_that_changed_its_type_or_shape_gets_a_new_backup(change: object) -> None:
+    q = torch.nn.Parameter(torch.full((2,), 1 / 3))
+    p = Perturbation()
+    for _ in range(2):
+        p.ascend([Ascent(q, torch.ones_like(q), 1.0, 0.5)])
+        p.restore()
+        q.data = change(q.data)  # type: ignore[operator]
+        theta = q.detach().clone().add_(1e-12)
+        q.data.copy_(theta)
+    p.ascend([Ascent(q, torch.ones_like(q), 1.0, 0.5)])
+    p.restore()
+    assert torch.equal(q, theta)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_statistics_of_an_ascent_that_was_not_finite_tell_that_nothing_moved(bad: float) -> None:
+    q, p = torch.ones(2), Perturbation()
+    p.ascend([Ascent(q, torch.tensor([1.0, bad]), 1.0, 0.5)])
+    assert {k: v.item() for k, v in p.statistics().items()} == {"perturbation_norm": 0.0, "clipped": 0.0}

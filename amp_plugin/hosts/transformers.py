@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING, ForSequenceClassificationLoss
@@ -35,8 +36,8 @@ class AMPTrainer(Trainer):
     ``perturbation_norm``; each a mean over the steps since the last log.
 
     Raises:
-        ValueError: the host cannot run AMP exactly (DeepSpeed, FSDP version 1, XLA, optimizers that step inside
-            backward); the message names what to use instead.
+        ValueError: the host cannot run AMP exactly (DeepSpeed, FSDP, XLA, optimizers that step inside backward);
+            the message names what to use instead.
     """
 
     args: AMPTrainingArguments
@@ -177,6 +178,8 @@ class AMPTrainer(Trainer):
                         losses.append(super().training_step(model, inputs, num_items_in_batch))
             if i == 0:
                 self._clean_losses = losses
+            if not self.args.sync_ascent:
+                self._share_overflow(amp)
             amp.ascend(grad_scale=scale)
         self._descent.enter_context(passes.extra())
 
@@ -187,6 +190,12 @@ class AMPTrainer(Trainer):
             self._descent = None
         self._clean_losses = []
         self._window = []
+
+    def _share_overflow(self, amp: AMP) -> None:
+        """One process whose own ascent gradient is not finite makes all skip the step, or the replicas would part."""
+        grads = [p.grad for group in amp.param_groups for p in group["params"] if p.grad is not None]
+        taint = torch.stack(torch._foreach_norm(grads)).sum() * 0.0  # NaN if any entry is NaN or infinite
+        grads[0].add_(self.accelerator.reduce(taint))
 
     def _pass_on_overflow(self, amp: AMP) -> None:
         """fp16: an ascent that overflowed must make the gradient scaler skip this step and lower its scale."""
@@ -207,11 +216,9 @@ class AMPTrainer(Trainer):
             )
 
     def _refuse_inexact_hosts(self) -> None:
-        fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
         reasons = {
-            "DeepSpeed (it steps inside backward); use DDP or FSDP version 2": self.is_deepspeed_enabled,
-            "FSDP version 1; use fsdp_config={'version': 2}": fsdp is not None
-            and getattr(fsdp, "fsdp_version", 1) != 2,
+            "DeepSpeed (it steps inside backward); use DDP": self.is_deepspeed_enabled,
+            "FSDP; use DDP": self.is_fsdp_enabled,
             "XLA; use CUDA or CPU": bool(self.is_fsdp_xla_enabled) or self.args.device.type == "xla",
         }
         for reason, applies in reasons.items():
@@ -233,16 +240,13 @@ class _EndOfEpoch(TrainerCallback):
 
 @contextmanager
 def _gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """Whether backward averages gradients over processes (DDP, FSDP2), whatever the caller has set."""
-    if hasattr(model, "require_backward_grad_sync"):
-        before = model.require_backward_grad_sync
-        model.require_backward_grad_sync = enabled  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            model.require_backward_grad_sync = before
-    elif hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(enabled)  # type: ignore[operator]
+    """Whether DDP's backward averages gradients over processes, whatever the caller has set."""
+    if not isinstance(model, DistributedDataParallel):
         yield
-    else:
+        return
+    before = model.require_backward_grad_sync
+    model.require_backward_grad_sync = enabled
+    try:
         yield
+    finally:
+        model.require_backward_grad_sync = before

@@ -15,6 +15,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 from amp_plugin import AMP
+from amp_plugin.hosts.timm import AMPAdamW
 
 NAMES = ["amp", "ampadamw", "amplamb"]
 
@@ -126,3 +127,10 @@ def test_timms_schedulers_and_layer_decay() -> None:
     scheduler.step(5)
     lrs = {g["lr"] / g["lr_scale"] for g in optimizer.base_optimizer.param_groups}
     assert all(lr == pytest.approx(0.05) for lr in lrs)
+
+
+@pytest.mark.parametrize("name", ["ampadamw", "amplamb"])
+def test_the_base_optimizers_own_arguments_arrive(name: str) -> None:
+    optimizer = create_optimizer_v2(small_net(), opt=name, lr=0.01, betas=(0.8, 0.7), eps=1e-5)
+    assert all((tuple(g["betas"]), g["eps"]) == ((0.8, 0.7), 1e-5) for g in optimizer.param_groups)
+    assert AMPAdamW(small_net().parameters(), weight_decay=0.3).param_groups[0]["weight_decay"] == 0.3

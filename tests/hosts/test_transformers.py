@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -442,3 +445,148 @@ def test_weight_decay_on_all_parameters_as_in_the_paper(tmp_path: Path) -> None:
         trainer = InOrder(model=Net(), args=args, train_dataset=Images())
         groups = trainer.create_optimizer().param_groups
         assert [len(g["params"]) for g in groups if g["weight_decay"] > 0] == [expected]
+
+
+@pytest.mark.parametrize("wrong", [{"amp_batch_norm": "none"}, {"amp_rng": "new"}])
+def test_an_unknown_policy_is_refused_by_the_arguments(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be one of"):
+        arguments(tmp_path, **wrong)
+
+
+def test_optim_args_replace_the_defaults_for_sgd(tmp_path: Path) -> None:
+    trainer = InOrder(model=Net(), args=arguments(tmp_path, optim_args="momentum=0.5"), train_dataset=Images())
+    group = trainer.create_optimizer().param_groups[0]
+    assert (group["momentum"], group["nesterov"]) == (0.5, False)
+
+
+@pytest.mark.parametrize(
+    ("sign", "host"),
+    [("is_deepspeed_enabled", "DeepSpeed"), ("is_fsdp_enabled", "FSDP; use DDP"), ("is_fsdp_xla_enabled", "XLA")],
+)
+def test_hosts_that_cannot_run_amp_exactly_are_refused(tmp_path: Path, sign: str, host: str) -> None:
+    class Elsewhere(AMPTrainer):
+        """On that host, as far as the stock Trainer's own sign tells."""
+
+        def _refuse_inexact_hosts(self) -> None:
+            setattr(self, sign, True)
+            super()._refuse_inexact_hosts()
+
+    with pytest.raises(ValueError, match=f"--optim amp does not work exactly with {host}"):
+        Elsewhere(model=Net(), args=arguments(tmp_path), train_dataset=Images())
+    Elsewhere(model=Net(), args=arguments(tmp_path, optim="sgd"), train_dataset=Images())
+
+
+def test_the_weights_are_clean_for_callbacks_at_the_end_of_an_epoch(tmp_path: Path) -> None:
+    class Watch(TrainerCallback):
+        seen: ClassVar[list[bool]] = []
+
+        def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+            self.seen.append(trainer.amp.perturbed)  # type: ignore[union-attr]
+
+    trainer = InOrder(
+        model=Net(),
+        args=arguments(tmp_path, gradient_accumulation_steps=4),
+        train_dataset=Images(),
+        callbacks=[StopAt("on_substep_end", 2), Watch],
+    )
+    trainer.train()
+    assert Watch.seen == [False]
+
+
+def test_an_epoch_stopped_in_the_middle_of_a_window_leaves_nothing_behind(tmp_path: Path) -> None:
+    """The first epoch stops in its first window: what follows is as if it had not been."""
+
+    class StopFirstEpoch(TrainerCallback):
+        stopped = False
+
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            control.should_epoch_stop = not self.stopped
+            self.stopped = True
+            return control
+
+    a, b = Net(), Net()
+    trained(a, arguments(tmp_path, gradient_accumulation_steps=4), callbacks=[StopFirstEpoch()])
+    trained(b, arguments(tmp_path, gradient_accumulation_steps=4, num_train_epochs=1))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_a_failure_that_the_trainer_survives_starts_again_from_clean_weights(tmp_path: Path) -> None:
+    """auto_find_batch_size: out of memory in the middle of a window, then half the batch from the start."""
+    net, weights = Net(), []
+
+    def fail_once(*_: Any) -> None:
+        if net.training and net.passes in (0, 3):
+            weights.append(net.fc.weight.detach().clone())
+        if net.passes == 3 and len(weights) == 2:
+            net.passes = 0
+            raise RuntimeError("CUDA out of memory.")
+
+    net.register_forward_pre_hook(fail_once)
+    trained(net, arguments(tmp_path, auto_find_batch_size=True, gradient_accumulation_steps=2, max_steps=1))
+    assert not torch.equal(weights[1], weights[0]), "it failed at the perturbed weights"
+    assert torch.equal(weights[2], weights[0])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_gradient_scaler_changes_nothing(tmp_path: Path, accumulation: int) -> None:
+    """Powers of two: with a gradient scaler on the CPU the weights are the same to the bit."""
+    plain, scaled = Net(), Net()
+    settings: dict[str, Any] = {
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": 4,
+        "amp_epsilon": 10.0,
+        "max_grad_norm": 0.0,
+    }
+    trained(plain, arguments(tmp_path, **settings))
+    trainer = InOrder(model=scaled, args=arguments(tmp_path, **settings), train_dataset=Images())
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    trainer.train()
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), scaled.parameters(), strict=True))
+
+
+def test_an_overflow_in_the_ascent_alone_lowers_the_scale(tmp_path: Path) -> None:
+    net = Net()
+    before = net.fc.weight.detach().clone()
+    net.register_forward_pre_hook(lambda *_: setattr(net, "loss_scale", float("inf") if net.passes == 0 else 1.0))
+    trainer = InOrder(model=net, args=arguments(tmp_path, max_steps=1), train_dataset=Images())
+    trainer.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    trainer.train()
+    assert scaler.get_scale() == 512.0
+    assert torch.equal(net.fc.weight, before)
+
+
+def test_every_ascent_but_the_first_is_an_additional_pass(tmp_path: Path) -> None:
+    """Two ascents in a vanishing ball: one BatchNorm update a micro-batch, and the dropout masks of SGD."""
+    a, b = Net(dropout=0.5, batch_norm=True), Net(dropout=0.5, batch_norm=True)
+    settings: dict[str, Any] = {"gradient_accumulation_steps": 2}
+    trained(a, arguments(tmp_path, amp_inner_iter=2, amp_epsilon=1e-30, **settings))
+    trained(b, arguments(tmp_path, optim="sgd", **settings))
+    assert all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """DDP over gloo; without sync_ascent they differ from one, but the replicas stay equal."""
+    program = [str(Path(__file__).with_name("two_processes.py")), str(tmp_path)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    for launcher in ([], torchrun):
+        subprocess.run([sys.executable, *launcher, *program], check=True, env={**os.environ, "PYTHONPATH": paths})
+    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
+    for case, (weights, replicas_equal) in two.items():
+        assert replicas_equal, case
+        if case.startswith("synced"):
+            torch.testing.assert_close(weights, one[case][0], rtol=1e-10, atol=1e-12)
+        elif case in one:
+            assert not torch.allclose(weights, one[case][0]), case
+
+
+def test_saving_in_the_middle_of_a_window_is_refused(tmp_path: Path) -> None:
+    class Save(TrainerCallback):
+        def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+            trainer.save_model(str(tmp_path / "saved"))
+
+    args = arguments(tmp_path, gradient_accumulation_steps=2)
+    trainer = InOrder(model=Net(), args=args, train_dataset=Images(), callbacks=[Save()])
+    with pytest.raises(RuntimeError, match="cannot save in the middle of a gradient accumulation window"):
+        trainer.train()
+    assert not (tmp_path / "saved").exists()
