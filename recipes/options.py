@@ -87,6 +87,9 @@ class RecipeArguments(AMPTrainingArguments):
     """The paper's settings where they do not depend on the data set, and the small job's where they do."""
 
     learning_rate: float = field(default=0.1, metadata={"help": "Learning rate at the start."})
+    lr_scheduler_type: str = field(
+        default="steps", metadata={"help": "'steps': drop at --lr_milestones; or a schedule of the stock Trainer."}
+    )
     lr_milestones: list[float] = field(
         default_factory=lambda: [0.5, 0.75],
         metadata={"help": "Fractions of the training at which the learning rate drops."},
@@ -125,7 +128,14 @@ class RecipeArguments(AMPTrainingArguments):
             raise ValueError(f"lr_gamma must be positive, got {self.lr_gamma}")
         if self.cpu_threads is not None and self.cpu_threads < 1:
             raise ValueError(f"cpu_threads must be positive, got {self.cpu_threads}")
+        steps = self.lr_scheduler_type == "steps"
+        if steps and self.warmup_steps:
+            raise ValueError("lr_scheduler_type 'steps' has no warmup; leave warmup_steps at 0 or use e.g. cosine")
+        if steps:
+            self.lr_scheduler_type = "constant"
         super().__post_init__()
+        if steps:
+            self.lr_scheduler_type = "steps"
 
     def checkpoint_to_resume(self) -> str | bool | None:
         """`resume_from_checkpoint`: a folder, or whether to take the last one in the output folder."""

@@ -40,7 +40,9 @@ class RecipeTrainer(AMPTrainer):
     args: RecipeArguments
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Multiply the learning rate by `lr_gamma` at each of `lr_milestones`."""
+        """Multiply the learning rate by `lr_gamma` at each of `lr_milestones`, unless a stock schedule is named."""
+        if self.args.lr_scheduler_type != "steps":
+            return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
             scheduled: Any = self.optimizer if optimizer is None else optimizer
             milestones = [round(fraction * num_training_steps) for fraction in self.args.lr_milestones]

@@ -153,6 +153,8 @@ def test_a_killed_run_continues_from_its_checkpoint(tmp_path: Path) -> None:
         (["--amp_epsilon", "-1"], "epsilon must be a finite number >= 0, got -1.0"),
         (["--model_kwargs", '{"widht": 3}'], "model 'preactresnet18' does not take these arguments"),
         (["--lr_milestones", "2"], "lr_milestones must be fractions of the training in (0, 1), got [2.0]"),
+        (["--warmup_steps", "5"], "lr_scheduler_type 'steps' has no warmup"),
+        (["--lr_scheduler_type", "cosin"], "cosin is not a valid SchedulerType"),
         (["nothing.yaml"], "recipe 'nothing.yaml' does not exist; in recipes/ there are: preactresnet18_cifar10"),
     ],
 )
@@ -227,3 +229,12 @@ def test_the_schedule_drops_at_the_milestones(tmp_path: Path) -> None:
         trainer.lr_scheduler.step()
     assert [i for i in range(1, 200) if rates[i] != rates[i - 1]] == [100, 150]
     assert [rates[0], rates[100], rates[150]] == pytest.approx([0.1, 0.01, 0.001])
+
+
+def test_a_stock_schedule_can_be_named(tmp_path: Path) -> None:
+    command = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--eval_strategy", "no"]
+    _, _, args = options.parse([*command, "--lr_scheduler_type", "cosine", "--warmup_steps", "5"])
+    trainer = train.RecipeTrainer(model=torch.nn.Linear(1, 1), args=args)
+    trainer.create_optimizer_and_scheduler(200)
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.0, "the warmup begins at 0"
+    assert isinstance(trainer.lr_scheduler, torch.optim.lr_scheduler.LambdaLR)
