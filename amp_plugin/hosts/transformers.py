@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING, ForSequenceClassificationLoss
-from transformers.trainer_pt_utils import nested_gather
 from transformers.utils import logging
 
 from amp_plugin.hosts.training_args import AMPTrainingArguments
@@ -137,8 +136,8 @@ class AMPTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Stock log; a training record gains ``amp_loss``, ``sharpness`` and the perturbation's statistics."""
         if "loss" in logs and self._steps_summed:
-            for name, total in self._sums.items():
-                logs[name] = nested_gather(total, self.args.parallel_mode).mean().item() / self._steps_summed
+            means = self.accelerator.reduce(torch.stack(list(self._sums.values())), "mean") / self._steps_summed
+            logs.update(zip(self._sums, means.tolist(), strict=True))
             logs["sharpness"] = logs["amp_loss"] - logs["loss"]
             self._sums, self._steps_summed = {}, 0
         super().log(logs, start_time)
