@@ -281,6 +281,8 @@ class AMP(OptimizerWrapper):
             warnings.warn(
                 "AMP on 16-bit weights loses small displacements; use float32 weights and autocast", stacklevel=2
             )
+        if all(p.grad is None for p in self._params()):
+            warnings.warn("AMP: a pass left no gradient to ascend along", RuntimeWarning, stacklevel=3)
         if not self._open:
             self._ascents, self._open = 0, True
         self._perturbation.ascend(ascents.values())

@@ -531,3 +531,10 @@ def test_sharded_parameters_are_refused_and_nothing_moves() -> None:
         assert p.full_tensor().tolist() == [1.0] * 4
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_closure_without_backward_is_noticed() -> None:
+    model, (x, y) = small_net(), small_batches(1)[0]
+    optimizer = AMP(model.parameters(), 0.1)
+    with pytest.warns(RuntimeWarning, match="a pass left no gradient to ascend along"):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
