@@ -77,7 +77,7 @@ def plot_curves(records: Records, path: Path, title: str) -> None:
         (loss, "loss", "train, at the weights", _BLUE, "-"),
         (loss, "amp_loss", "train, worst in the ball", _ORANGE, "--"),
         (loss, "eval_loss", "test", _GREEN, "-."),
-        (error, "eval_error", "test", _GREEN, "-"),
+        (error, "eval_error", "", _GREEN, "-."),
         (rate, "learning_rate", "", _BLUE, "-"),
     ]
     for axes, key, label, colour, style in lines:
@@ -87,8 +87,7 @@ def plot_curves(records: Records, path: Path, title: str) -> None:
     for axes, name in ((loss, "loss (nats)"), (error, "error (%)"), (rate, "learning rate")):
         axes.set(xlabel="epoch", ylabel=name)
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(frameon=False)
     rate.set_yscale("log")
     figure.suptitle(title)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=120)
