@@ -70,7 +70,6 @@ class AMP(OptimizerWrapper):
     # A gradient scaler then calls step() even after an overflow (with `found_inf` and `grad_scale` set for the call),
     # so that the weights are put back; without this it would leave them at theta + delta.
     _step_supports_amp_scaling = True
-
     found_inf: Tensor
     grad_scale: Tensor | None
     _parked: dict[Tensor, Tensor]
@@ -193,7 +192,7 @@ class AMP(OptimizerWrapper):
         Raises:
             RuntimeError: no parameter has a gradient, or one is sparse.
         """
-        grads = [p.grad for p in self._params() if p.grad is not None]
+        grads = self.gradients()
         if not grads:
             raise RuntimeError("ascend() found no gradient: call backward() on the loss at the current weights first")
         try:
@@ -208,8 +207,12 @@ class AMP(OptimizerWrapper):
         """Put the exact bits of theta back, if the weights are displaced; drops the ascent."""
         self._perturbation.restore()
         self._open = False
-        if all(p.grad is None for p in self._params()):
+        if not self.gradients():
             self._ascents = 0  # no pass at theta + delta was made: a step now would be one without perturbation
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients that are there, in the order of the groups."""
+        return [p.grad for p in self._params() if p.grad is not None]
 
     def ascent_was_finite(self) -> bool:
         """Whether the last ascent's gradients were all finite; waits for the device if that is not known yet."""
@@ -278,10 +281,8 @@ class AMP(OptimizerWrapper):
                 ascents[p] = Ascent(p, p.grad, -inner_lr if group.get("maximize") else inner_lr, epsilon)
         if not self._warned_low_precision and any(p.dtype in LOW_PRECISION for p in ascents):
             self._warned_low_precision = True
-            warnings.warn(
-                "AMP on 16-bit weights loses small displacements; use float32 weights and autocast", stacklevel=2
-            )
-        if all(p.grad is None for p in self._params()):
+            warnings.warn("AMP on 16-bit weights loses small displacements; use float32 and autocast", stacklevel=2)
+        if not self.gradients():
             warnings.warn("AMP: a pass left no gradient to ascend along", RuntimeWarning, stacklevel=3)
         if not self._open:
             self._ascents, self._open = 0, True
@@ -309,7 +310,7 @@ class AMP(OptimizerWrapper):
             if self.found_inf.item():
                 return  # the scaler will lower its scale
             if self.grad_scale is not None:  # not unscaled yet
-                torch._foreach_div_([p.grad for p in self._params() if p.grad is not None], self.grad_scale.item())
+                torch._foreach_div_(self.gradients(), self.grad_scale.item())
         if ascended and not self.ascent_was_finite():
             self.skipped_steps += 1
             warnings.warn(

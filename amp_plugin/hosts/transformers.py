@@ -110,11 +110,9 @@ class AMPTrainer(Trainer):
             The loss of this micro-batch at theta, detached.
         """
         amp = self.amp
-        if amp is None:
-            if self.args.uses_amp:
-                raise RuntimeError(f"--optim {self.args.optim}, but the optimizer given to AMPTrainer is not AMP")
-            return super().training_step(model, inputs, num_items_in_batch)
-        if not amp.perturbs:
+        if amp is None and self.args.uses_amp:
+            raise RuntimeError(f"--optim {self.args.optim}, but the optimizer given to AMPTrainer is not AMP")
+        if amp is None or not amp.perturbs:
             return super().training_step(model, inputs, num_items_in_batch)
         try:
             if self._descent is None:
@@ -192,7 +190,7 @@ class AMPTrainer(Trainer):
 
     def _share_overflow(self, amp: AMP) -> None:
         """One process whose own ascent gradient is not finite makes all skip the step, or the replicas would part."""
-        grads = [p.grad for group in amp.param_groups for p in group["params"] if p.grad is not None]
+        grads = amp.gradients()
         taint = torch.stack(torch._foreach_norm(grads)).sum() * 0.0  # NaN if any entry is NaN or infinite
         grads[0].add_(self.accelerator.reduce(taint))
 
@@ -200,8 +198,7 @@ class AMPTrainer(Trainer):
         """fp16: an ascent that overflowed must make the gradient scaler skip this step and lower its scale."""
         if self.accelerator.scaler is None or amp.ascent_was_finite():
             return
-        grad = next(p.grad for group in amp.param_groups for p in group["params"] if p.grad is not None)
-        grad.fill_(torch.inf)
+        amp.gradients()[0].fill_(torch.inf)
 
     def _add(self, name: str, value: Tensor) -> None:
         value = value.detach().float()
