@@ -271,13 +271,6 @@ class AMP(OptimizerWrapper):
             if not (epsilon and inner_lr):
                 continue
             for p in group["params"]:
-                if hasattr(p, "device_mesh"):
-                    raise RuntimeError("AMP does not support sharded parameters (FSDP, DTensor) yet; use DDP instead")
-                if p.grad is not None and p.grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"AMP does not support sparse gradients (parameter of shape {tuple(p.shape)}); make them"
-                        " dense, e.g. nn.Embedding(sparse=False), or put the parameter in a group with epsilon=0"
-                    )
                 ascents[p] = Ascent(p, p.grad, -inner_lr if group.get("maximize") else inner_lr, epsilon)
         if not self._warned_low_precision and any(p.dtype in LOW_PRECISION for p in ascents):
             self._warned_low_precision = True

@@ -79,6 +79,9 @@ class Perturbation:
 
         A parameter displaced earlier but without a gradient now keeps its share of the displacement. If any
         gradient since theta was NaN or infinite, all parameters go to theta exactly, and :meth:`was_finite` is False.
+
+        Raises:
+            RuntimeError: a gradient is sparse or a parameter sharded; no parameter has moved.
         """
         again = self.active
         if not again:
@@ -152,6 +155,7 @@ class Perturbation:
         buckets: dict[tuple[object, ...], _Bucket] = {}
         entering: dict[Tensor, None] = {}
         for param, grad, inner_lr, epsilon in ascents:
+            _refuse_what_cannot_move(param, grad)
             if param not in self._displaced:
                 if grad is None:
                     continue
@@ -196,6 +200,16 @@ class _HostFlag:
         if self._event is not None:
             self._event.synchronize()
         return bool(self._host.tolist())
+
+
+def _refuse_what_cannot_move(param: Tensor, grad: Tensor | None) -> None:
+    if hasattr(param, "device_mesh"):
+        raise RuntimeError("AMP does not support sharded parameters (FSDP, DTensor) yet; use DDP instead")
+    if grad is not None and grad.layout != torch.strided:
+        raise RuntimeError(
+            f"AMP does not support sparse gradients (parameter of shape {tuple(param.shape)}); make them dense, e.g."
+            " nn.Embedding(sparse=False), or put the parameter in a group with epsilon=0"
+        )
 
 
 def _plain(tensor: Tensor) -> Tensor:
