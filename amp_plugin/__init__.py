@@ -10,7 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from amp_plugin import models as models
+from amp_plugin.attach import Attachment, attach, detach
+from amp_plugin.hosts.accelerate import amp_backward, watch_accelerate
+from amp_plugin.hosts.stock_trainer import watch_trainer
 from amp_plugin.hosts.timm import register_optimizers
+from amp_plugin.hosts.timm_tasks import watch_tasks
+from amp_plugin.loss import LossModule
 from amp_plugin.optimizer import AMP
 from amp_plugin.passes import ExtraPasses
 from amp_plugin.perturbation import Perturbation
@@ -24,9 +29,14 @@ __all__ = [
     "AMP",
     "AMPTrainer",
     "AMPTrainingArguments",
+    "Attachment",
     "ExtraPasses",
     "ImageClassificationMetric",
+    "LossModule",
     "Perturbation",
+    "amp_backward",
+    "attach",
+    "detach",
 ]
 __version__ = "0.1.0"
 
@@ -37,6 +47,9 @@ _LAZY = {
 }
 
 register_optimizers()
+watch_accelerate()
+watch_tasks()
+watch_trainer()
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ https://arxiv.org/abs/2010.04925. For one mini-batch, Algorithm 1 reads::
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -23,9 +24,13 @@ from torch.optim.optimizer import ParamsT
 from torch.utils._pytree import tree_map_only
 
 from amp_plugin.base import OptimizerFactory, check_not_negative, make_base
+from amp_plugin.compilation import not_compiled
 from amp_plugin.passes import ExtraPasses
-from amp_plugin.perturbation import LOW_PRECISION, Ascent, Norm, Perturbation
+from amp_plugin.perturbation import LOW_PRECISION, Ascent, Displacement, Norm, Perturbation
+from amp_plugin.sharding import is_distributed
 from amp_plugin.wrapper import OptimizerWrapper
+
+living: weakref.WeakSet[AMP] = weakref.WeakSet()  # for hosts that know only the module, or only the optimizer
 
 
 class AMP(OptimizerWrapper):
@@ -42,6 +47,8 @@ class AMP(OptimizerWrapper):
         optimizer.ascend()               # to theta + delta; clears the gradients
         loss_fn(model(x), y).backward()  # at theta + delta
         optimizer.step()                 # back to theta, then the base optimizer's step
+
+    or let the module make the passes (:func:`amp_plugin.attach`), in a loop that knows nothing of AMP.
 
     The groups and the state are the base optimizer's own, so schedulers and checkpoints see one optimizer.
     The step makes no host synchronisation of its own; only whether the ascent gradient was finite travels to
@@ -73,6 +80,9 @@ class AMP(OptimizerWrapper):
     found_inf: Tensor
     grad_scale: Tensor | None
     _parked: dict[Tensor, Tensor]
+    _finished: list[Displacement]
+    attached: bool
+    in_closure: bool
 
     def __init__(
         self,
@@ -119,6 +129,7 @@ class AMP(OptimizerWrapper):
         check_not_negative(**{k: param_group[k] for k in ("lr", "epsilon", "inner_lr") if k in param_group})
         super().add_param_group(param_group)
 
+    @not_compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, passes: ExtraPasses | None = None) -> Any:
         """One AMP step.
@@ -127,7 +138,8 @@ class AMP(OptimizerWrapper):
             closure: clears the gradients, computes the loss, calls ``backward()`` and returns the loss or
                 ``(outputs, loss)``. Called ``inner_iter + 1`` times. Gradients accumulated before the call are
                 kept out of the ascent and given back for the descent, unless the closure clears them. None:
-                :meth:`ascend` must have been called ``inner_iter`` times since the last step.
+                :meth:`ascend` must have been called ``inner_iter`` times since the last step. With an attached
+                module, which makes the passes itself, a closure is called once.
             passes: what the additional calls must leave alone; None: as in the released code, BatchNorm
                 statistics are updated and dropout masks drawn in every call.
 
@@ -138,27 +150,24 @@ class AMP(OptimizerWrapper):
             RuntimeError: no closure and no ascent, or gradients are sparse. Whatever is raised, the weights
                 are the unperturbed ones.
         """
-        if closure is None:
+        if closure is None or self.attached:
+            result = self._evaluate_once(closure) if closure else None
             try:
                 self._require_ascents()
             finally:
                 self.restore()
             self._descend()
-            return None
+            return tree_map_only(Tensor, Tensor.detach, result)
         if self._open:
             self.restore()
             raise RuntimeError("step(closure) after ascend(): call step() without a closure; the ascent was dropped")
-        if hasattr(self, "found_inf"):
-            raise RuntimeError(
-                "a gradient scaler cannot drive step(closure), because the closure's gradients carry the loss scale;"
-                " use backward(), ascend(grad_scale=scaler.get_scale()), backward(), scaler.step(optimizer), or"
-                " bfloat16, which needs no scaler"
-            )
+        self._refuse_scaled_closure()
         evaluate = torch.enable_grad()(closure)
         ascents = self.inner_iter if self.perturbs else 0
         if ascents:
             self._parked = {p: p.grad for p in self._params() if p.grad is not None}
             self._set_grads({})
+        self.in_closure = True
         try:
             with passes.clean() if passes else nullcontext():
                 result = evaluate()
@@ -175,10 +184,12 @@ class AMP(OptimizerWrapper):
             raise
         finally:
             self._parked = {}
+            self.in_closure = False
         self.restore()
         self._descend()
         return tree_map_only(Tensor, Tensor.detach, result)
 
+    @not_compiled
     @torch.no_grad()
     def ascend(self, *, grad_scale: float | Tensor = 1.0) -> None:
         """Take one ascent step along ``.grad`` and clear the gradients; the weights are now at theta + delta.
@@ -190,29 +201,57 @@ class AMP(OptimizerWrapper):
                 AMP, unlike SAM, does not normalise the gradient.
 
         Raises:
-            RuntimeError: no parameter has a gradient, or one is sparse.
+            RuntimeError: no parameter has a gradient, or one is sparse; or an attached module makes the ascent.
         """
-        grads = self.gradients()
-        if not grads:
-            raise RuntimeError("ascend() found no gradient: call backward() on the loss at the current weights first")
+        if self.attached:
+            raise RuntimeError("the attached module makes the ascent: call backward() and step(), or detach it first")
+        if not self.gradients():
+            raise RuntimeError(
+                "ascend() found no gradient: call backward() on the loss at the current weights first; under FSDP with"
+                " gradient synchronisation on, model.set_requires_gradient_sync(True)"
+            )
         try:
-            if not isinstance(grad_scale, float) or grad_scale != 1.0:
-                torch._foreach_div_(grads, grad_scale)
-            self._ascend()
+            self._ascend(grad_scale)
         except BaseException:
             self.restore()
             raise
 
+    @not_compiled
     def restore(self) -> None:
         """Put the exact bits of theta back, if the weights are displaced; drops the ascent."""
         self._perturbation.restore()
         self._open = False
-        if not self.gradients():
+        if self.attached or not self.gradients():
             self._ascents = 0  # no pass at theta + delta was made: a step now would be one without perturbation
+
+    def suspend(self) -> Displacement:
+        """Back to theta between a forward pass at theta + delta and its backward pass (:func:`amp_plugin.attach`)."""
+        self._open, self._ascents = False, 0
+        return self._perturbation.suspend()
+
+    def resume(self, displacement: Displacement) -> None:
+        """To theta + delta again, for the backward pass; RuntimeError if the weights have changed since."""
+        self._perturbation.resume(displacement)
+
+    def finish(self, displacement: Displacement) -> None:
+        """Back to theta after that backward pass: the gradients now are those of the descent."""
+        self._perturbation.restore()
+        self._finished.append(displacement)
 
     def gradients(self) -> list[Tensor]:
         """The gradients that are there, in the order of the groups."""
         return [p.grad for p in self._params() if p.grad is not None]
+
+    @torch.no_grad()
+    def pass_on_overflow(self) -> None:
+        """Tell a gradient scaler of an ascent that was not finite: a gradient of the descent becomes infinite.
+
+        To be called after the last backward pass, before the scaler's ``unscale_`` or ``step``. The scaler then skips
+        the step and lowers its scale. Without this call the step is skipped all the same, but the scale stays.
+        """
+        if self._ascents and not self.ascent_was_finite():
+            for grad in self.gradients()[:1]:
+                grad.fill_(torch.inf)
 
     def ascent_was_finite(self) -> bool:
         """Whether the last ascent's gradients were all finite; waits for the device if that is not known yet."""
@@ -222,9 +261,11 @@ class AMP(OptimizerWrapper):
         """Measures of the last ascent, see :meth:`Perturbation.statistics`; nothing is synchronised."""
         return self._perturbation.statistics()
 
+    @not_compiled
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients, including those that :meth:`step` keeps aside for the descent."""
         self._parked = {}
+        self._finished = []
         super().zero_grad(set_to_none)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -245,10 +286,14 @@ class AMP(OptimizerWrapper):
 
     def _reset(self, norm: Norm) -> None:
         """State that lives within one step only and is never saved."""
+        living.add(self)
         self._perturbation = Perturbation(norm)
         self._ascents = 0  # since the last step
         self._open = False  # between the first ascend() and restore() or step()
         self._parked = {}  # gradients from before step(closure)
+        self._finished = []  # where an attached module took the gradients that are there
+        self.attached = False  # by attach()
+        self.in_closure = False  # during step(closure)
         self._warned_low_precision = False
 
     def _require_clean(self, action: str) -> None:
@@ -263,7 +308,7 @@ class AMP(OptimizerWrapper):
         for p in self._params():
             p.grad = grads.get(p)
 
-    def _ascend(self) -> None:
+    def _ascend(self, grad_scale: float | Tensor = 1.0) -> None:
         ascents: dict[Tensor, Ascent] = {}
         for group in self.param_groups:
             epsilon, inner_lr = group["epsilon"], group["inner_lr"]
@@ -275,36 +320,56 @@ class AMP(OptimizerWrapper):
         if not self._warned_low_precision and any(p.dtype in LOW_PRECISION for p in ascents):
             self._warned_low_precision = True
             warnings.warn("AMP on 16-bit weights loses small displacements; use float32 and autocast", stacklevel=2)
+        sharded = [p for p in ascents if is_distributed(p) and p.requires_grad]
+        if sharded and all(p.grad is None for p in sharded):
+            raise RuntimeError(
+                "a pass left no gradient on the sharded parameters: leave gradient synchronisation on in the ascent"
+                " pass, model.set_requires_gradient_sync(True); without it FSDP keeps the gradients to itself"
+            )
         if not self.gradients():
             warnings.warn("AMP: a pass left no gradient to ascend along", RuntimeWarning, stacklevel=3)
         if not self._open:
             self._ascents, self._open = 0, True
-        self._perturbation.ascend(ascents.values())
+        self._perturbation.ascend(ascents.values(), grad_scale)
         self._set_grads({})
         self._ascents += 1
 
+    def _evaluate_once(self, closure: Callable[[], Any]) -> Any:
+        self._refuse_scaled_closure()
+        return torch.enable_grad()(closure)()
+
+    def _refuse_scaled_closure(self) -> None:
+        if hasattr(self, "found_inf"):
+            raise RuntimeError(
+                "a gradient scaler cannot drive step(closure), because the closure's gradients carry the loss scale;"
+                " use backward(), ascend(grad_scale=scaler.get_scale()), backward(), scaler.step(optimizer), or"
+                " bfloat16, which needs no scaler"
+            )
+
     def _require_ascents(self) -> None:
         """Refuse to train without the perturbation while claiming to train with it."""
-        if not self.perturbs or self._ascents == self.inner_iter:
+        if not self.perturbs or self._ascents == self.inner_iter or self._finished:
             return
         if not self._ascents and all(float(g["lr"]) == 0.0 for g in self.param_groups):
             return  # harmless, and how torch.distributed.checkpoint makes an optimizer build its state
         raise RuntimeError(
             f"AMP.step() without a closure needs {self.inner_iter} ascent step(s) before it, got {self._ascents}; it"
             " would train without the perturbation that you asked for. Use one of: optimizer.step(closure);"
-            " loss.backward(), optimizer.ascend(), loss.backward(), optimizer.step(); or amp_plugin.AMPTrainer."
+            " loss.backward(), optimizer.ascend(), loss.backward(), optimizer.step(); amp_plugin.attach(optimizer,"
+            " module) with a module that returns its loss; or amp_plugin.AMPTrainer."
             " (After an interrupted step, optimizer.restore() starts afresh.)"
         )
 
     def _descend(self) -> None:
         """The base optimizer's step at theta, unless the ascent was not finite."""
+        finished, self._finished = self._finished, []
         ascended, self._ascents = self._ascents > 0, 0
         if hasattr(self, "found_inf"):  # set by a gradient scaler for this call
             if self.found_inf.item():
                 return  # the scaler will lower its scale
             if self.grad_scale is not None:  # not unscaled yet
                 torch._foreach_div_(self.gradients(), self.grad_scale.item())
-        if ascended and not self.ascent_was_finite():
+        if (ascended and not self.ascent_was_finite()) or not all(d.was_finite() for d in finished):
             self.skipped_steps += 1
             warnings.warn(
                 "AMP: the ascent gradient had NaN or infinite entries; the step was skipped and the weights left as"
@@ -314,3 +379,10 @@ class AMP(OptimizerWrapper):
             )
             return
         self.base_optimizer.step()
+
+
+def find_amp(optimizer: Any) -> AMP | None:
+    """The AMP optimizer in whatever accelerate (``.optimizer``) or timm's Lookahead wrapped around it, or None."""
+    while optimizer is not None and not isinstance(optimizer, AMP):
+        optimizer = getattr(optimizer, "optimizer", None) or getattr(optimizer, "_base_optimizer", None)
+    return optimizer

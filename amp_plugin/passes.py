@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 BatchNormPolicy = Literal["clean", "all"]
 RngPolicy = Literal["same", "fresh"]
+SeenBuffers = list[tuple[Tensor, Tensor, int]]  # buffer, its value, autograd's version of it
 
 
 class ExtraPasses:
@@ -49,7 +50,28 @@ class ExtraPasses:
         """A pass at perturbed weights: replay the random numbers, put the buffers back afterwards."""
         for device, state in self._rng_states.items():
             _set_rng_state(device, state)
-        buffers = list(self.module.buffers()) if self.batch_norm == "clean" else []
+        with self._buffers_kept():
+            yield
+
+    def seen_buffers(self) -> SeenBuffers:
+        """At the end of an extra forward pass, what its backward pass may need to find in the buffers."""
+        buffers = self._kept()
+        return [(b, b.clone(), b._version) for b in buffers]
+
+    @contextmanager
+    def backward(self, seen: SeenBuffers) -> Iterator[None]:
+        """The backward pass of an extra forward pass that is over; checkpointed layers run again in it."""
+        with self._buffers_kept():
+            if seen:
+                buffers, values, versions = zip(*seen, strict=True)
+                with torch.no_grad():
+                    torch._foreach_copy_(buffers, values)
+                torch._C._autograd._unsafe_set_version_counter(buffers, versions)  # as the forward pass recorded it
+            yield
+
+    @contextmanager
+    def _buffers_kept(self) -> Iterator[None]:
+        buffers = self._kept()
         if not buffers:
             yield
             return
@@ -62,6 +84,9 @@ class ExtraPasses:
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(buffers, self._snapshot)
+
+    def _kept(self) -> list[Tensor]:
+        return list(self.module.buffers()) if self.batch_norm == "clean" else []
 
     def _devices(self) -> set[torch.device]:
         return {torch.device("cpu"), *(p.device for p in self.module.parameters())}

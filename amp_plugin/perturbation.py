@@ -6,11 +6,15 @@ https://arxiv.org/abs/2010.04925, section 4 (Algorithm 1).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+
+from amp_plugin.compilation import not_compiled
+from amp_plugin.sharding import Split, is_distributed, laid_out_like, local_part, split_of, whole_norms
 
 Norm = Literal["tensor", "global"]
 NORMS: tuple[str, ...] = get_args(Norm)
@@ -18,6 +22,9 @@ NORMS: tuple[str, ...] = get_args(Norm)
 # A float of that many bytes, read as an integer: multiplying the bits by 0 clears even NaN and inf.
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+# Autograd's version counters of displaced weights: out of reach of the small numbers that ordinary changes count to.
+_displacements = itertools.count(2**31)
 
 
 class Ascent(NamedTuple):
@@ -36,11 +43,36 @@ class Ascent(NamedTuple):
     epsilon: float
 
 
+class Displacement(NamedTuple):
+    """A point theta + delta that the weights have left for a while, and can be put back to.
+
+    Attributes:
+        params: the displaced parameters.
+        moved: their values at theta + delta.
+        theta_versions: autograd's version counters at theta.
+        moved_version: and at theta + delta, shared by all.
+        finite: 0-d bool on the device, whether all gradients of the ascent were finite; None if there were none.
+        flag: the same on its way to the host.
+    """
+
+    params: list[Tensor]
+    moved: list[Tensor]
+    theta_versions: list[int]
+    moved_version: int
+    finite: Tensor | None
+    flag: _HostFlag | None
+
+    def was_finite(self) -> bool:
+        """Whether all gradients of the ascent were finite; waits for the device if that is not known yet."""
+        return self.flag is None or self.flag.value()
+
+
 class _Bucket(NamedTuple):
     """Parameters that one batched kernel can treat together, as plain local real tensors."""
 
     inner_lr: float
     epsilon: float
+    split: Split | None
     params: list[Tensor]
     backups: list[Tensor]
     deltas: list[Tensor]
@@ -56,6 +88,10 @@ class Perturbation:
 
     Batched kernels throughout, no host synchronisation; statistics stay on the device until asked for.
     Memory: one copy of the displaced weights, kept from step to step.
+
+    Autograd's version counters tell the two points apart: each displacement has a number of its own, and theta has
+    its old one back after :meth:`restore`. So a graph recorded at one point cannot silently be differentiated at
+    another (autograd's own check fails), but can be at the same one.
     """
 
     def __init__(self, norm: Norm = "tensor") -> None:
@@ -63,7 +99,8 @@ class Perturbation:
             raise ValueError(f"norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
         self.norm: Norm = norm
         self._backups: dict[Tensor, Tensor] = {}
-        self._displaced: dict[Tensor, None] = {}
+        self._displaced: dict[Tensor, int] = {}  # with the version counter at theta
+        self._moved_version = 0
         self._ratios: list[tuple[Tensor, float]] = []
         self._finite: Tensor | None = None
         self._flag: _HostFlag | None = None
@@ -73,15 +110,20 @@ class Perturbation:
         """Whether the weights are displaced now."""
         return bool(self._displaced)
 
+    @not_compiled
     @torch.no_grad()
-    def ascend(self, ascents: Iterable[Ascent]) -> None:
-        """Move to ``theta + project(delta + inner_lr * grad)``; gradients are consumed.
+    def ascend(self, ascents: Iterable[Ascent], grad_scale: float | Tensor = 1.0) -> None:
+        """Move to ``theta + project(delta + inner_lr * grad / grad_scale)``; gradients are consumed.
 
         A parameter displaced earlier but without a gradient now keeps its share of the displacement. If any
         gradient since theta was NaN or infinite, all parameters go to theta exactly, and :meth:`was_finite` is False.
 
+        Args:
+            ascents: one for each parameter.
+            grad_scale: what the loss was multiplied by, > 0; a 0-d tensor costs no synchronisation.
+
         Raises:
-            RuntimeError: a gradient is sparse or a parameter sharded; no parameter has moved.
+            RuntimeError: a gradient is sparse, or a parameter a pending sum over processes; no parameter has moved.
         """
         again = self.active
         if not again:
@@ -89,13 +131,15 @@ class Perturbation:
         buckets = self._buckets(ascents)
         if not buckets:
             return
+        scales: list[Any] = [_step_length(b, grad_scale) for b in buckets]  # float or 0-d tensor
         if again:  # delta = (theta + delta) - theta, plus the new step
-            for b in buckets:
-                torch._foreach_mul_(b.deltas, b.inner_lr)
+            for b, scale in zip(buckets, scales, strict=True):
+                torch._foreach_mul_(b.deltas, scale)
                 torch._foreach_add_(b.deltas, b.params)
                 torch._foreach_sub_(b.deltas, b.backups)
-        scales = [1.0 if again else b.inner_lr for b in buckets]
-        ratios = [_norms(b.deltas) * (abs(scale) / b.epsilon) for b, scale in zip(buckets, scales, strict=True)]
+            scales = [1.0 for _ in buckets]
+        norms = [whole_norms(_norms(b.deltas), b.split) for b in buckets]
+        ratios = [n * (abs(scale) / b.epsilon) for b, n, scale in zip(buckets, norms, scales, strict=True)]
         finite = _all_finite(ratios)
         if again and self._finite is not None:
             finite = finite & self._finite
@@ -113,11 +157,13 @@ class Perturbation:
             if again:
                 torch._foreach_copy_(b.params, b.backups)
             torch._foreach_add_(b.params, b.deltas)
+        self._mark(next(_displacements))
         torch.clear_autocast_cache()
         self._ratios = [(ratio, b.epsilon) for b, ratio in zip(buckets, ratios, strict=True)]
         self._finite = finite
         self._flag = _HostFlag(finite)
 
+    @not_compiled
     @torch.no_grad()
     def restore(self) -> None:
         """Put back the exact bits of theta, in place; nothing to do if the weights are not displaced."""
@@ -125,7 +171,38 @@ class Perturbation:
             return
         params = [_plain(p) for p in self._displaced]
         torch._foreach_copy_(params, [self._backups[p] for p in self._displaced])
+        _set_versions(self._displaced, self._displaced.values())
         self._displaced = {}
+        torch.clear_autocast_cache()
+
+    @not_compiled
+    @torch.no_grad()
+    def suspend(self) -> Displacement:
+        """Like :meth:`restore`, but keeps theta + delta, so that :meth:`resume` can go back there."""
+        params = list(self._displaced)
+        moved = [_plain(p).clone() for p in params]
+        versions = list(self._displaced.values())
+        displacement = Displacement(params, moved, versions, self._moved_version, self._finite, self._flag)
+        self.restore()
+        return displacement
+
+    @not_compiled
+    @torch.no_grad()
+    def resume(self, displacement: Displacement) -> None:
+        """Go back to a suspended theta + delta, to the exact bits.
+
+        Raises:
+            RuntimeError: theta has changed since, or the weights are displaced already; nothing has moved.
+        """
+        if self.active:
+            raise RuntimeError("the weights are at another theta + delta already")
+        params, moved, theta_versions, moved_version, *_ = displacement
+        if [_version(p) for p in params] != theta_versions:
+            raise RuntimeError("the weights have changed since they were perturbed")
+        self._displaced = dict(zip(params, theta_versions, strict=True))
+        if params:
+            torch._foreach_copy_([_plain(p) for p in params], moved)
+        self._mark(moved_version)
         torch.clear_autocast_cache()
 
     def was_finite(self) -> bool:
@@ -150,22 +227,28 @@ class Perturbation:
         moved = self._finite.to(device)  # if not, the weights stayed at theta
         return {"perturbation_norm": torch.where(moved, norm, 0.0), "clipped": torch.where(moved, clipped, 0.0)}
 
+    def _mark(self, version: int) -> None:
+        """Number this displacement, for autograd's check of what a graph was recorded with."""
+        self._moved_version = version
+        _set_versions(self._displaced, [version] * len(self._displaced))
+
     def _buckets(self, ascents: Iterable[Ascent]) -> list[_Bucket]:
-        """Back up parameters that are not displaced yet; group by device, dtype and hyper-parameters."""
+        """Back up parameters that are not displaced yet; group by device, dtype, hyper-parameters and sharding."""
         buckets: dict[tuple[object, ...], _Bucket] = {}
-        entering: dict[Tensor, None] = {}
+        entering: dict[Tensor, int] = {}
         for param, grad, inner_lr, epsilon in ascents:
             _refuse_what_cannot_move(param, grad)
             if param not in self._displaced:
                 if grad is None:
                     continue
-                entering[param] = None
+                entering[param] = _version(param)
             plain = _plain(param)
-            key = (plain.device, plain.dtype, inner_lr, epsilon)
-            bucket = buckets.setdefault(key, _Bucket(inner_lr, epsilon, [], [], []))
+            split = split_of(param)
+            key = (plain.device, plain.dtype, inner_lr, epsilon, split)
+            bucket = buckets.setdefault(key, _Bucket(inner_lr, epsilon, split, [], [], []))
             bucket.params.append(plain)
             bucket.backups.append(self._backup(param, plain))
-            bucket.deltas.append(torch.zeros_like(plain) if grad is None else _plain(grad))
+            bucket.deltas.append(torch.zeros_like(plain) if grad is None else _plain(laid_out_like(grad, param)))
         if entering:
             torch._foreach_copy_([self._backups[p] for p in entering], [_plain(p) for p in entering])
             self._displaced.update(entering)  # only now: restore() must never meet a backup that is not filled
@@ -203,8 +286,8 @@ class _HostFlag:
 
 
 def _refuse_what_cannot_move(param: Tensor, grad: Tensor | None) -> None:
-    if hasattr(param, "device_mesh"):
-        raise RuntimeError("AMP does not support sharded parameters (FSDP, DTensor) yet; use DDP instead")
+    if hasattr(param, "_fsdp_flattened"):  # its norm would be that of this process's piece of a flat buffer
+        raise RuntimeError("AMP does not support FullyShardedDataParallel (FSDP1); use fully_shard (FSDP2) or DDP")
     if grad is not None and grad.layout != torch.strided:
         raise RuntimeError(
             f"AMP does not support sparse gradients (parameter of shape {tuple(param.shape)}); make them dense, e.g."
@@ -212,8 +295,28 @@ def _refuse_what_cannot_move(param: Tensor, grad: Tensor | None) -> None:
         )
 
 
+def _step_length(bucket: _Bucket, grad_scale: float | Tensor) -> float | Tensor:
+    """What the gradients are to be multiplied by; a tensor on their device if the scale is one."""
+    if isinstance(grad_scale, Tensor):
+        delta = bucket.deltas[0]
+        return bucket.inner_lr / grad_scale.to(delta.device, torch.promote_types(delta.dtype, torch.float32))
+    return bucket.inner_lr / grad_scale
+
+
+def _version(param: Tensor) -> int:
+    """How often autograd has seen this tensor change; sharded tensors are looked after by their host."""
+    return 0 if is_distributed(param) else param._version
+
+
+def _set_versions(params: Iterable[Tensor], versions: Iterable[int]) -> None:
+    plain = [(p, v) for p, v in zip(params, versions, strict=True) if not is_distributed(p)]
+    if plain:
+        torch._C._autograd._unsafe_set_version_counter(*map(tuple, zip(*plain, strict=True)))
+
+
 def _plain(tensor: Tensor) -> Tensor:
-    """The same storage as a real tensor."""
+    """What this process holds of a tensor, in the same storage, as a real tensor."""
+    tensor = local_part(tensor)
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 

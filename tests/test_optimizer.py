@@ -515,20 +515,21 @@ def test_an_ascent_dropped_by_restore_does_not_count() -> None:
         optimizer.step()
 
 
-def test_sharded_parameters_are_refused_and_nothing_moves() -> None:
-    from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+def test_parameters_that_are_pending_sums_are_refused_and_nothing_moves() -> None:
+    """Sharded parameters, which are not, are tested in test_fsdp.py."""
+    from torch.distributed.tensor import DTensor, Partial, init_device_mesh
 
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        sharded = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,)), [Shard(0)])
-        p = nn.Parameter(sharded)
-        assert isinstance(p, DTensor)
-        (p * p).sum().backward()
-        optimizer = AMP([p], 0.1)
-        with pytest.raises(RuntimeError, match=r"sharded parameters \(FSDP, DTensor\) yet; use DDP"):
+        terms = DTensor.from_local(torch.ones(4), init_device_mesh("cpu", (1,)), [Partial()])
+        params = [nn.Parameter(torch.ones(2)), nn.Parameter(terms)]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer = AMP(params, 0.1)
+        with pytest.raises(RuntimeError, match="a parameter that is a pending sum"):
             optimizer.ascend()
         assert not optimizer.perturbed
-        assert p.full_tensor().tolist() == [1.0] * 4
+        assert [params[0].tolist(), params[1].to_local().tolist()] == [[1.0] * 2, [1.0] * 4]
     finally:
         torch.distributed.destroy_process_group()
 

@@ -1,0 +1,264 @@
+"""AMP inside a module's forward and backward passes, for loops that know nothing of it.
+
+The module must return its loss. In training mode its forward pass first makes the ascent (`inner_iter` passes of its
+own, at theta and beyond) and then runs at theta + delta; the weights are theta again when it returns. The backward
+pass of the returned loss goes to theta + delta once more and comes back when it ends, however it ends. So the gradient
+that ``loss.backward()`` leaves is AMP's, and at no other time is a weight displaced.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator, Iterator, MutableMapping
+from contextlib import ExitStack, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from amp_plugin.compilation import not_compiled, not_compiled_itself
+from amp_plugin.descent import AtDisplacement, Descent
+from amp_plugin.distributed import average_gradients, data_parallel, share_overflow
+from amp_plugin.loss import loss_of, with_loss
+from amp_plugin.optimizer import AMP, find_amp
+from amp_plugin.passes import BatchNormPolicy, ExtraPasses, RngPolicy
+
+# The attachment whose module is between the begin and the end of its perturbed forward pass, in this thread.
+_running: ContextVar[Attachment | None] = ContextVar("running", default=None)
+# The passes of an ascent: each gives the arguments of one call of the module, and is sent what that returned.
+_Passes = Generator[tuple[tuple[Any, ...], dict[str, Any]], Any, None]
+
+
+def attach(
+    optimizer: Optimizer,
+    module: nn.Module,
+    *,
+    batch_norm: BatchNormPolicy = "clean",
+    rng: RngPolicy = "same",
+    sync_ascent: bool = True,
+) -> Attachment:
+    """Make a module that returns its loss train with AMP in a plain ``loss.backward(); optimizer.step()`` loop.
+
+    Each training forward pass costs ``inner_iter + 1`` passes. The loss it returns has the value at the clean weights
+    and the gradient at the perturbed ones; other outputs are those of the perturbed pass. With gradient accumulation
+    each micro-batch is perturbed for itself (:class:`amp_plugin.AMPTrainer` treats the window as one batch). In eval
+    mode, or without gradients, the module is left alone.
+
+    Args:
+        optimizer: an :class:`amp_plugin.AMP`, also inside accelerate's or timm's Lookahead's wrapper.
+        module: its forward returns the mean loss of the batch, a mapping with ``"loss"``, or an object with ``.loss``.
+            For a model and a criterion, see :class:`amp_plugin.LossModule`. First ``fully_shard``, then attach.
+        batch_norm: which passes update running statistics, see :class:`amp_plugin.ExtraPasses`.
+        rng: whether all passes use the same dropout masks, see there.
+        sync_ascent: under DDP, average the ascent's gradients over the processes, so that any number of processes
+            equals one; else each process perturbs along its own.
+
+    Returns:
+        The attachment, with the losses of the last forward pass; ``detach(module)`` undoes it.
+
+    Raises:
+        TypeError: the optimizer is not AMP.
+        ValueError: the module does not hold the optimizer's parameters, it or a part of it is attached already, or
+            the optimizer is.
+    """
+    amp = find_amp(optimizer)
+    if amp is None:
+        raise TypeError(f"attach() needs amp_plugin.AMP, got {type(optimizer).__name__}")
+    if amp.attached:
+        raise ValueError("this optimizer is attached to a module already; detach() that first")
+    if next(_attachments(module), None) is not None:
+        raise ValueError("this module, or a part of it, is attached already; detach() it first")
+    held = set(module.parameters())
+    missing = [p for group in amp.param_groups for p in group["params"] if p not in held]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the optimizer's parameters (the first of shape {tuple(missing[0].shape)}) are not in"
+            " the module, so their gradient would not be AMP's; attach to the module that holds all of them"
+        )
+    return Attachment(amp, module, ExtraPasses(module, batch_norm=batch_norm, rng=rng), sync_ascent)
+
+
+def detach(module: nn.Module) -> None:
+    """Undo :func:`attach`; ValueError if the module is not attached."""
+    for attachment in _attachments(module):
+        if attachment.module is module:
+            attachment.detach()
+            return
+    raise ValueError(f"this {type(module).__name__} is not attached")
+
+
+class Attachment:
+    """What :func:`attach` put on a module. A copy of the module, made by copying or pickling, is not attached.
+
+    Attributes:
+        loss: 0-d, the loss of the last training pass at the clean weights; None before the first.
+        amp_loss: 0-d, at the perturbed ones.
+    """
+
+    def __init__(self, amp: AMP | None, module: nn.Module | None, passes: ExtraPasses | None, sync: bool) -> None:
+        self.loss: Tensor | None = None
+        self.amp_loss: Tensor | None = None
+        self.amp, self.module, self.passes, self._sync_ascent = amp, module, passes, sync
+        self._ascending = False
+        self._forward: ExitStack | None = None
+        # The loss's last upstream gradient, which is the loss scale, as a power of two: an fp16 ascent needs it too.
+        self.grad_scale: Tensor | None = None
+        if amp is None or module is None:
+            return
+        amp.attached = True
+        self._sharded = _is_fully_sharded(module)
+        # Around everything that a host hooks on the module (FSDP gathers the weights in a hook of its own).
+        self._handles = [
+            module.register_forward_pre_hook(self.before, prepend=True, with_kwargs=True),
+            module.register_forward_hook(self.after, with_kwargs=True, always_call=True),
+        ]
+
+    def __reduce__(self) -> Any:
+        return Attachment, (None, None, None, True)
+
+    def detach(self) -> None:
+        """Leave the module and the optimizer as they were before :func:`attach`."""
+        if self.amp is None:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self.amp.restore()
+        self.amp.attached = False
+        self.amp = self.module = self.passes = None
+
+    @not_compiled_itself
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The forward pre-hook: the ascent. Compiled or not, it is this frame that calls the module."""
+        passes = self._ascent(module, args, kwargs)
+        call = _advance(passes)
+        while call is not None:
+            try:
+                output = module(*call[0], **call[1])
+            except BaseException as error:
+                _advance(passes, error=error)
+                raise
+            call = _advance(passes, output)
+
+    def _ascent(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Passes:
+        """All that comes before the perturbed forward pass, if there shall be one."""
+        amp, passes = self.amp, self.passes
+        if amp is None or passes is None or self._ascending or not (module.training and torch.is_grad_enabled()):
+            return
+        if _running.get() is not None:
+            raise RuntimeError("an attached module was called in the forward pass of another one; attach only one")
+        if amp.perturbed:
+            raise RuntimeError("an attached module was called while its weights are perturbed by optimizer.ascend()")
+        if not amp.perturbs:
+            return
+        self._refuse_what_came_later(module)
+        yield from self._passes(amp, passes, module, args, kwargs)
+        _running.set(self)
+        self._forward = ExitStack()
+        self._forward.enter_context(passes.extra())
+
+    @not_compiled
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The forward hook: back to theta, and the loss on its way to the backward pass."""
+        amp = self.amp
+        if amp is None or self._forward is None or self._ascending:
+            return None
+        forward, self._forward = self._forward, None
+        _running.set(None)
+        seen = self.passes.seen_buffers() if self.passes and output is not None else []
+        try:
+            forward.close()
+            loss = loss_of(output, module) if output is not None else None  # None: the forward pass failed
+        except BaseException:
+            amp.restore()
+            raise
+        if loss is None:
+            amp.restore()
+            return None
+        self.amp_loss = loss.detach()
+        descent = Descent(self, amp.suspend(), seen)
+        return with_loss(output, AtDisplacement.apply(loss, self.loss, descent))
+
+    def _refuse_what_came_later(self, module: nn.Module) -> None:
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError("an attached module does not work in nn.DataParallel; use DistributedDataParallel")
+        if _is_fully_sharded(module) and not self._sharded:
+            raise RuntimeError("attach() came before fully_shard() on the same module; call fully_shard() first")
+
+    def _passes(self, amp: AMP, passes: ExtraPasses, module: nn.Module, args: Any, kwargs: Any) -> _Passes:
+        """The passes before the last one; gradients that the loop has accumulated are put aside meanwhile."""
+        params = list(dict.fromkeys([*module.parameters(), *(p for g in amp.param_groups for p in g["params"])]))
+        grads = [p.grad for p in params]
+        versions = [t._version for t in _tensors((args, kwargs))]
+        ddp = data_parallel(module)
+        if ddp is not None and ddp.static_graph:
+            raise RuntimeError(
+                "DistributedDataParallel(static_graph=True) loses count of the passes that it does not synchronise"
+                " (https://github.com/pytorch/pytorch/issues/143580), as an attached module's ascents are; leave"
+                " static_graph off"
+            )
+        self._ascending = True
+        try:
+            for p in params:
+                p.grad = None
+            for i in range(amp.inner_iter):
+                with passes.extra() if i else passes.clean(), nullcontext() if ddp is None else ddp.no_sync():
+                    loss = loss_of((yield _fresh(args), _fresh(kwargs)), module)
+                    if not loss.requires_grad:
+                        raise RuntimeError("the loss of an attached module requires no gradient, so there is no ascent")
+                    if i == 0:
+                        self.loss = loss.detach()
+                    scale = self.grad_scale
+                    with torch.autocast(loss.device.type, enabled=False):
+                        loss.backward(None if scale is None else scale.to(loss).expand_as(loss))  # type: ignore[no-untyped-call]
+                if versions != [t._version for t in _tensors((args, kwargs))]:
+                    raise RuntimeError(
+                        f"{type(module).__name__} changes its input in place, so a second pass would see another batch;"
+                        " change a copy instead"
+                    )
+                if ddp is not None:
+                    share = average_gradients if self._sync_ascent else share_overflow
+                    share([p for g in amp.param_groups for p in g["params"] if p.requires_grad], ddp.process_group)
+                amp._ascend(1.0 if scale is None else scale)
+        except BaseException:
+            amp.restore()
+            raise
+        finally:
+            self._ascending = False
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
+
+
+@not_compiled
+def _advance(passes: _Passes, output: Any = None, error: BaseException | None = None) -> Any:
+    """To the next call of the module, or None if there is none."""
+    try:
+        return passes.send(output) if error is None else passes.throw(error)
+    except StopIteration:
+        return None
+
+
+def _attachments(module: nn.Module) -> Iterator[Attachment]:
+    """Those of the module and of its parts."""
+    for part in module.modules():
+        for hook in part._forward_pre_hooks.values():
+            attachment = getattr(hook, "__self__", None)
+            if isinstance(attachment, Attachment) and attachment.module is part:
+                yield attachment
+
+
+def _is_fully_sharded(module: nn.Module) -> bool:
+    return hasattr(module, "set_requires_gradient_sync")
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor) and not t.is_inference()]
+
+
+def _fresh(arguments: Any) -> Any:
+    """Arguments for a pass of our own, which may take a batch dict to pieces."""
+    if isinstance(arguments, dict):
+        return {k: copy.copy(v) if isinstance(v, MutableMapping) else v for k, v in arguments.items()}
+    return tuple(copy.copy(v) if isinstance(v, MutableMapping) else v for v in arguments)

@@ -1,0 +1,56 @@
+"""timm's training tasks, found on their own: the stock train.py trains with AMP when it imports this package.
+
+The stock script makes the optimizer and the task apart from each other (``--opt amp --device-modules amp_plugin``), so
+a task looks for the AMP optimizer of its parameters at its first training pass.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from timm.task import TrainingTask
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from amp_plugin.attach import attach
+from amp_plugin.optimizer import AMP, living
+
+_logger = logging.getLogger(__name__)
+
+
+def watch_tasks() -> None:
+    """Attach AMP to every `timm.task.TrainingTask` from now on, when it first trains parameters of an AMP optimizer."""
+    register_module_module_registration_hook(_on_registration)
+
+
+def _on_registration(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    # The hook goes on the task and not on its model, which timm copies for its moving average.
+    if isinstance(module, TrainingTask) and _attach_when_training not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(_attach_when_training, with_kwargs=True, prepend=True)
+
+
+def _attach_when_training(task: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not (task.training and torch.is_grad_enabled()):
+        return
+    amp = _optimizer_of(task)
+    if amp is None:
+        return
+    attachment = attach(amp, task)
+    for handle, hook in list(task._forward_pre_hooks.items()):
+        if hook is _attach_when_training:
+            del task._forward_pre_hooks[handle], task._forward_pre_hooks_with_kwargs[handle]
+    _logger.info("Adversarial Model Perturbation is attached to %s: %r", type(task).__name__, amp)
+    attachment.before(task, args, kwargs)  # its hook comes too late for the pass that is beginning
+
+
+def _optimizer_of(task: nn.Module) -> AMP | None:
+    held: set[Any] = set()
+    for amp in living:
+        if amp.attached or amp.in_closure:
+            continue
+        held = held or set(task.parameters())
+        if all(p in held for group in amp.param_groups for p in group["params"]):
+            return amp
+    return None

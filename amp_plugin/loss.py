@@ -1,0 +1,60 @@
+"""Modules that return their loss: alone, as ``.loss``, or under ``"loss"``, as transformers and timm's tasks do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class LossModule(nn.Module):
+    """A model and a criterion as one module that returns its loss, for :func:`attach`.
+
+    Args:
+        model: called with all arguments but the last.
+        criterion: mean loss of a batch, called as ``criterion(outputs, targets)``.
+    """
+
+    def __init__(self, model: nn.Module, criterion: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.criterion = criterion
+
+    def forward(self, *inputs_and_targets: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return ``{"loss": 0-d tensor, "output": what the model returned}``; the last argument is the targets."""
+        *inputs, targets = inputs_and_targets
+        output = self.model(*inputs, **kwargs)
+        return {"loss": self.criterion(output, targets), "output": output}
+
+
+def loss_of(output: Any, module: nn.Module) -> Tensor:
+    """The loss in what the module returned; TypeError if there is none, or if it is not a scalar."""
+    if isinstance(output, Tensor):
+        loss: Any = output
+    else:
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss
+    found = (
+        f"a loss of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(output).__name__} with no loss"
+    )
+    raise TypeError(
+        f"{type(module).__name__} returned {found}, but attach() needs the mean loss in training mode: a scalar tensor,"
+        " an object with .loss, or a mapping with 'loss'. For a model and a criterion attach to"
+        " amp_plugin.LossModule(model, criterion); for label smoothing or compute_loss_func in transformers use"
+        " amp_plugin.AMPTrainer"
+    )
+
+
+def with_loss(output: Any, loss: Tensor) -> Any:
+    """The same output with another loss."""
+    if isinstance(output, Tensor):
+        return loss
+    if isinstance(output, MutableMapping):
+        output["loss"] = loss
+    elif isinstance(output, tuple) and hasattr(output, "_replace"):
+        return output._replace(loss=loss)
+    else:
+        output.loss = loss
+    return output
