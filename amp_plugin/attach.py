@@ -8,8 +8,7 @@ that ``loss.backward()`` leaves is AMP's, and at no other time is a weight displ
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Generator, Iterator, MutableMapping
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -17,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
+from amp_plugin.arguments import fresh, tensors_in
 from amp_plugin.compilation import not_compiled, not_compiled_itself
 from amp_plugin.descent import AtDisplacement, Descent
 from amp_plugin.distributed import average_gradients, data_parallel, share_overflow
 from amp_plugin.loss import loss_of, with_loss
 from amp_plugin.optimizer import AMP, find_amp
 from amp_plugin.passes import BatchNormPolicy, ExtraPasses, RngPolicy
+from amp_plugin.sharding import is_distributed
 
 # The attachment whose module is between the begin and the end of its perturbed forward pass, in this thread.
 _running: ContextVar[Attachment | None] = ContextVar("running", default=None)
@@ -69,21 +69,15 @@ def attach(
         raise TypeError(f"attach() needs amp_plugin.AMP, got {type(optimizer).__name__}")
     if amp.attached:
         raise ValueError("this optimizer is attached to a module already; detach() that first")
-    if next(_attachments(module), None) is not None:
+    if next(attachments(module), None) is not None:
         raise ValueError("this module, or a part of it, is attached already; detach() it first")
-    held = set(module.parameters())
-    missing = [p for group in amp.param_groups for p in group["params"] if p not in held]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of the optimizer's parameters (the first of shape {tuple(missing[0].shape)}) are not in"
-            " the module, so their gradient would not be AMP's; attach to the module that holds all of them"
-        )
+    _require_held(amp, module)
     return Attachment(amp, module, ExtraPasses(module, batch_norm=batch_norm, rng=rng), sync_ascent)
 
 
 def detach(module: nn.Module) -> None:
     """Undo :func:`attach`; ValueError if the module is not attached."""
-    for attachment in _attachments(module):
+    for attachment in attachments(module):
         if attachment.module is module:
             attachment.detach()
             return
@@ -96,6 +90,7 @@ class Attachment:
     Attributes:
         loss: 0-d, the loss of the last training pass at the clean weights; None before the first.
         amp_loss: 0-d, at the perturbed ones.
+        handles: of the hooks that :meth:`detach` removes.
     """
 
     def __init__(self, amp: AMP | None, module: nn.Module | None, passes: ExtraPasses | None, sync: bool) -> None:
@@ -110,8 +105,11 @@ class Attachment:
             return
         amp.attached = True
         self._sharded = _is_fully_sharded(module)
+        # torch runs the hook after a pass that fails, but not after one that is interrupted. Copies do not keep this.
+        self._call = module._compiled_call_impl or module._call_impl
+        module._compiled_call_impl = self.guarded_call
         # Around everything that a host hooks on the module (FSDP gathers the weights in a hook of its own).
-        self._handles = [
+        self.handles = [
             module.register_forward_pre_hook(self.before, prepend=True, with_kwargs=True),
             module.register_forward_hook(self.after, with_kwargs=True, always_call=True),
         ]
@@ -121,13 +119,32 @@ class Attachment:
 
     def detach(self) -> None:
         """Leave the module and the optimizer as they were before :func:`attach`."""
-        if self.amp is None:
+        if self.amp is None or self.module is None:
             return
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
+        if self.module._compiled_call_impl == self.guarded_call:
+            self.module._compiled_call_impl = None if self._call == self.module._call_impl else self._call
         self.amp.restore()
         self.amp.attached = False
         self.amp = self.module = self.passes = None
+
+    @not_compiled_itself
+    def guarded_call(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module; an exception of any kind, KeyboardInterrupt among them, finds the weights at theta."""
+        try:
+            return self._call(*args, **kwargs)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _abandon(self) -> None:
+        if self.amp is not None:
+            self.amp.restore()
+        if self._forward is not None:
+            forward, self._forward = self._forward, None
+            _running.set(None)
+            forward.close()
 
     @not_compiled_itself
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -142,6 +159,7 @@ class Attachment:
                 raise
             call = _advance(passes, output)
 
+    @not_compiled
     def _ascent(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Passes:
         """All that comes before the perturbed forward pass, if there shall be one."""
         amp, passes = self.amp, self.passes
@@ -167,6 +185,7 @@ class Attachment:
             return None
         forward, self._forward = self._forward, None
         _running.set(None)
+        _reshard(module)
         seen = self.passes.seen_buffers() if self.passes and output is not None else []
         try:
             forward.close()
@@ -186,12 +205,16 @@ class Attachment:
             raise RuntimeError("an attached module does not work in nn.DataParallel; use DistributedDataParallel")
         if _is_fully_sharded(module) and not self._sharded:
             raise RuntimeError("attach() came before fully_shard() on the same module; call fully_shard() first")
+        if self.amp is not None:
+            _require_held(self.amp, module)
 
     def _passes(self, amp: AMP, passes: ExtraPasses, module: nn.Module, args: Any, kwargs: Any) -> _Passes:
         """The passes before the last one; gradients that the loop has accumulated are put aside meanwhile."""
         params = list(dict.fromkeys([*module.parameters(), *(p for g in amp.param_groups for p in g["params"])]))
         grads = [p.grad for p in params]
-        versions = [t._version for t in _tensors((args, kwargs))]
+        if all(grad is None for grad in grads):
+            amp.zero_grad()  # forget a step that the gradient scaler skipped
+        versions = [t._version for t in tensors_in((args, kwargs))]
         ddp = data_parallel(module)
         if ddp is not None and ddp.static_graph:
             raise RuntimeError(
@@ -205,7 +228,7 @@ class Attachment:
                 p.grad = None
             for i in range(amp.inner_iter):
                 with passes.extra() if i else passes.clean(), nullcontext() if ddp is None else ddp.no_sync():
-                    loss = loss_of((yield _fresh(args), _fresh(kwargs)), module)
+                    loss = loss_of((yield fresh(args), fresh(kwargs)), module)
                     if not loss.requires_grad:
                         raise RuntimeError("the loss of an attached module requires no gradient, so there is no ascent")
                     if i == 0:
@@ -213,7 +236,7 @@ class Attachment:
                     scale = self.grad_scale
                     with torch.autocast(loss.device.type, enabled=False):
                         loss.backward(None if scale is None else scale.to(loss).expand_as(loss))  # type: ignore[no-untyped-call]
-                if versions != [t._version for t in _tensors((args, kwargs))]:
+                if versions != [t._version for t in tensors_in((args, kwargs))]:
                     raise RuntimeError(
                         f"{type(module).__name__} changes its input in place, so a second pass would see another batch;"
                         " change a copy instead"
@@ -240,7 +263,7 @@ def _advance(passes: _Passes, output: Any = None, error: BaseException | None = 
         return None
 
 
-def _attachments(module: nn.Module) -> Iterator[Attachment]:
+def attachments(module: nn.Module) -> Iterator[Attachment]:
     """Those of the module and of its parts."""
     for part in module.modules():
         for hook in part._forward_pre_hooks.values():
@@ -249,16 +272,23 @@ def _attachments(module: nn.Module) -> Iterator[Attachment]:
                 yield attachment
 
 
+def _require_held(amp: AMP, module: nn.Module) -> None:
+    held = set(module.parameters())
+    params = [p for group in amp.param_groups for p in group["params"]]
+    missing = [p for p in params if p not in held and not is_distributed(p)]  # FSDP shows gathered ones for a while
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the optimizer's parameters (the first of shape {tuple(missing[0].shape)}) are not in"
+            " the module, so their gradient would not be AMP's; attach to the module that holds all of them"
+        )
+
+
 def _is_fully_sharded(module: nn.Module) -> bool:
     return hasattr(module, "set_requires_gradient_sync")
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(tree) if isinstance(t, Tensor) and not t.is_inference()]
-
-
-def _fresh(arguments: Any) -> Any:
-    """Arguments for a pass of our own, which may take a batch dict to pieces."""
-    if isinstance(arguments, dict):
-        return {k: copy.copy(v) if isinstance(v, MutableMapping) else v for k, v in arguments.items()}
-    return tuple(copy.copy(v) if isinstance(v, MutableMapping) else v for v in arguments)
+def _reshard(module: nn.Module) -> None:
+    """Drop what FSDP has gathered at theta + delta; the backward pass gathers it there again, and nothing else may."""
+    for part in module.modules():
+        if _is_fully_sharded(part):
+            part.reshard()  # type: ignore[operator]

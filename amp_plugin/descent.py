@@ -11,7 +11,7 @@ from torch.autograd.function import Function, FunctionCtx
 
 from amp_plugin.compilation import not_compiled
 from amp_plugin.optimizer import AMP
-from amp_plugin.passes import SeenBuffers
+from amp_plugin.passes import SeenBuffer
 from amp_plugin.perturbation import Displacement
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Descent:
     """The backward pass of one perturbed forward pass."""
 
-    def __init__(self, attachment: Attachment, displacement: Displacement, seen: SeenBuffers) -> None:
+    def __init__(self, attachment: Attachment, displacement: Displacement, seen: list[SeenBuffer]) -> None:
         self.attachment = attachment
         self.seen = seen
         self.moved = displacement.moved
@@ -38,9 +38,13 @@ class Descent:
                 "two losses of an attached module in one backward pass, each with a perturbation of its own; call"
                 " backward() on each, or attach to a module that adds them up"
             )
-        amp.resume(self.displacement._replace(moved=list(moved)))
-        end = _End(amp, self.displacement, passes.backward(self.seen))
-        torch.autograd.Variable._execution_engine.queue_callback(end)
+        try:
+            amp.resume(self.displacement._replace(moved=list(moved)))
+            end = _End(amp, self.displacement, passes.backward(self.seen))
+            torch.autograd.Variable._execution_engine.queue_callback(end)
+        except BaseException:
+            amp.restore()
+            raise
         self.attachment.grad_scale = _power_of_two(grad)
         finite = self.displacement.finite
         # An ascent that overflowed must reach whoever looks at the gradients: the gradient scaler, other processes.
@@ -51,24 +55,23 @@ class _End:
     """Called when the backward pass is over; merely deleted, with the engine's record of it, when it fails."""
 
     def __init__(self, amp: AMP, displacement: Displacement, buffers: AbstractContextManager[None]) -> None:
-        self._amp: AMP | None = amp
-        self._displacement = displacement
-        self._buffers = ExitStack()
-        self._buffers.enter_context(buffers)
-
-    def __call__(self) -> None:
-        if (amp := self._leave()) is not None:
-            amp.finish(self._displacement)
-
-    def __del__(self) -> None:
-        if (amp := self._leave()) is not None:
-            amp.restore()
+        self._there = ExitStack()
+        self._amp, self._displacement = amp, displacement
+        self._there.callback(amp.restore)
+        self._there.enter_context(buffers)
 
     @not_compiled
-    def _leave(self) -> AMP | None:
-        amp, self._amp = self._amp, None
-        self._buffers.close()
-        return amp
+    def __call__(self) -> None:
+        try:
+            self._there.close()
+            self._amp.finish(self._displacement)
+        except BaseException:  # an interrupt
+            self._amp.restore()
+            raise
+
+    @not_compiled
+    def __del__(self) -> None:
+        self._there.close()
 
 
 class AtDisplacement(Function):

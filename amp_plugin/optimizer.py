@@ -74,9 +74,6 @@ class AMP(OptimizerWrapper):
         TypeError: the base optimizer does not take one of the arguments.
     """
 
-    # A gradient scaler then calls step() even after an overflow (with `found_inf` and `grad_scale` set for the call),
-    # so that the weights are put back; without this it would leave them at theta + delta.
-    _step_supports_amp_scaling = True
     found_inf: Tensor
     grad_scale: Tensor | None
     _parked: dict[Tensor, Tensor]
@@ -123,6 +120,15 @@ class AMP(OptimizerWrapper):
     def perturbed(self) -> bool:
         """Whether the weights are at theta + delta now, rather than at theta."""
         return self._perturbation.active
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a gradient scaler calls step() even after an overflow, with `found_inf` and `grad_scale` set.
+
+        It has to where the weights are displaced, or they would stay so, and where a closure is to be refused.
+        Elsewhere it skips the step itself, as hosts expect: accelerate then leaves the schedule where it is.
+        """
+        return self._open or not (self._ascents or self._finished)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, which may set ``epsilon`` and ``inner_lr`` beside the base optimizer's options."""
@@ -177,6 +183,7 @@ class AMP(OptimizerWrapper):
                     self._set_grads(self._parked)
                 with passes.extra() if passes else nullcontext():
                     evaluate()
+            self.restore()
         except BaseException:
             self.restore()
             self._ascents = 0
@@ -185,7 +192,6 @@ class AMP(OptimizerWrapper):
         finally:
             self._parked = {}
             self.in_closure = False
-        self.restore()
         self._descend()
         return tree_map_only(Tensor, Tensor.detach, result)
 
@@ -194,7 +200,10 @@ class AMP(OptimizerWrapper):
     def ascend(self, *, grad_scale: float | Tensor = 1.0) -> None:
         """Take one ascent step along ``.grad`` and clear the gradients; the weights are now at theta + delta.
 
-        To be called ``inner_iter`` times before :meth:`step`, each time after a backward pass.
+        To be called ``inner_iter`` times before :meth:`step`, each time after a backward pass. With a gradient scaler
+        call :meth:`pass_on_overflow` before :meth:`step`. Under DDP, if the backward pass was in ``no_sync()``, so that
+        each process perturbs along its own gradient, first call ``amp_plugin.distributed.share_overflow(parameters)``
+        (also in a closure): else a process whose gradient is not finite would skip the step alone.
 
         Args:
             grad_scale: what the loss was multiplied by (a gradient scaler's scale); divided out here, since
@@ -234,8 +243,7 @@ class AMP(OptimizerWrapper):
         self._perturbation.resume(displacement)
 
     def finish(self, displacement: Displacement) -> None:
-        """Back to theta after that backward pass: the gradients now are those of the descent."""
-        self._perturbation.restore()
+        """That backward pass is over: the gradients now are those of the descent."""
         self._finished.append(displacement)
 
     def gradients(self) -> list[Tensor]:
@@ -266,6 +274,8 @@ class AMP(OptimizerWrapper):
         """Clear all gradients, including those that :meth:`step` keeps aside for the descent."""
         self._parked = {}
         self._finished = []
+        if not self._open:
+            self._ascents = 0  # the gradient of the descent is gone
         super().zero_grad(set_to_none)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -362,6 +372,12 @@ class AMP(OptimizerWrapper):
 
     def _descend(self) -> None:
         """The base optimizer's step at theta, unless the ascent was not finite."""
+        if self._perturbation.disturbed:
+            self._perturbation.disturbed = False
+            raise RuntimeError(
+                "a gradient hook changed the weights while they were perturbed, and the change was undone: an optimizer"
+                " that steps inside the backward pass cannot be used with AMP; let AMP's base_optimizer make the step"
+            )
         finished, self._finished = self._finished, []
         ascended, self._ascents = self._ascents > 0, 0
         if hasattr(self, "found_inf"):  # set by a gradient scaler for this call

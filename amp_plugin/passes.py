@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 BatchNormPolicy = Literal["clean", "all"]
 RngPolicy = Literal["same", "fresh"]
-SeenBuffers = list[tuple[Tensor, Tensor, int]]  # buffer, its value, autograd's version of it
+_Place = tuple[dict[str, Any], str]
+
+
+class SeenBuffer(NamedTuple):
+    """A buffer as a pass has seen it.
+
+    Attributes:
+        place: where the module holds it, and under what name.
+        tensor: what is held there.
+        value: a copy of its value.
+        version: autograd's version of it.
+    """
+
+    place: _Place
+    tensor: Tensor
+    value: Tensor
+    version: int
 
 
 class ExtraPasses:
@@ -53,17 +69,22 @@ class ExtraPasses:
         with self._buffers_kept():
             yield
 
-    def seen_buffers(self) -> SeenBuffers:
+    def seen_buffers(self) -> list[SeenBuffer]:
         """At the end of an extra forward pass, what its backward pass may need to find in the buffers."""
-        buffers = self._kept()
-        return [(b, b.clone(), b._version) for b in buffers]
+        held = self._kept()
+        values = [torch.empty_like(b) for _, b in held]
+        if held:
+            with torch.no_grad():
+                torch._foreach_copy_(values, [b for _, b in held])
+        return [SeenBuffer(place, b, value, b._version) for (place, b), value in zip(held, values, strict=True)]
 
     @contextmanager
-    def backward(self, seen: SeenBuffers) -> Iterator[None]:
+    def backward(self, seen: list[SeenBuffer]) -> Iterator[None]:
         """The backward pass of an extra forward pass that is over; checkpointed layers run again in it."""
         with self._buffers_kept():
             if seen:
-                buffers, values, versions = zip(*seen, strict=True)
+                places, buffers, values, versions = zip(*seen, strict=True)
+                _put(zip(places, buffers, strict=True))
                 with torch.no_grad():
                     torch._foreach_copy_(buffers, values)
                 torch._C._autograd._unsafe_set_version_counter(buffers, versions)  # as the forward pass recorded it
@@ -71,10 +92,11 @@ class ExtraPasses:
 
     @contextmanager
     def _buffers_kept(self) -> Iterator[None]:
-        buffers = self._kept()
-        if not buffers:
+        held = self._kept()
+        if not held:
             yield
             return
+        buffers = [buffer for _, buffer in held]
         if [_layout(b) for b in buffers] != [_layout(s) for s in self._snapshot]:
             self._snapshot = [torch.empty_like(b) for b in buffers]
         with torch.no_grad():
@@ -82,11 +104,13 @@ class ExtraPasses:
         try:
             yield
         finally:
+            _put(held)
             with torch.no_grad():
                 torch._foreach_copy_(buffers, self._snapshot)
 
-    def _kept(self) -> list[Tensor]:
-        return list(self.module.buffers()) if self.batch_norm == "clean" else []
+    def _kept(self) -> list[tuple[_Place, Tensor]]:
+        holders = [m._buffers for m in self.module.modules()] if self.batch_norm == "clean" else []
+        return [((holder, name), b) for holder in holders for name, b in holder.items() if b is not None]
 
     def _devices(self) -> set[torch.device]:
         return {torch.device("cpu"), *(p.device for p in self.module.parameters())}
@@ -97,6 +121,13 @@ def check_policies(batch_norm: str, rng: str) -> None:
     for name, value, known in (("batch_norm", batch_norm, BatchNormPolicy), ("rng", rng, RngPolicy)):
         if value not in get_args(known):
             raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(known)))}, got {value!r}")
+
+
+def _put(held: Iterable[tuple[_Place, Tensor]]) -> None:
+    """Undo what a layer does that makes a new tensor of its statistics rather than change the old one."""
+    for (holder, name), buffer in held:
+        if holder.get(name) is not buffer:
+            holder[name] = buffer
 
 
 def _layout(tensor: Tensor) -> tuple[object, ...]:

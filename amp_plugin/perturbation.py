@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from amp_plugin.compilation import not_compiled
-from amp_plugin.sharding import Split, is_distributed, laid_out_like, local_part, split_of, whole_norms
+from amp_plugin.sharding import Split, laid_out_like, local_part, split_of, whole_norms
 
 Norm = Literal["tensor", "global"]
 NORMS: tuple[str, ...] = get_args(Norm)
@@ -23,8 +23,9 @@ NORMS: tuple[str, ...] = get_args(Norm)
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
-# Autograd's version counters of displaced weights: out of reach of the small numbers that ordinary changes count to.
-_displacements = itertools.count(2**31)
+# Autograd's version counters of displaced weights: out of reach of the small numbers that ordinary changes count to,
+# and with room for the changes that a module makes to its own weights (nn.Embedding's max_norm).
+_displacements = itertools.count(2**31, 64)
 
 
 class Ascent(NamedTuple):
@@ -50,7 +51,7 @@ class Displacement(NamedTuple):
         params: the displaced parameters.
         moved: their values at theta + delta.
         theta_versions: autograd's version counters at theta.
-        moved_version: and at theta + delta, shared by all.
+        moved_versions: and at theta + delta.
         finite: 0-d bool on the device, whether all gradients of the ascent were finite; None if there were none.
         flag: the same on its way to the host.
     """
@@ -58,7 +59,7 @@ class Displacement(NamedTuple):
     params: list[Tensor]
     moved: list[Tensor]
     theta_versions: list[int]
-    moved_version: int
+    moved_versions: list[int]
     finite: Tensor | None
     flag: _HostFlag | None
 
@@ -100,7 +101,8 @@ class Perturbation:
         self.norm: Norm = norm
         self._backups: dict[Tensor, Tensor] = {}
         self._displaced: dict[Tensor, int] = {}  # with the version counter at theta
-        self._moved_version = 0
+        self._moved_versions: list[int] = []  # and at theta + delta
+        self.disturbed = False  # whether a gradient hook changed displaced weights, which restore() has undone
         self._ratios: list[tuple[Tensor, float]] = []
         self._finite: Tensor | None = None
         self._flag: _HostFlag | None = None
@@ -157,7 +159,8 @@ class Perturbation:
             if again:
                 torch._foreach_copy_(b.params, b.backups)
             torch._foreach_add_(b.params, b.deltas)
-        self._mark(next(_displacements))
+        self._moved_versions = [next(_displacements)] * len(self._displaced)
+        _set_versions(self._displaced, self._moved_versions)
         torch.clear_autocast_cache()
         self._ratios = [(ratio, b.epsilon) for b, ratio in zip(buckets, ratios, strict=True)]
         self._finite = finite
@@ -169,6 +172,8 @@ class Perturbation:
         """Put back the exact bits of theta, in place; nothing to do if the weights are not displaced."""
         if not self._displaced:
             return
+        versions = zip(self._displaced, self._moved_versions, strict=False)  # not all, if an ascent failed
+        self.disturbed |= any(local_part(p)._version != version and _is_hooked(p) for p, version in versions)
         params = [_plain(p) for p in self._displaced]
         torch._foreach_copy_(params, [self._backups[p] for p in self._displaced])
         _set_versions(self._displaced, self._displaced.values())
@@ -180,9 +185,12 @@ class Perturbation:
     def suspend(self) -> Displacement:
         """Like :meth:`restore`, but keeps theta + delta, so that :meth:`resume` can go back there."""
         params = list(self._displaced)
-        moved = [_plain(p).clone() for p in params]
-        versions = list(self._displaced.values())
-        displacement = Displacement(params, moved, versions, self._moved_version, self._finite, self._flag)
+        plain = [_plain(p) for p in params]
+        moved = [torch.empty_like(p) for p in plain]
+        if params:
+            torch._foreach_copy_(moved, plain)
+        theta_versions, moved_versions = list(self._displaced.values()), [local_part(p)._version for p in params]
+        displacement = Displacement(params, moved, theta_versions, moved_versions, self._finite, self._flag)
         self.restore()
         return displacement
 
@@ -196,13 +204,14 @@ class Perturbation:
         """
         if self.active:
             raise RuntimeError("the weights are at another theta + delta already")
-        params, moved, theta_versions, moved_version, *_ = displacement
-        if [_version(p) for p in params] != theta_versions:
+        params, moved, theta_versions, moved_versions, *_ = displacement
+        if [local_part(p)._version for p in params] != theta_versions:
             raise RuntimeError("the weights have changed since they were perturbed")
         self._displaced = dict(zip(params, theta_versions, strict=True))
         if params:
             torch._foreach_copy_([_plain(p) for p in params], moved)
-        self._mark(moved_version)
+        self._moved_versions = moved_versions
+        _set_versions(params, moved_versions)
         torch.clear_autocast_cache()
 
     def was_finite(self) -> bool:
@@ -227,11 +236,6 @@ class Perturbation:
         moved = self._finite.to(device)  # if not, the weights stayed at theta
         return {"perturbation_norm": torch.where(moved, norm, 0.0), "clipped": torch.where(moved, clipped, 0.0)}
 
-    def _mark(self, version: int) -> None:
-        """Number this displacement, for autograd's check of what a graph was recorded with."""
-        self._moved_version = version
-        _set_versions(self._displaced, [version] * len(self._displaced))
-
     def _buckets(self, ascents: Iterable[Ascent]) -> list[_Bucket]:
         """Back up parameters that are not displaced yet; group by device, dtype, hyper-parameters and sharding."""
         buckets: dict[tuple[object, ...], _Bucket] = {}
@@ -241,14 +245,15 @@ class Perturbation:
             if param not in self._displaced:
                 if grad is None:
                     continue
-                entering[param] = _version(param)
+                entering[param] = local_part(param)._version
             plain = _plain(param)
             split = split_of(param)
-            key = (plain.device, plain.dtype, inner_lr, epsilon, split)
+            delta = torch.zeros_like(plain) if grad is None else _plain(laid_out_like(grad, param))
+            key = (plain.device, plain.dtype, delta.dtype, inner_lr, epsilon, split)
             bucket = buckets.setdefault(key, _Bucket(inner_lr, epsilon, split, [], [], []))
             bucket.params.append(plain)
             bucket.backups.append(self._backup(param, plain))
-            bucket.deltas.append(torch.zeros_like(plain) if grad is None else _plain(laid_out_like(grad, param)))
+            bucket.deltas.append(delta)
         if entering:
             torch._foreach_copy_([self._backups[p] for p in entering], [_plain(p) for p in entering])
             self._displaced.update(entering)  # only now: restore() must never meet a backup that is not filled
@@ -295,6 +300,11 @@ def _refuse_what_cannot_move(param: Tensor, grad: Tensor | None) -> None:
         )
 
 
+def _is_hooked(param: Tensor) -> bool:
+    """Whether something is called when the parameter's gradient is there, as optimizers that step in backward are."""
+    return bool(param._post_accumulate_grad_hooks or param._backward_hooks)
+
+
 def _step_length(bucket: _Bucket, grad_scale: float | Tensor) -> float | Tensor:
     """What the gradients are to be multiplied by; a tensor on their device if the scale is one."""
     if isinstance(grad_scale, Tensor):
@@ -303,15 +313,8 @@ def _step_length(bucket: _Bucket, grad_scale: float | Tensor) -> float | Tensor:
     return bucket.inner_lr / grad_scale
 
 
-def _version(param: Tensor) -> int:
-    """How often autograd has seen this tensor change; sharded tensors are looked after by their host."""
-    return 0 if is_distributed(param) else param._version
-
-
 def _set_versions(params: Iterable[Tensor], versions: Iterable[int]) -> None:
-    plain = [(p, v) for p, v in zip(params, versions, strict=True) if not is_distributed(p)]
-    if plain:
-        torch._C._autograd._unsafe_set_version_counter(*map(tuple, zip(*plain, strict=True)))
+    torch._C._autograd._unsafe_set_version_counter(tuple(map(local_part, params)), tuple(versions))
 
 
 def _plain(tensor: Tensor) -> Tensor:

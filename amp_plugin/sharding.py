@@ -6,6 +6,10 @@ importing `torch.distributed.tensor` takes up to a second, and whoever uses it h
 
 Gradients must be synchronised before they come here, as FSDP does in each backward pass. Parameters that other
 processes hold altogether (pipeline stages) are unknown here: each stage has balls, and a finite flag, of its own.
+
+FSDP gathers the weights for a forward pass and may keep them until the end of its backward pass. So if that backward
+pass never comes (an exception, a loss that is only looked at), a module can go on with gathered weights at
+theta + delta although its parameters are at theta; ``module.reset_iter_state()`` or ``reshard()`` makes it gather anew.
 """
 
 from __future__ import annotations

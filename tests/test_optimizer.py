@@ -539,3 +539,36 @@ def test_a_closure_without_backward_is_noticed() -> None:
     optimizer = AMP(model.parameters(), 0.1)
     with pytest.warns(RuntimeWarning, match="a pass left no gradient to ascend along"):
         optimizer.step(lambda: F.cross_entropy(model(x), y))
+
+
+@pytest.mark.parametrize("clear", [None, "zero"])
+def test_an_optimizer_that_steps_inside_backward_is_refused(clear: str | None) -> None:
+    """Its steps at theta + delta would be undone without a word."""
+    model, (x, y) = small_net(), small_batches(1)[0]
+    optimizer = AMP(model.parameters(), lr=0.1)
+
+    def step_now(p: Tensor) -> None:
+        p.data.sub_(0.0)  # what the version counter cannot see
+        with torch.no_grad():
+            p.sub_(0.1 * p.grad)
+        if clear == "zero":
+            p.grad.zero_()
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(step_now)
+    with pytest.raises(RuntimeError, match="steps inside the backward pass cannot be used with AMP"):
+        optimizer.step(closure_for(optimizer, model, (x, y)))
+    assert not optimizer.perturbed
+
+
+def test_weights_that_a_module_changes_itself_are_none_of_its_business() -> None:
+    embedding = nn.Embedding(4, 3, max_norm=1.0)
+    optimizer = AMP(embedding.parameters(), lr=0.1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = embedding(torch.arange(4)).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)

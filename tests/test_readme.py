@@ -16,7 +16,7 @@ from amp_plugin.hosts.classifier import image_classifier
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-TITLES = ["closure", "two passes", "AMPTrainer", "timm", "saved run"]
+TITLES = ["attach", "stock Trainer", "AMPTrainer", "closure", "two passes", "timm", "saved run"]
 
 
 @pytest.fixture
@@ -45,11 +45,11 @@ def test_every_snippet_is_known() -> None:
 def test_snippet(title: str, namespace: dict[str, Any]) -> None:
     index = TITLES.index(title)
     if title == "two passes":  # goes on with the optimizer of the first
-        exec(SNIPPETS[0].split("def closure")[0], namespace)
-    if title == "AMPTrainer":
+        exec(SNIPPETS[TITLES.index("closure")].split("def closure")[0], namespace)
+    if title in ("AMPTrainer", "stock Trainer"):
         namespace["model"] = namespace["classifier"]
     before = [p.detach().clone() for p in namespace["model"].parameters()]
     exec(SNIPPETS[index], namespace)
-    if index < 3:
+    if index < TITLES.index("timm"):
         after = list(namespace["model"].parameters())
         assert not all(torch.equal(p, q) for p, q in zip(before, after, strict=True)), "nothing was trained"

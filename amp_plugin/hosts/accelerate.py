@@ -143,8 +143,8 @@ def _refuse_dropped_closures(module: Any) -> None:
     def checked_step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
         if closure is not None and not self.gradient_state.sync_gradients and find_amp(self) is not None:
             raise RuntimeError(
-                "within accelerator.accumulate() accelerate calls step(closure) only for the last micro-batch of a window,"
-                " and drops the others; use amp_plugin.amp_backward or amp_plugin.attach"
+                "within accelerator.accumulate() accelerate calls step(closure) only for the last micro-batch of a"
+                " window, and drops the others; use amp_plugin.amp_backward or amp_plugin.attach"
             )
         return step(self, closure)
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from amp_plugin.attach import Attachment, attach
-from amp_plugin.optimizer import find_amp
+from amp_plugin.attach import Attachment, attach, attachments
+from amp_plugin.optimizer import AMP, find_amp
 
 logger = logging.get_logger(__name__)
+
+_made_here: weakref.WeakSet[Attachment] = weakref.WeakSet()
 
 
 class AttachCallback(TrainerCallback):
@@ -21,7 +23,6 @@ class AttachCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self._attachment: Attachment | None = None
-        self._check: RemovableHandle | None = None
 
     def on_train_begin(
         self,
@@ -33,16 +34,20 @@ class AttachCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Attach; the losses of a pass must be means, or AMP's step, which is not normalised, has the wrong length."""
-        self._detach()  # a training that failed had no end
+        if model is None:
+            return
         amp = find_amp(optimizer)
-        if amp is None or amp.attached or model is None:
+        release(model, amp)
+        if amp is None or amp.attached:
             return
         scope = args.gradient_accumulation_steps
         if args.average_tokens_across_devices:
             scope *= args.world_size
-        if scope > 1:
-            self._check = model.register_forward_pre_hook(_refuse_loss_over_window, with_kwargs=True)
         self._attachment = attach(amp, model)
+        _made_here.add(self._attachment)
+        if scope > 1:
+            check = model.register_forward_pre_hook(_refuse_loss_over_window, with_kwargs=True)
+            self._attachment.handles.append(check)
         logger.warning(
             f"Training with Adversarial Model Perturbation, attached to {type(model).__name__}; each micro-batch is"
             " perturbed for itself. amp_plugin.AMPTrainer perturbs for the whole accumulation window, and logs more."
@@ -52,14 +57,25 @@ class AttachCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the model as it was."""
-        self._detach()
-
-    def _detach(self) -> None:
         if self._attachment is not None:
             self._attachment.detach()
-        if self._check is not None:
-            self._check.remove()
-        self._attachment = self._check = None
+            self._attachment = None
+
+
+def release(model: nn.Module, amp: AMP | None = None) -> None:
+    """Detach a model that a Trainer attached and did not give back, because its training failed.
+
+    Raises:
+        ValueError: the model is attached otherwise, and not to `amp`, the optimizer that will train it now.
+    """
+    for attachment in list(attachments(model)):
+        if attachment in _made_here:
+            attachment.detach()
+        elif attachment.amp is not amp:
+            raise ValueError(
+                "the model is attached to an AMP optimizer, but it is another one that trains it; call"
+                " amp_plugin.detach(model) first"
+            )
 
 
 def _refuse_loss_over_window(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -41,16 +41,18 @@ def _attach_when_training(task: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     for handle, hook in list(task._forward_pre_hooks.items()):
         if hook is _attach_when_training:
             del task._forward_pre_hooks[handle], task._forward_pre_hooks_with_kwargs[handle]
-    _logger.info("Adversarial Model Perturbation is attached to %s: %r", type(task).__name__, amp)
+    # A warning, because the loop may have left AMP behind for another optimizer, and would not know.
+    _logger.warning("Adversarial Model Perturbation is attached to %s: %r", type(task).__name__, amp)
     attachment.before(task, args, kwargs)  # its hook comes too late for the pass that is beginning
 
 
 def _optimizer_of(task: nn.Module) -> AMP | None:
-    held: set[Any] = set()
-    for amp in living:
-        if amp.attached or amp.in_closure:
-            continue
-        held = held or set(task.parameters())
-        if all(p in held for group in amp.param_groups for p in group["params"]):
-            return amp
-    return None
+    free = [amp for amp in living if not (amp.attached or amp.in_closure)]
+    held = set(task.parameters()) if free else set()
+    found = [amp for amp in free if all(p in held for group in amp.param_groups for p in group["params"])]
+    if len(found) > 1:
+        raise RuntimeError(
+            f"{len(found)} AMP optimizers hold parameters of this {type(task).__name__}; call attach(optimizer, task)"
+            " with the one that trains it"
+        )
+    return found[0] if found else None

@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.loss.loss_utils import LOSS_MAPPING, ForSequenceClassificationLoss
 from transformers.utils import logging
 
+from amp_plugin.distributed import share_overflow
+from amp_plugin.hosts.attach_callback import AttachCallback, release
+from amp_plugin.hosts.checkpoints import CheckpointingTrainer
+from amp_plugin.hosts.loss_scale import uses_num_items
 from amp_plugin.hosts.training_args import AMPTrainingArguments
 from amp_plugin.optimizer import AMP
 from amp_plugin.passes import ExtraPasses
@@ -27,7 +30,7 @@ from amp_plugin.passes import ExtraPasses
 logger = logging.get_logger(__name__)
 
 
-class AMPTrainer(Trainer):
+class AMPTrainer(CheckpointingTrainer):
     """`transformers.Trainer` that trains with Adversarial Model Perturbation when ``args.optim`` asks for it.
 
     Logs ``loss``, the loss at the clean weights (comparable with other optimizers); ``amp_loss``, at the perturbed
@@ -47,12 +50,10 @@ class AMPTrainer(Trainer):
             raise TypeError(f"AMPTrainer needs AMPTrainingArguments, got {type(self.args).__name__}")
         if self.args.uses_amp:
             self._refuse_inexact_hosts()
-        if LOSS_MAPPING.get(str(getattr(self.model, "loss_type", None))) is ForSequenceClassificationLoss:
-            # Such models take **kwargs but ignore num_items_in_batch, so the stock Trainer would not divide the loss
-            # by the number of accumulation steps (https://github.com/huggingface/transformers/issues/47688).
-            self.model_accepts_loss_kwargs = False
+        self.remove_callback(AttachCallback)  # which is for the stock Trainer
         self.callback_handler.callbacks.insert(0, _EndOfEpoch(self))
         self._window: list[dict[str, Any]] = []
+        self._loss_uses_num_items: bool | None = None
         self._clean_losses: list[Tensor] = []
         self._descent: ExitStack | None = None
         self._passes: ExtraPasses | None = None
@@ -72,13 +73,16 @@ class AMPTrainer(Trainer):
         """The stock choice of the base optimizer, inside AMP if ``args.optim`` asks for it."""
         if not isinstance(args, AMPTrainingArguments) or not args.uses_amp:
             return Trainer.get_optimizer_cls_and_kwargs(args, model)
+        refusal = ValueError(
+            f"--optim {args.optim}: this base optimizer takes over the parameters or the backward pass, so AMP"
+            " cannot perturb the weights around it; use e.g. amp (SGD), amp_adamw_torch or amp_adafactor"
+        )
+        if "lomo" in args.optim or args.optim.endswith("_layerwise"):
+            raise refusal  # before the stock Trainer asks for their packages, or hooks the parameters
         base, kwargs = Trainer.get_optimizer_cls_and_kwargs(args.base_arguments(), model)
         special = {"params", "model", "optimizer_dict"} & kwargs.keys()
         if special or not (isinstance(base, type) and issubclass(base, Optimizer)):
-            raise ValueError(
-                f"--optim {args.optim}: this base optimizer takes over the parameters or the backward pass, so AMP"
-                " cannot perturb the weights around it; use e.g. amp (SGD), amp_adamw_torch or amp_adafactor"
-            )
+            raise refusal
         return AMP, {**kwargs, **args.optimizer_kwargs(), "base_optimizer": base}
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -89,6 +93,8 @@ class AMPTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Stock training; whatever ends it, the weights are the unperturbed ones."""
+        if self.model is not None:
+            release(self.model)
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -98,6 +104,14 @@ class AMPTrainer(Trainer):
         """The stock window of micro-batches, remembered for the ascent."""
         self._end_window()
         samples, num_items = super().get_batch_samples(*args, **kwargs)
+        if num_items is not None and self._loss_uses_num_items is None:
+            self._loss_uses_num_items = uses_num_items(self, samples[0], num_items)
+            if self._loss_uses_num_items is False:
+                logger.warning(
+                    f"The loss of {type(self.model).__name__} does not use num_items_in_batch, so every micro-batch"
+                    " counts the same, however many targets it has"
+                )
+                self.model_accepts_loss_kwargs, num_items = False, None
         self._window = list(samples)
         return samples, num_items
 
@@ -128,7 +142,8 @@ class AMPTrainer(Trainer):
             self._steps_summed += 1
             for name, value in amp.statistics().items():
                 self._add(name, value)
-            self._pass_on_overflow(amp)
+            if self.accelerator.scaler is not None:
+                amp.pass_on_overflow()
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -176,7 +191,7 @@ class AMPTrainer(Trainer):
             if i == 0:
                 self._clean_losses = losses
             if not self.args.sync_ascent:
-                self._share_overflow(amp)
+                share_overflow(p for group in amp.param_groups for p in group["params"] if p.requires_grad)
             amp.ascend(grad_scale=scale)
         self._descent.enter_context(passes.extra())
 
@@ -187,18 +202,6 @@ class AMPTrainer(Trainer):
             self._descent = None
         self._clean_losses = []
         self._window = []
-
-    def _share_overflow(self, amp: AMP) -> None:
-        """One process whose own ascent gradient is not finite makes all skip the step, or the replicas would part."""
-        grads = amp.gradients()
-        taint = torch.stack(torch._foreach_norm(grads)).sum() * 0.0  # NaN if any entry is NaN or infinite
-        grads[0].add_(self.accelerator.reduce(taint))
-
-    def _pass_on_overflow(self, amp: AMP) -> None:
-        """fp16: an ascent that overflowed must make the gradient scaler skip this step and lower its scale."""
-        if self.accelerator.scaler is None or amp.ascent_was_finite():
-            return
-        amp.gradients()[0].fill_(torch.inf)
 
     def _add(self, name: str, value: Tensor) -> None:
         value = value.detach().float()
@@ -237,6 +240,7 @@ class _EndOfEpoch(TrainerCallback):
 @contextmanager
 def _gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
     """Whether DDP's backward averages gradients over processes, whatever the caller has set."""
+    model = getattr(model, "_orig_mod", model)  # accelerate compiles around DDP
     if not isinstance(model, DistributedDataParallel):
         yield
         return

@@ -424,16 +424,6 @@ def test_an_optimizer_that_is_not_amp_is_refused_when_amp_was_asked_for(tmp_path
         trained(net, arguments(tmp_path), optimizers=(sgd, None))
 
 
-def test_a_stock_trainer_with_amp_is_an_error_not_plain_sgd(tmp_path: Path) -> None:
-    net = Net()
-    args = TrainingArguments(str(tmp_path), report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True)
-    trainer = Trainer(
-        model=net, args=args, train_dataset=Images(), optimizer_cls_and_kwargs=(AMP, {"lr": 0.1, "epsilon": 0.1})
-    )
-    with pytest.raises(RuntimeError, match=r"without the perturbation.*AMPTrainer"):
-        trainer.train()
-
-
 def test_stock_arguments_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="AMPTrainer needs AMPTrainingArguments, got TrainingArguments"):
         AMPTrainer(model=Net(), args=TrainingArguments(str(tmp_path), report_to=[], use_cpu=True))

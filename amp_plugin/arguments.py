@@ -1,0 +1,36 @@
+"""The arguments of a module that is called several times with the same batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+def fresh(arguments: Any) -> Any:
+    """Arguments for a pass of our own: it may take a batch dict to pieces, and its gradient ends at the inputs.
+
+    Raises:
+        TypeError: one is an iterator.
+    """
+    return tree_map(_fresh_leaf, arguments)
+
+
+def tensors_in(arguments: Any) -> list[Tensor]:
+    """All tensors in nested containers whose changes autograd counts."""
+    return [t for t in tree_leaves(arguments) if isinstance(t, Tensor) and not t.is_inference()]
+
+
+def _fresh_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor) and leaf.requires_grad:
+        return leaf.detach().requires_grad_()
+    if isinstance(leaf, MutableMapping):  # e.g. a batch of transformers' tokenizers
+        twin = copy.copy(leaf)
+        twin.update({name: fresh(value) for name, value in leaf.items()})
+        return twin
+    if isinstance(leaf, Iterator):
+        raise TypeError(f"a {type(leaf).__name__} can be read only once, so a second pass would see another batch")
+    return leaf

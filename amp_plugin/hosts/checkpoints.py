@@ -1,0 +1,273 @@
+"""Checkpoints that survive failures: a `transformers.Trainer` whose ``checkpoint-N`` is complete or not there.
+
+The stock Trainer writes straight into ``checkpoint-N`` and deletes old ones in place, so a process that is killed
+meanwhile leaves half a checkpoint, which the next run takes for the last one. Here the files are written into
+``_incomplete`` beside it, and the folder is renamed when every process has written its share. What is deleted is
+renamed away first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import distributed
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
+
+LAST = "last"
+# Begins with "_", which the Trainer's uploads to the Hub leave out.
+_INCOMPLETE = "_incomplete"
+_REPLACED = ".replaced"
+_MEBIBYTE = 2**20
+
+
+class SaveError(OSError):
+    """Something could not be saved; the message tells why, what is still there and what to do."""
+
+
+class CheckpointingTrainer(Trainer):
+    """`transformers.Trainer` that survives being killed at any moment, and full disks, with its checkpoints intact.
+
+    Renaming a folder is taken to be atomic, which POSIX file systems promise and mounted object stores do not.
+
+    Raises:
+        SaveError: from `train`, before it starts, if the output folder cannot be written to; later, in every
+            process, if one cannot write its share of a checkpoint. The checkpoints before it are complete.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._write_errors: list[Exception] | None = None  # a list while a checkpoint is being written
+        super().__init__(*args, **kwargs)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Stock training, which cleans up after a killed run first.
+
+        Args:
+            resume_from_checkpoint: a checkpoint; True for the last complete one in the output folder, which must exist;
+                or "last" for that one if there is one, else to start from the beginning.
+            *args: as the stock Trainer's.
+            **kwargs: as the stock Trainer's.
+
+        Raises:
+            ValueError: True, but there is no complete checkpoint.
+        """
+        folder = Path(str(self.args.output_dir))
+        if self.args.save_strategy != SaveStrategy.NO:
+            require_writable(folder)
+        if self.args.should_save:
+            _clean_up(folder)
+        self.accelerator.wait_for_everyone()
+        if resume_from_checkpoint is True or resume_from_checkpoint == LAST:
+            last = last_checkpoint(folder)
+            if last is None and resume_from_checkpoint is True:
+                raise ValueError(f"there is no complete checkpoint to resume from in {str(folder)!r}")
+            resume_from_checkpoint = last
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+        else:  # resumed at the end, which the stock loop would notice after one more step
+            self.control.should_training_stop = True
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = str(super()._get_output_dir(trial))
+        return folder if self._write_errors is None else os.path.join(folder, _INCOMPLETE)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        try:
+            super()._save(output_dir, state_dict)
+        except Exception as error:
+            if self._write_errors is None or not _is_write_error(error):
+                raise
+            self._write_errors.append(error)  # for later, as the stock method may wait for the other processes now
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with self._together(folder, name) as self._write_errors:
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._write_errors = None
+            self._find_best(folder, name)
+        with self._together(folder, name):
+            if self.args.should_save:
+                _complete(folder, name)
+                self._rotate(folder, self.args.save_total_limit)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._write_errors is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.args.should_save and self.args.save_total_limit == 1:  # the stock method would delete them in place
+            folder, best = Path(str(self.args.output_dir)), str(self.state.best_model_checkpoint)
+            _discard(folder, [c for c in sort_checkpoints(str(folder)) if not os.path.samefile(c, best)])
+
+    def _find_best(self, folder: Path, name: str) -> None:
+        """Record the best checkpoint by its final name: from where it wrote, the stock method could not see it."""
+        best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if self.state.best_global_step and (best == name or (folder / best).is_dir()):
+            self.state.best_model_checkpoint = os.path.join(folder, best)
+        if self.args.should_save:
+            self.state.save_to_json(str(folder / _INCOMPLETE / name / TRAINER_STATE_NAME))
+
+    def _rotate(self, folder: Path, limit: int | None) -> None:
+        """Delete the oldest checkpoints beyond the limit, but neither the newest nor the best."""
+        if limit is None or limit <= 0:
+            return
+        best = self.state.best_model_checkpoint
+        checkpoints = sort_checkpoints(str(folder), use_mtime=True, best_model_checkpoint=best)
+        protected = {checkpoints[-1], *([] if best is None else [str(Path(best))])}
+        _discard(folder, checkpoints[: -max(limit, len(protected))])
+
+    @contextlib.contextmanager
+    def _together(self, folder: Path, name: str) -> Iterator[list[Exception]]:
+        """Wait until every process has written its share; if one could not, clean up and raise in all."""
+        errors: list[Exception] = []
+        try:
+            yield errors
+        except Exception as error:
+            if not (errors or _is_write_error(error)):
+                raise
+            errors.append(error)
+        reasons = [_reason(errors[0], folder) if errors else None]
+        if self.args.world_size > 1:
+            mine, reasons = reasons[0], [None] * self.args.world_size
+            distributed.all_gather_object(reasons, mine)
+        reason = next((r for r in reasons if r is not None), None)
+        if reason is None:
+            return
+        if self.args.should_save:
+            _clean_up(folder)
+        last = last_checkpoint(folder)
+        left = "There is no complete checkpoint yet" if last is None else f"The last complete checkpoint is {last!r}"
+        raise SaveError(
+            f"could not save {name} in {str(folder)!r}: {reason}. {left}; mend this (if the disk is full: make room, or"
+            f' lower save_total_limit), then continue with resume_from_checkpoint="{LAST}"'
+        ) from (errors[0] if errors else None)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The complete checkpoint of the highest step in a folder; None if there is none.
+
+    The stock Trainer writes its state last, so half a checkpoint of its making is not taken either.
+    """
+    states = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
+    steps = [state.parent.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for state in states]
+    last = max((int(step) for step in steps if step.isdigit()), default=None)
+    return None if last is None else os.path.join(folder, f"{PREFIX_CHECKPOINT_DIR}-{last}")
+
+
+@contextlib.contextmanager
+def explained(what: str, folder: Path) -> Iterator[None]:
+    """Make whatever a library raises when it cannot write a `SaveError` that tells why."""
+    try:
+        yield
+    except SaveError:
+        raise
+    except Exception as error:
+        if not _is_write_error(error):
+            raise
+        raise SaveError(f"could not save {what} in {str(folder)!r}: {_reason(error, folder)}") from error
+
+
+def require_writable(folder: Path) -> None:
+    """Make the folder if need be, and see whether files can be written there.
+
+    Raises:
+        SaveError: they cannot.
+    """
+    problem = _write_problem(folder)
+    if problem is not None:
+        raise SaveError(f"cannot write to {str(folder)!r}: {problem}; choose another output_dir")
+
+
+def _complete(folder: Path, name: str) -> None:
+    """Give what was written its final name; a checkpoint of that name makes way and stays until then."""
+    incomplete = folder / _INCOMPLETE
+    _sync(incomplete / name)
+    if (folder / name).exists():
+        (folder / name).rename(incomplete / f"{name}{_REPLACED}")
+    (incomplete / name).rename(folder / name)
+    _sync(folder, deep=False)
+    shutil.rmtree(incomplete, ignore_errors=True)
+
+
+def _clean_up(folder: Path) -> None:
+    """Remove what a killed run was writing or deleting; put back what it was about to replace."""
+    incomplete = folder / _INCOMPLETE
+    for replaced in incomplete.glob(f"*{_REPLACED}"):
+        final = folder / replaced.name.removesuffix(_REPLACED)
+        if not final.exists():
+            replaced.rename(final)
+    shutil.rmtree(incomplete, ignore_errors=True)
+
+
+def _discard(folder: Path, checkpoints: list[str]) -> None:
+    """Delete checkpoints: none of them is ever there in part."""
+    incomplete = folder / _INCOMPLETE
+    for checkpoint in checkpoints:
+        incomplete.mkdir(exist_ok=True)
+        Path(checkpoint).rename(incomplete / Path(checkpoint).name)
+    shutil.rmtree(incomplete, ignore_errors=True)
+
+
+def _sync(folder: Path, *, deep: bool = True) -> None:
+    """To the disk: a power failure after the rename then finds the files' contents there; and late errors show now."""
+    if os.name != "posix":
+        return
+    for path in (*(folder.rglob("*") if deep else ()), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError:
+            if not path.is_dir():  # not all file systems can sync folders
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def _is_write_error(error: Exception) -> bool:
+    """torch's writer of zip files raises bare RuntimeErrors, with various words."""
+    if isinstance(error, (OSError, SafetensorError)):
+        return True
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return isinstance(error, RuntimeError) and frames[-1].f_globals["__name__"] == torch.serialization.__name__
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    """What the system says, where the library's own words do not tell ("unexpected pos 576 vs 470")."""
+    said = error.strerror if isinstance(error, OSError) else None
+    reason = said or _write_problem(folder) or str(error)
+    with contextlib.suppress(OSError):
+        reason += f" ({shutil.disk_usage(folder).free / _MEBIBYTE:,.0f} MiB free)"
+    return reason
+
+
+def _write_problem(folder: Path) -> str | None:
+    """Why a small file cannot be written in the folder, which is made if need be; None if it can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(_MEBIBYTE))
+            probe.flush()
+    except FileExistsError:
+        return "it is a file, not a folder"
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
