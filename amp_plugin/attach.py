@@ -141,9 +141,10 @@ class Attachment:
     def _abandon(self) -> None:
         if self.amp is not None:
             self.amp.restore()
+        if _running.get() is self:
+            _running.set(None)
         if self._forward is not None:
             forward, self._forward = self._forward, None
-            _running.set(None)
             forward.close()
 
     @not_compiled_itself

@@ -195,7 +195,6 @@ class AMP(OptimizerWrapper):
         self._descend()
         return tree_map_only(Tensor, Tensor.detach, result)
 
-    @not_compiled
     @torch.no_grad()
     def ascend(self, *, grad_scale: float | Tensor = 1.0) -> None:
         """Take one ascent step along ``.grad`` and clear the gradients; the weights are now at theta + delta.
@@ -225,7 +224,6 @@ class AMP(OptimizerWrapper):
             self.restore()
             raise
 
-    @not_compiled
     def restore(self) -> None:
         """Put the exact bits of theta back, if the weights are displaced; drops the ascent."""
         self._perturbation.restore()
@@ -269,7 +267,6 @@ class AMP(OptimizerWrapper):
         """Measures of the last ascent, see :meth:`Perturbation.statistics`; nothing is synchronised."""
         return self._perturbation.statistics()
 
-    @not_compiled
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients, including those that :meth:`step` keeps aside for the descent."""
         self._parked = {}

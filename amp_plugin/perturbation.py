@@ -133,15 +133,18 @@ class Perturbation:
         buckets = self._buckets(ascents)
         if not buckets:
             return
-        scales: list[Any] = [_step_length(b, grad_scale) for b in buckets]  # float or 0-d tensor
+        divisors = [_beside(b, grad_scale) for b in buckets]
+        scales: list[Any] = [b.inner_lr / d for b, d in zip(buckets, divisors, strict=True)]  # float or 0-d tensor
+        # The quotient first: then a grad_scale that is a power of two changes no bit of the result.
+        reaches: list[Any] = [abs(b.inner_lr) / b.epsilon / d for b, d in zip(buckets, divisors, strict=True)]
         if again:  # delta = (theta + delta) - theta, plus the new step
             for b, scale in zip(buckets, scales, strict=True):
                 torch._foreach_mul_(b.deltas, scale)
                 torch._foreach_add_(b.deltas, b.params)
                 torch._foreach_sub_(b.deltas, b.backups)
-            scales = [1.0 for _ in buckets]
+            scales, reaches = [1.0 for _ in buckets], [1.0 / b.epsilon for b in buckets]
         norms = [whole_norms(_norms(b.deltas), b.split) for b in buckets]
-        ratios = [n * (abs(scale) / b.epsilon) for b, n, scale in zip(buckets, norms, scales, strict=True)]
+        ratios = [n * reach for n, reach in zip(norms, reaches, strict=True)]
         finite = _all_finite(ratios)
         if again and self._finite is not None:
             finite = finite & self._finite
@@ -176,7 +179,8 @@ class Perturbation:
         self.disturbed |= any(local_part(p)._version != version and _is_hooked(p) for p, version in versions)
         params = [_plain(p) for p in self._displaced]
         torch._foreach_copy_(params, [self._backups[p] for p in self._displaced])
-        _set_versions(self._displaced, self._displaced.values())
+        # The first to be displaced comes last: tensors in the same memory share a counter, and its is theta's.
+        _set_versions(reversed(self._displaced), reversed(self._displaced.values()))
         self._displaced = {}
         torch.clear_autocast_cache()
 
@@ -189,10 +193,10 @@ class Perturbation:
         moved = [torch.empty_like(p) for p in plain]
         if params:
             torch._foreach_copy_(moved, plain)
-        theta_versions, moved_versions = list(self._displaced.values()), [local_part(p)._version for p in params]
-        displacement = Displacement(params, moved, theta_versions, moved_versions, self._finite, self._flag)
+        moved_versions = [local_part(p)._version for p in params]
         self.restore()
-        return displacement
+        theta_versions = [local_part(p)._version for p in params]
+        return Displacement(params, moved, theta_versions, moved_versions, self._finite, self._flag)
 
     @not_compiled
     @torch.no_grad()
@@ -305,12 +309,12 @@ def _is_hooked(param: Tensor) -> bool:
     return bool(param._post_accumulate_grad_hooks or param._backward_hooks)
 
 
-def _step_length(bucket: _Bucket, grad_scale: float | Tensor) -> float | Tensor:
-    """What the gradients are to be multiplied by; a tensor on their device if the scale is one."""
+def _beside(bucket: _Bucket, grad_scale: float | Tensor) -> float | Tensor:
+    """The same; a tensor on the device of the gradients, in a precision that is enough."""
     if isinstance(grad_scale, Tensor):
         delta = bucket.deltas[0]
-        return bucket.inner_lr / grad_scale.to(delta.device, torch.promote_types(delta.dtype, torch.float32))
-    return bucket.inner_lr / grad_scale
+        return grad_scale.to(delta.device, torch.promote_types(delta.dtype, torch.float32))
+    return grad_scale
 
 
 def _set_versions(params: Iterable[Tensor], versions: Iterable[int]) -> None:

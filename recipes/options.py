@@ -107,6 +107,14 @@ class RecipeArguments(AMPTrainingArguments):
     logging_strategy: str = field(default="epoch", metadata={"help": "When to log."})
     save_strategy: str = field(default="no", metadata={"help": "When to save a checkpoint; 'epoch' to resume."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "'last': continue from the last complete checkpoint in the output folder, or start if there is"
+            " none, so the same command starts a job and continues it (torchrun --max_restarts repeats it after a"
+            " failure); 'true': the same, but there must be one; or the folder of a checkpoint."
+        },
+    )
     report_to: str = field(default="none", metadata={"help": "Experiment trackers, e.g. tensorboard."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The data set has what the model takes."})
     dataloader_pin_memory: bool = field(
@@ -138,7 +146,7 @@ class RecipeArguments(AMPTrainingArguments):
             self.lr_scheduler_type = "steps"
 
     def checkpoint_to_resume(self) -> str | bool | None:
-        """`resume_from_checkpoint`: a folder, or whether to take the last one in the output folder."""
+        """`resume_from_checkpoint`: a folder, "last", or whether to take the last one in the output folder."""
         word = str(self.resume_from_checkpoint).lower()
         return word == "true" if word in ("true", "false") else self.resume_from_checkpoint
 
@@ -185,7 +193,15 @@ _STOCK = (
     "torch_compile",
     "optim_args",
 )
-_ELSEWHERE = {"data_root", "ledger", "report_to", "dataloader_pin_memory", "remove_unused_columns", "save_total_limit"}
+_ELSEWHERE = {
+    "data_root",
+    "dataloader_pin_memory",
+    "ledger",
+    "remove_unused_columns",
+    "report_to",
+    "resume_from_checkpoint",
+    "save_total_limit",
+}
 
 
 def settings_of(data: DataArguments, model: ModelArguments, training: RecipeArguments) -> dict[str, Any]:

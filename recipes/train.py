@@ -5,7 +5,8 @@
     python recipes/train.py recipes/preactresnet18_cifar10.yaml --amp_epsilon 0.3   # a published setting, changed
 
 Works the same under ``accelerate launch`` and ``torchrun``. Ends with a table, the saved model and a picture of the
-training curves in the output folder.
+training curves in the output folder. With ``--save_strategy epoch --resume_from_checkpoint last`` it may be killed at
+any moment: the same command given again continues to the same weights, bit for bit.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from amp_plugin import AMPTrainer
 from amp_plugin.data import DatasetError, ImageBatches, ImageData, collate, load_images
 from amp_plugin.data.callback import EpochCallback
+from amp_plugin.hosts.checkpoints import SaveError, explained, require_writable
 from amp_plugin.hosts.classifier import image_classifier
 from amp_plugin.metrics import compute_metrics
 from amp_plugin.report import append_to_ledger, plot_curves, table
@@ -60,6 +62,8 @@ class EpochLine(ProgressCallback):
         """Start the bar, unless --disable_tqdm."""
         if state.is_world_process_zero:
             self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=args.disable_tqdm)
+            if state.global_step:
+                self.training_bar.write(f"continues after step {state.global_step} of {state.max_steps}")
         self.current_step = 0
 
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
@@ -109,6 +113,8 @@ def set_cpu_threads(requested: int | None) -> int:
 def main(argv: list[str]) -> None:
     """Train, test, save and report."""
     data_args, model_args, args = parse(argv, __doc__)
+    folder = Path(str(args.output_dir))
+    require_writable(folder)
     threads = set_cpu_threads(args.cpu_threads)
     set_seed(args.seed)
     with args.main_process_first(desc="decoding the images"):
@@ -144,7 +150,6 @@ def main(argv: list[str]) -> None:
             f" {args.output_dir}",
             flush=True,
         )
-    folder = Path(str(args.output_dir))
     start = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=args.checkpoint_to_resume())
     seconds = time.perf_counter() - start
@@ -152,14 +157,15 @@ def main(argv: list[str]) -> None:
     last = next((r for r in reversed(trainer.state.log_history) if "loss" in r), {})
     metrics.update({name: last[name] for name in ("loss", "amp_loss", "sharpness", "clipped") if name in last})
     metrics["seconds"] = seconds
-    trainer.save_model()
-    trainer.save_state()
-    trainer.save_metrics("all", metrics)
-    if trainer.is_world_process_zero():
-        if args.ledger is not None:
-            append_to_ledger(Path(args.ledger), settings_of(data_args, model_args, args), metrics)
-        where = "validation" if data_args.validation_images else "test"
-        report(metrics, where, folder, trainer.state.log_history, f"{model_args.model}, {args.optim}")
+    with explained("the results", folder):
+        trainer.save_model()
+        trainer.save_state()
+        trainer.save_metrics("all", metrics)
+        if trainer.is_world_process_zero():
+            if args.ledger is not None:
+                append_to_ledger(Path(args.ledger), settings_of(data_args, model_args, args), metrics)
+            where = "validation" if data_args.validation_images else "test"
+            report(metrics, where, folder, trainer.state.log_history, f"{model_args.model}, {args.optim}")
 
 
 def report(metrics: dict[str, float], where: str, folder: Path, records: list[dict[str, Any]], title: str) -> None:
@@ -185,5 +191,10 @@ def report(metrics: dict[str, float], where: str, folder: Path, records: list[di
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+    except SaveError as error:  # in every process alike: the first one tells, before a launcher ends it with the others
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(5)
+            sys.exit(1)
+        sys.exit(f"\nerror: {error}")  # on a line of its own, below the bar
     except (DatasetError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -10,13 +10,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def small_net(dtype: torch.dtype = torch.float32, *, dropout: float = 0.0, seed: int = 0) -> nn.Sequential:
+def small_net(
+    dtype: torch.dtype = torch.float32,
+    *,
+    dropout: float = 0.0,
+    seed: int = 0,
+    activation: type[nn.Module] = nn.ReLU,
+) -> nn.Sequential:
     """3x8x8 images to 4 classes, with BatchNorm and optionally dropout."""
     torch.manual_seed(seed)
     layers = [
         nn.Conv2d(3, 6, 3),
         nn.BatchNorm2d(6),
-        nn.ReLU(),
+        activation(),
         nn.Flatten(),
         nn.Dropout(dropout),
         nn.Linear(216, 4),

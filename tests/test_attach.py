@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
-from collections import namedtuple
+import weakref
+from collections import UserDict, namedtuple
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -348,6 +350,159 @@ def test_a_module_that_changes_its_input_is_refused() -> None:
     attach(AMP(module.parameters(), lr=0.1), module)
     with pytest.raises(RuntimeError, match="changes its input in place"):
         module(torch.ones(3))
+
+
+@pytest.mark.parametrize("inner_iter", [1, 2])
+def test_the_gradient_of_an_input_is_that_of_the_descent_alone(inner_iter: int) -> None:
+    """A leaf, and one that hangs on a graph of the loop's own, which the ascent's backward pass must not free."""
+    (a, _), (b, _) = (attached(inner_iter=inner_iter) for _ in range(2))
+    x, y = small_batches(1)[0]
+    leaf = x.clone().requires_grad_()
+    a(leaf, y)["loss"].backward()
+    encoder = nn.Conv2d(3, 3, 1)
+    nn.init.dirac_(encoder.weight)
+    nn.init.zeros_(encoder.bias)
+    encoded = torch.tanh(encoder(torch.atanh(x.clamp(-0.9, 0.9))))
+    loss = b(encoded, y)["loss"]
+    assert encoder.weight.grad is None
+    loss.backward()
+    assert encoder.weight.grad is not None
+    alone = x.clone().requires_grad_()
+    c, _ = attached(inner_iter=inner_iter)
+    (grad,) = torch.autograd.grad(c(alone, y)["loss"], alone)
+    assert alone.grad is None
+    assert torch.equal(leaf.grad, grad)
+
+
+def test_arguments_keep_their_kind_and_need_not_be_tensors() -> None:
+    seen: list[Any] = []
+
+    class Echo(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            seen.append((args, kwargs))
+            return (self.weight * args[0]["x"]).sum()
+
+    class Batch(UserDict):  # type: ignore[type-arg]
+        """As transformers' tokenizers return."""
+
+    module = Echo()
+    attach(AMP(module.parameters(), lr=0.1), module)
+    x = torch.ones(3, requires_grad=True)
+    args, kwargs = (Batch(x=x), [1, (x, "a")], Named(x, None)), {"n": 3, "nested": {"x": x}, "none": None}
+    module(*args, **kwargs)
+    assert len(seen) == 2
+    for (batch, numbers, named), others in seen:
+        assert type(batch) is Batch
+        assert numbers[1][1] == "a"
+        assert type(named) is Named
+        assert others["n"] == 3
+        assert all(torch.equal(t, x) for t in (batch["x"], numbers[1][0], named.loss, others["nested"]["x"]))
+        assert all(t.requires_grad for t in (batch["x"], numbers[1][0], named.loss, others["nested"]["x"]))
+    assert seen[1][0][0] is args[0], "the last pass is the loop's own"
+
+
+def test_a_batch_that_can_be_read_only_once_is_refused() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, micro_batches: Any) -> Tensor:
+            penalty: Tensor = self.weight.square().sum()
+            return sum(((self.weight * x).sum() for x in micro_batches), penalty)
+
+    module = Reads()
+    attach(AMP(module.parameters(), lr=0.1), module)
+    module([torch.ones(3)]).backward()
+    with pytest.raises(TypeError, match="a list_iterator can be read only once"):
+        module(iter([torch.ones(3)]))
+
+
+@pytest.mark.parametrize("how", ["another group", "other parameters in the module"])
+def test_parameters_that_no_longer_belong_together_are_refused(how: str) -> None:
+    module, optimizer = attached()
+    if how == "another group":
+        outside = nn.Parameter(torch.ones(()))
+        optimizer.add_param_group({"params": [outside]})
+        module.criterion = lambda outputs, targets: F.cross_entropy(outputs * outside, targets)
+    else:
+        module.load_state_dict(copy.deepcopy(module.state_dict()), assign=True)
+    with pytest.raises(ValueError, match="are not in the module"):
+        module(*small_batches(1)[0])
+
+
+def test_a_module_may_change_its_own_weights_in_its_forward_pass() -> None:
+    """`nn.Embedding(max_norm=...)` does, and here the same weights are used again."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.table = nn.Embedding(10, 4, max_norm=0.5)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return F.cross_entropy(F.linear(self.table(tokens), self.table.weight), tokens)
+
+    tokens, (a, b) = torch.arange(6), (Tied(), Tied())
+    one, two = (AMP(m.parameters(), **AMP_ARGS) for m in (a, b))
+    attach(one, a)
+    for _ in range(3):
+        one.zero_grad()
+        a(tokens).backward()
+        one.step()
+
+        def closure() -> Tensor:
+            two.zero_grad()
+            loss: Tensor = b(tokens)
+            loss.backward()
+            return loss
+
+        two.step(closure)
+    assert_same_parameters(a, b)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """The graph of the gradient is one at theta + delta, and the weights are theta by then."""
+    module, optimizer = attached()
+    before = parameters_of(module)
+    loss = module(*small_batches(1)[0])["loss"]
+    grads = torch.autograd.grad(loss, list(module.parameters()), create_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        sum(g.square().sum() for g in grads).backward()
+    assert not optimizer.perturbed
+    assert all(torch.equal(p, before[n]) for n, p in module.named_parameters())
+
+
+def test_module_and_optimizer_are_freed_and_no_step_leaves_tensors_behind() -> None:
+    batches, (module, optimizer) = small_batches(5), attached()
+    plain_step(optimizer, module, batches[0])
+    gc.collect()
+
+    def alive() -> int:
+        return sum(type(o) in (Tensor, nn.Parameter) for o in gc.get_objects())
+
+    before = alive()
+    gc.disable()  # not even until the next collection
+    try:
+        for batch in batches:
+            plain_step(optimizer, module, batch)
+        assert alive() == before
+    finally:
+        gc.enable()
+    refs = [weakref.ref(module), weakref.ref(optimizer), weakref.ref(module.model[0].weight)]
+    detach(module)
+    del module, optimizer
+    assert [r() for r in refs] == [None] * 3, "after detach(), at once"
+    module, optimizer = attached()
+    plain_step(optimizer, module, small_batches(1)[0])
+    refs = [weakref.ref(module), weakref.ref(optimizer), weakref.ref(module.model[0].weight)]
+    del module, optimizer
+    gc.collect()
+    assert [r() for r in refs] == [None] * 3, "attached, as with any cycle"
 
 
 def test_a_batch_that_the_module_takes_to_pieces() -> None:

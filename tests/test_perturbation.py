@@ -194,3 +194,16 @@ def test_statistics_of_an_ascent_that_was_not_finite_tell_that_nothing_moved(bad
     q, p = torch.ones(2), Perturbation()
     p.ascend([Ascent(q, torch.tensor([1.0, bad]), 1.0, 0.5)])
     assert {k: v.item() for k, v in p.statistics().items()} == {"perturbation_norm": 0.0, "clipped": 0.0}
+
+
+@pytest.mark.parametrize("norm", ["tensor", "global"])
+def test_gradients_may_be_wider_than_their_weights(norm: str) -> None:
+    """As with `grad_dtype`; mixed, and with shapes that one dtype cannot be read as the other in."""
+    params = [torch.zeros(shape, dtype=torch.bfloat16) for shape in ((3,), (), (5,))]
+    grads = [torch.ones(3), torch.ones(()), torch.ones(5, dtype=torch.bfloat16)]
+    p = Perturbation(norm)
+    for _ in range(2):
+        p.ascend([Ascent(q, g.clone(), 0.25, 8.0) for q, g in zip(params, grads, strict=True)])
+    assert [q.tolist() for q in params] == [[0.5] * 3, 0.5, [0.5] * 5]
+    p.restore()
+    assert not any(q.any() for q in params)

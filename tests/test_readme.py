@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from amp_plugin.hosts.classifier import image_classifier
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-TITLES = ["attach", "stock Trainer", "AMPTrainer", "closure", "two passes", "timm", "saved run"]
+TITLES = ["attach", "stock Trainer", "AMPTrainer", "amp_backward", "closure", "two passes", "timm", "saved run"]
 
 
 @pytest.fixture
@@ -32,6 +33,7 @@ def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]
         "images": images,
         "labels": labels,
         "criterion": nn.CrossEntropyLoss(),
+        "loader": DataLoader(TensorDataset(images, labels), batch_size=2),
         "dataset": [{"pixel_values": x, "labels": y} for x, y in zip(images, labels, strict=True)],
         "image": Image.fromarray(np.zeros((32, 32, 3), dtype=np.uint8)),
     }

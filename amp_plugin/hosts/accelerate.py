@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from wrapt import when_imported
 
+from amp_plugin.arguments import fresh, tensors_in
 from amp_plugin.distributed import share_overflow
 from amp_plugin.optimizer import AMP, find_amp
 from amp_plugin.passes import BatchNormPolicy, ExtraPasses, RngPolicy
@@ -57,7 +57,7 @@ def amp_backward(
         model: as ``accelerator.prepare`` returned it, not attached.
         optimizer: an :class:`amp_plugin.AMP`, also as ``accelerator.prepare`` returned it.
         compute_loss: runs the model on one micro-batch and returns its mean loss, 0-d. Called ``inner_iter + 1`` times
-            for each, with a shallow copy if it is a mapping.
+            for each; it may take a mapping to pieces, but must not change a tensor in place.
         batches: the micro-batches of this process, at least one. All count the same, whatever their sizes.
         batch_norm: which passes update running statistics, see :class:`amp_plugin.ExtraPasses`.
         rng: whether all passes use the same dropout masks, see there.
@@ -70,8 +70,8 @@ def amp_backward(
     Raises:
         TypeError: the optimizer is not AMP.
         ValueError: no micro-batches, or the host cannot run AMP exactly.
-        RuntimeError: within ``accelerator.accumulate``, before its last micro-batch; or the optimizer is attached.
-            Whatever is raised, the weights are the unperturbed ones.
+        RuntimeError: within ``accelerator.accumulate``, before its last micro-batch; the optimizer is attached; or
+            a batch was changed. Whatever is raised, the weights are the unperturbed ones.
     """
     amp = find_amp(optimizer)
     if amp is None:
@@ -80,11 +80,11 @@ def amp_backward(
     params = [p for group in amp.param_groups for p in group["params"] if p.requires_grad]
     share = accelerator.gradient_accumulation_steps / len(batches)  # accelerator.backward() divides by the former
 
-    def run(sync: bool = True) -> Tensor:
+    def run(window: Sequence[Any], sync: bool = True) -> Tensor:
         losses = []
-        for k, batch in enumerate(batches, 1):
-            with nullcontext() if sync and k == len(batches) else accelerator.no_sync(model):
-                loss = compute_loss(copy.copy(batch) if isinstance(batch, MutableMapping) else batch)
+        for k, batch in enumerate(window, 1):
+            with nullcontext() if sync and k == len(window) else accelerator.no_sync(model):
+                loss = compute_loss(batch)
                 accelerator.backward(loss * share)
             losses.append(loss.detach())
         return torch.stack(losses).mean()
@@ -95,11 +95,16 @@ def amp_backward(
 
     passes = ExtraPasses(model, batch_norm=batch_norm, rng=rng)
     ascents = amp.inner_iter if amp.perturbs else 0
+    versions = [t._version for t in tensors_in(batches)]
     clear()
     try:
         for i in range(ascents):
             with passes.extra() if i else passes.clean():
-                mean = run(sync_ascent)
+                mean = run(fresh(batches), sync_ascent)
+            if versions != [t._version for t in tensors_in(batches)]:
+                raise RuntimeError(
+                    "compute_loss changes its batch in place, so a second pass would see another one; change a copy"
+                )
             if i == 0:
                 clean_loss = mean
             if not sync_ascent:
@@ -107,7 +112,7 @@ def amp_backward(
             amp.ascend(grad_scale=1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
             model.zero_grad()
         with passes.extra() if ascents else passes.clean():
-            mean = run()
+            mean = run(batches)
     except BaseException:
         clear()
         raise

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from amp_plugin.hosts.elastic import rejoin
 from amp_plugin.passes import check_policies
 
 _PREFIX = "amp_"
@@ -72,6 +74,7 @@ class AMPTrainingArguments(TrainingArguments):
             self.optim_args = _SGD_ARGS
         check_policies(self.amp_batch_norm, self.amp_rng)
         self.optim = base
+        rejoin(timedelta(seconds=self.ddp_timeout), self.ddp_backend)
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.optim = optim
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import amp_plugin
-from amp_plugin import AMP, AMPTrainer, AMPTrainingArguments
+from amp_plugin import AMP, AMPTrainer, AMPTrainingArguments, attach, detach
 from amp_plugin.hosts.attach_callback import AttachCallback
 
 SAMPLES, BATCH = 40, 4
@@ -168,6 +169,51 @@ def test_it_can_train_again_after_a_failure(tmp_path: Path) -> None:
     second = InOrder(model=net, args=arguments(tmp_path), train_dataset=Images(), optimizers=(optimizer, None))
     second.train()
     assert net.training_passes - passes == 2 * 2 * SAMPLES // BATCH
+
+
+def interrupted(folder: Path, accumulation: int = 1) -> Net:
+    """A model that a Trainer with AMP has attached, and could not give back."""
+    net = Net()
+    trainer = InOrder(
+        model=net,
+        args=arguments(folder, gradient_accumulation_steps=accumulation),
+        train_dataset=Images(),
+        optimizers=(AMP(net.parameters(), **AMP_ARGS), None),
+        callbacks=[FailOnce()],
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    net.training_passes = 0
+    return net
+
+
+@pytest.mark.parametrize("then", ["SGD", "another AMP", "AMPTrainer"])
+def test_what_an_interrupted_training_left_attached_does_not_reach_the_next_one(tmp_path: Path, then: str) -> None:
+    net = interrupted(tmp_path, accumulation=2)
+    reference = copy.deepcopy(net)
+    for model in (net, reference):
+        if then == "AMPTrainer":
+            args: Any = AMPTrainingArguments(
+                **{f: getattr(arguments(tmp_path), f) for f in ("output_dir", "num_train_epochs", "disable_tqdm")},
+                **{"per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 2, "optim": "amp"},
+                **{"report_to": [], "use_cpu": True, "save_strategy": "no"},
+            )
+            AMPTrainer(model=model, args=args, train_dataset=Images()).train()
+        else:
+            kwargs: Any = {"optimizer_cls_and_kwargs": (AMP, AMP_ARGS)} if then == "another AMP" else {}
+            InOrder(model=model, args=arguments(tmp_path, optim="sgd"), train_dataset=Images(), **kwargs).train()
+    assert net.training_passes == reference.training_passes == (1 if then == "SGD" else 2) * 2 * SAMPLES // BATCH
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), reference.parameters(), strict=True))
+
+
+def test_a_model_that_is_attached_to_another_optimizer_is_refused(tmp_path: Path) -> None:
+    net = Net()
+    attach(AMP(net.parameters(), **AMP_ARGS), net)
+    trainer = InOrder(model=net, args=arguments(tmp_path, optim="sgd"), train_dataset=Images())
+    with pytest.raises(ValueError, match=r"attached to an AMP optimizer, .* amp_plugin\.detach\(model\)"):
+        trainer.train()
+    detach(net)
+    trainer.train()
 
 
 @pytest.mark.parametrize(

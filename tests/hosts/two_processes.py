@@ -78,7 +78,7 @@ results = {
     for sync in (True, False)
     for k in (1, 2)
 }
-if WORLD > 1 and "overflow" in sys.argv[2:]:
+if WORLD > 1:
     results["local, overflow"] = train(sys.argv[1], sync=False, accumulation=1, overflow_at=4)
 if RANK == 0:
     torch.save(results, Path(sys.argv[1]) / f"{WORLD}.pt")

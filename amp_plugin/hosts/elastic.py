@@ -1,0 +1,34 @@
+"""Processes that torchrun has started again find one another."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+from torch import distributed
+
+
+def rejoin(timeout: timedelta, backend: str | None = None) -> None:
+    """Make the process group, if torchrun has restarted this process after a failure; else do nothing.
+
+    torchrun keeps the store in which the processes find one another, and in it the addresses of those that died: the
+    new ones then wait for them (https://github.com/pytorch/pytorch/issues/135712). With several nodes, whose restarts
+    are counted apart, its own way out is needed: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment.
+
+    Args:
+        timeout: of the group's collective operations.
+        backend: of the group; None for the devices' own.
+    """
+    env = os.environ
+    restarts = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+    shared = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and env.get("GROUP_WORLD_SIZE") == "1"
+    if restarts == "0" or not shared or distributed.is_initialized():
+        return
+    store = distributed.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout=timeout)  # type: ignore[attr-defined]
+    distributed.init_process_group(
+        backend,
+        store=distributed.PrefixStore(f"restart {restarts}", store),  # type: ignore[attr-defined]
+        rank=int(env["RANK"]),
+        world_size=int(env["WORLD_SIZE"]),
+        timeout=timeout,
+    )
