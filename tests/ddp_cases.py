@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -250,7 +251,7 @@ CASES = {
 }
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(minutes=2))
     facts: dict[str, Any] = {name: [trajectory(case) for case in cases] for name, cases in CASES.items()}
     facts["shared"] = {bad_rank: share(bad_rank) for bad_rank in (-1, 0, 1)}
     torch.save(facts, Path(sys.argv[1]) / f"{dist.get_rank()}.pt")

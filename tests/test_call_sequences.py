@@ -163,7 +163,7 @@ class Calls(RuleBasedStateMachine):
 
 
 @pytest.mark.filterwarnings("ignore:AMP. ")
-@pytest.mark.parametrize("sequences", [100, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sequences", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_any_sequence_of_calls(sequences: int) -> None:
     profile = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(Calls, settings=settings(profile, max_examples=sequences, stateful_step_count=25))

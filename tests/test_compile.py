@@ -11,6 +11,7 @@ import pytest
 import torch
 from doors import DOORS, Door, Step, by_ascend, by_attach, by_closure, plain_loop
 from problems import SGD_ARGS, parameters_of, small_batches, small_net
+from timm.task import ClassificationTask
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -106,6 +107,17 @@ def compile_in_place_then_attach(model: nn.Module, optimizer: AMP, backend: Any)
     return by_attach(module, optimizer)
 
 
+def timm_task_compiles_its_model(model: nn.Module, optimizer: AMP, backend: Any) -> Step:
+    task = ClassificationTask(model, F.cross_entropy, verbose=False).train()
+    task.compile(backend=backend, fullgraph=True)
+    return plain_loop(task, optimizer)
+
+
+def compiled_timm_task(model: nn.Module, optimizer: AMP, backend: Any) -> Step:
+    task = ClassificationTask(model, F.cross_entropy, verbose=False).train()
+    return plain_loop(torch.compile(task, backend=backend, fullgraph=True), optimizer)
+
+
 def compiled_training_step(door: Door) -> Way:
     """Passes, ascent and descent; the graph breaks where the optimizer or autograd is called."""
 
@@ -134,6 +146,8 @@ WAYS: dict[str, Way] = {
     "compile, then attach inside": compile_then_attach_inside,
     "attach, then compile in place": attach_then_compile_in_place,
     "compile in place, then attach": compile_in_place_then_attach,
+    "timm task that compiles its model": timm_task_compiles_its_model,
+    "compiled timm task": compiled_timm_task,
     "ascend, compiled training step": compiled_training_step(by_ascend),
     "attach, compiled training step": compiled_training_step(by_attach),
 }

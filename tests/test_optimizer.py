@@ -11,7 +11,7 @@ from problems import SGD_ARGS, assert_same_parameters, closure_for, parameters_o
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from amp_plugin import AMP
+from amp_plugin import AMP, attach
 
 # --- the released interface
 
@@ -572,3 +572,40 @@ def test_weights_that_a_module_changes_itself_are_none_of_its_business() -> None
         return loss
 
     optimizer.step(closure)
+
+
+@pytest.mark.parametrize("door", ["closure", "closure that returns a number", "ascend", "attach"])
+def test_a_loss_of_exactly_zero_is_a_loss_like_any_other(door: str) -> None:
+    class Zero(nn.Module):
+        """Its gradient is 2 + 2 p, whatever its value."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+        def forward(self) -> Tensor:
+            loss = (2 * self.p + self.p.square()).sum()
+            return loss - loss.detach()
+
+    module = Zero()
+    optimizer = AMP(module.parameters(), 0.1, epsilon=0.5)
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        loss = module()
+        loss.backward()
+        return loss if door == "closure" else loss.item()
+
+    if door.startswith("closure"):
+        assert optimizer.step(closure) == 0.0
+    elif door == "ascend":
+        closure()
+        optimizer.ascend()
+        closure()
+        optimizer.step()
+    else:
+        attach(optimizer, module)
+        assert closure() == 0.0
+        optimizer.step()
+    assert module.p.item() == pytest.approx(-0.1 * (2 + 2 * 0.5))
+    assert optimizer.skipped_steps == 0

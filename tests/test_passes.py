@@ -105,3 +105,43 @@ def test_replaced_statistics_are_found_again_by_a_layer_that_is_recomputed() -> 
         assert module.passes.item() == 1
         grads.append(module.fc.weight.grad)
     assert torch.equal(*grads)
+
+
+class Custom(nn.Module):
+    """Statistics that no name or type gives away, in a layer that no optimizer trains, inside one that it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.batch_norm = nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False, momentum=None)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("largest", torch.zeros(4), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.batch_norm(self.fc(x))
+        self.seen += 1
+        torch.maximum(self.largest, y.detach().amax(0), out=self.largest)
+        return y.pow(4).mean()
+
+
+def test_statistics_of_every_kind_go_on_after_additional_passes() -> None:
+    """Nothing is switched off, so nothing can stay so."""
+    torch.manual_seed(0)
+    module, batches = Custom(), [torch.randn(8, 4) for _ in range(3)]
+    modes = [m.training for m in module.modules()]
+    twin = copy.deepcopy(module)
+    optimizer, passes = AMP(module.parameters(), 0.0, inner_iter=2), ExtraPasses(module)
+    for x in batches:
+
+        def closure(x: Tensor = x) -> Tensor:
+            optimizer.zero_grad()
+            loss: Tensor = module(x)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure, passes=passes)
+        twin(x)
+        assert all(torch.equal(b, c) for b, c in zip(module.buffers(), twin.buffers(), strict=True))
+        assert module.batch_norm.momentum is None
+        assert [m.training for m in module.modules()] == modes
+        assert all(p.requires_grad for p in module.parameters())
+    assert module.seen == module.batch_norm.num_batches_tracked == 3

@@ -39,7 +39,7 @@ class Recorder:
     def __init__(self) -> None:
         self.facts: dict[str, Any] = {"batches": [], "moved": [], "calls": 0}
         self._task: nn.Module | None = None
-        self._inputs: Any = None
+        self._targets: Tensor | None = None
         self._clean: dict[str, Tensor] = {}
         atexit.register(self.save)
 
@@ -56,8 +56,8 @@ class Recorder:
         now = weights(task)
         if self._task is None:
             self._task, self.facts["start"] = task, now
-        if inputs is not self._inputs:
-            self._inputs, self._clean = inputs, now
+        if targets is not self._targets:
+            self._targets, self._clean = targets, now
             self.facts["batches"].append((inputs.clone() if isinstance(inputs, Tensor) else None, targets.clone()))
             self.facts["moved"].append(0.0)
         self.facts["calls"] += 1

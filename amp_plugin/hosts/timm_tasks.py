@@ -14,7 +14,8 @@ from timm.task import TrainingTask
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from amp_plugin.attach import attach
+from amp_plugin.attach import Attachment, attach
+from amp_plugin.compilation import not_compiled, not_compiled_itself
 from amp_plugin.optimizer import AMP, living
 
 _logger = logging.getLogger(__name__)
@@ -31,19 +32,25 @@ def _on_registration(module: nn.Module, name: str, submodule: nn.Module | None) 
         module.register_forward_pre_hook(_attach_when_training, with_kwargs=True, prepend=True)
 
 
+@not_compiled_itself
 def _attach_when_training(task: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if not (task.training and torch.is_grad_enabled()):
-        return
-    amp = _optimizer_of(task)
+    if (attachment := _attachment_of(task)) is not None:
+        attachment.before(task, args, kwargs)  # its hook comes too late for the pass that is beginning
+
+
+@not_compiled
+def _attachment_of(task: nn.Module) -> Attachment | None:
+    amp = _optimizer_of(task) if task.training and torch.is_grad_enabled() else None
     if amp is None:
-        return
+        return None
     attachment = attach(amp, task)
     for handle, hook in list(task._forward_pre_hooks.items()):
         if hook is _attach_when_training:
             del task._forward_pre_hooks[handle], task._forward_pre_hooks_with_kwargs[handle]
     # A warning, because the loop may have left AMP behind for another optimizer, and would not know.
-    _logger.warning("Adversarial Model Perturbation is attached to %s: %r", type(task).__name__, amp)
-    attachment.before(task, args, kwargs)  # its hook comes too late for the pass that is beginning
+    described, _, _groups = repr(amp).partition(" (\n")  # with layer-wise decay there are dozens of groups
+    _logger.warning("Adversarial Model Perturbation is attached to %s: %s", type(task).__name__, described)
+    return attachment
 
 
 def _optimizer_of(task: nn.Module) -> AMP | None:

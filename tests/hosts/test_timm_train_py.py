@@ -92,7 +92,9 @@ def assert_perturbed(run: Run) -> None:
         assert facts["calls"] == 2 * len(facts["batches"]) > 0
         assert min(facts["moved"]) > 0
         assert all(torch.equal(facts["end"][name], p) for name, p in run.ranks[0]["end"].items())
-    assert all(torch.equal(run.checkpoint["state_dict"][name], p) for name, p in run.ranks[0]["end"].items())
+    for name, p in run.ranks[0]["end"].items():
+        if not name.startswith("projection."):  # feature distillation's own, which the script keeps elsewhere
+            assert torch.equal(run.checkpoint["state_dict"][name.removeprefix("student.")], p), name
 
 
 def expected(ranks: list[dict[str, Any]], accumulation: int, clip: str, limit: float) -> list[Tensors]:
@@ -119,16 +121,16 @@ class Setting(NamedTuple):
     clip: str = ""
     limit: float = 0.0
     processes: int = 1
-    tolerance: float = 3e-6
+    tolerance: float = 1e-6
 
 
 SETTINGS = {
     "plain": Setting(),
     "accumulation of 2": Setting(accumulation=2),
     "accumulation of 4": Setting(accumulation=4),
-    "clip norm": Setting(clip="norm", limit=0.3),
-    "clip value": Setting(clip="value", limit=0.02),
-    "clip agc": Setting(clip="agc", limit=0.05, accumulation=2),
+    "clip norm": Setting(clip="norm", limit=0.3, tolerance=1e-5),  # clipped, the way is short against the weights
+    "clip value": Setting(clip="value", limit=0.02, tolerance=1e-5),
+    "clip agc": Setting(clip="agc", limit=0.05, accumulation=2, tolerance=1e-5),
     "mixup and cutmix": Setting("--mixup 0.8 --cutmix 1"),
     "channels last": Setting("--channels-last"),
     "gradient checkpointing": Setting("--grad-checkpointing"),
@@ -137,7 +139,7 @@ SETTINGS = {
     "bf16": Setting("--amp --amp-dtype bfloat16", tolerance=2e-2),
     "fp16": Setting("--amp", tolerance=2e-2),  # without a gradient scaler, which the script has on CUDA only
     "two processes": Setting(processes=2),
-    "two processes, accumulation": Setting(processes=2, accumulation=3, clip="norm", limit=0.3),
+    "two processes, accumulation": Setting(processes=2, accumulation=3, clip="norm", limit=0.3, tolerance=1e-5),
     "two processes, compiled": Setting("--torchcompile aot_eager", processes=2),
 }
 
