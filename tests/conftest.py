@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +18,13 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _accelerate_starts_afresh() -> None:
+    """Whether it is in the middle of an accumulation window is one state for the whole process."""
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].GradientState._reset_state()
 
 
 @pytest.fixture(scope="session")
