@@ -218,10 +218,10 @@ PITFALLS = [
     Pitfall(
         "the host clips a gradient that is not the one that is used",
         "by running rivals",
-        "descent.py",
-        "        amp.resume(self.displacement._replace(moved=list(moved)))\n",
-        "        amp.resume(self.displacement._replace(moved=list(moved)))\n        grad = grad.sign()\n",
-        "test_gradient_scaler.py::test_the_weights_are_those_of_plain_training_to_the_bit",
+        "optimizer.py",
+        "        self.base_optimizer.step()\n",
+        "        torch._foreach_mul_(self.gradients(), 2.0)\n        self.base_optimizer.step()\n",
+        "test_attach.py::test_the_trajectory_is_the_references",
     ),
     Pitfall(
         "with accumulation the ascent sees only one micro-batch",
@@ -243,8 +243,8 @@ PITFALLS = [
         "a module takes its batch to pieces, and the second pass finds it empty",
         "label smoothing in transformers.Trainer",
         "arguments.py",
-        "    if isinstance(leaf, MutableMapping):",
-        "    if isinstance(leaf, MutableMapping) and False:",
+        "    return tree_map(_fresh_leaf, arguments)\n",
+        "    return arguments\n",
         "test_attach.py::test_a_batch_that_the_module_takes_to_pieces",
     ),
     Pitfall(
