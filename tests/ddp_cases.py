@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from leaving import leave
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
@@ -255,4 +256,4 @@ if __name__ == "__main__":
     facts: dict[str, Any] = {name: [trajectory(case) for case in cases] for name, cases in CASES.items()}
     facts["shared"] = {bad_rank: share(bad_rank) for bad_rank in (-1, 0, 1)}
     torch.save(facts, Path(sys.argv[1]) / f"{dist.get_rank()}.pt")
-    dist.destroy_process_group()
+    leave()

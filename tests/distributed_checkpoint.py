@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from leaving import leave
 from sharded_training import PATIENCE, STEPS, Case, Kind, Run, batches
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -77,4 +78,4 @@ if __name__ == "__main__":
         saved_by = arguments[arguments.index("load") + 1]
         weights = load_and_train(root / f"saved by {saved_by}", "fsdp")
         torch.save(weights, root / f"{saved_by} to {world}, process {dist.get_rank()}.pt")
-    dist.destroy_process_group()
+    leave()

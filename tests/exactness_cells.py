@@ -21,6 +21,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from exactness_problem import BALL, HOSTS, SGD, SIZE, STEPS, Batch, Cell, Net, Result, batches_of, cells_of
+from leaving import leave
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from timm.utils import NativeScaler
@@ -286,7 +287,7 @@ def main(folder: str, compiler: str) -> None:
     dist.init_process_group("gloo")
     results |= {tuple(cell): tuple(run(cell)) for cell in cells if cell.processes == WORLD}
     torch.save(results, Path(folder) / f"{compiler} {RANK}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from leaving import leave
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -356,4 +357,4 @@ def all_facts(world: int) -> dict[str, Any]:
 if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=PATIENCE)
     torch.save(all_facts(dist.get_world_size()), Path(sys.argv[1]) / f"{dist.get_rank()}.pt")
-    dist.destroy_process_group()
+    leave()

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import timm
 import torch
+from leaving import leave
 from problems import parameters_of, small_batches, small_net
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -210,4 +211,4 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     facts = {name: Training(c).train(windows_of(c, dist.get_rank())) for name, c in OF_TWO_PROCESSES.items()}
     torch.save(facts, Path(sys.argv[1]) / f"{dist.get_rank()}.pt")
-    dist.destroy_process_group()
+    leave()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from leaving import leave
 from sharded_training import BALL, NORMS, PATIENCE, SGD_ARGS, Net, batches, mean_loss
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -37,4 +38,4 @@ if __name__ == "__main__":
     place = {name: int(os.environ[name]) for name in ("GROUP_RANK", "LOCAL_RANK", "WORLD_SIZE")}
     weights = {f"{norm}, {in_buckets}": train(norm, in_buckets) for norm in NORMS for in_buckets in (False, True)}
     torch.save({"place": place, "weights": weights}, Path(sys.argv[1]) / f"{dist.get_rank()}.pt")
-    dist.destroy_process_group()
+    leave()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from language_problems import documents, gpt2, masked_bert, trained
+from leaving import leave
 from problems import parameters_of
 from torch import nn
 
@@ -43,4 +44,4 @@ if __name__ == "__main__":
     results = {name: run(sys.argv[1], **settings) for name, settings in RUNS.items()}
     if torch.distributed.get_rank() == 0:
         torch.save(results, Path(sys.argv[1]) / "results.pt")
-    torch.distributed.destroy_process_group()
+    leave()

@@ -558,7 +558,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     """DDP over gloo; without sync_ascent they differ from one, but the replicas stay equal."""
     program = [str(Path(__file__).with_name("two_processes.py")), str(tmp_path)]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    paths = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root), str(root / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
     for launcher in ([], torchrun):
         subprocess.run([sys.executable, *launcher, *program], check=True, env={**os.environ, "PYTHONPATH": paths})
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from leaving import leave
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import SequentialSampler
@@ -83,7 +84,4 @@ if WORLD > 1:
 if RANK == 0:
     torch.save(results, Path(sys.argv[1]) / f"{WORLD}.pt")
 if WORLD > 1:
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads sometimes abort the interpreter's own end ("terminate called without ...")
+    leave()
