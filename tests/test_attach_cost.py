@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import timm
 import torch
+from benchmarks.counting import NO_KERNELS, CountCalls, storages
 from doors import DOORS, Door
 from problems import SGD_ARGS, small_batches, small_net
-from test_cost import VIEWS, CountCalls, storages
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -24,16 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from amp_plugin import AMP, LossModule, Perturbation, attach
 from amp_plugin.perturbation import Ascent
 
-# These launch nothing either: allocations, and what the profiler hears of.
-NO_KERNELS = VIEWS | {
-    "aten.empty_like.default",
-    "aten.expand.default",
-    "aten.promote_types.default",
-    "aten.select.int",
-    "aten.view.default",
-    "profiler._record_function_enter_new.default",
-    "profiler._record_function_exit._RecordFunction",
-}
 SGD: dict[str, Any] = {**SGD_ARGS, "foreach": True}
 
 

@@ -2,59 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from benchmarks.counting import CountCalls, storages
+from torch import nn
 
 from amp_plugin import AMP
-
-# Change how memory is described, not what is in it: they launch nothing.
-VIEWS = {
-    "aten.view.dtype",
-    "aten.view_as_real.default",
-    "aten.unbind.int",
-    "aten.detach.default",
-    "aten.alias.default",
-}
-HOST_SYNCS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "item")
-
-
-def storages(tensors: Any) -> dict[int, int]:
-    return {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for t in tree_leaves(tensors)
-        if isinstance(t, Tensor)
-    }
-
-
-class CountCalls(TorchDispatchMode):
-    """Counts the operators that are dispatched, and the bytes of the storages that they create."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-        self.allocated = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.calls[str(func)] += 1
-        before = storages((args, kwargs))
-        self.allocated += sum(n for address, n in storages(result).items() if address not in before)
-        return result
-
-    @property
-    def kernels(self) -> int:
-        return sum(n for name, n in self.calls.items() if name not in VIEWS)
-
-    @property
-    def syncs(self) -> dict[str, int]:
-        return {name: n for name, n in self.calls.items() if any(s in name for s in HOST_SYNCS)}
 
 
 @pytest.fixture(scope="module")

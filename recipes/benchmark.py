@@ -1,0 +1,106 @@
+"""Measure what AMP costs on this machine: every figure as a ratio to a baseline of the same run.
+
+    python recipes/benchmark.py                            # everything
+    python recipes/benchmark.py --only step --sizes 0.3M 11.2M --batch_sizes 50
+
+Prints a table and leaves it in the output folder as benchmark.md, with its rows in benchmark.jsonl. Steps are made in
+turns, one of each contestant a round, and the quartiles of the rounds' ratios are given with the median. Keep the
+machine otherwise idle. The comparison with SAM needs `pip install "amp-plugin[benchmark]"`.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before torch starts its threads: the processes that wait for their turn must not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import json
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from benchmarks import counts, pipeline, startup, step
+from benchmarks.rows import Row, markdown
+
+SUBJECTS = ("counts", "step", "pipeline", "startup")
+
+
+def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
+    """The rows of the chosen subjects, as they come."""
+    if "counts" in args.only:
+        yield from counts.measure(args.threads)
+    if "step" in args.only:
+        for size in args.sizes:
+            for batch_size in args.batch_sizes:
+                model_args = step.LADDER[size]
+                yield step.cell(size, model_args, batch_size, args.threads, args.seconds, args.output_dir)
+    if "pipeline" in args.only:
+        yield from pipeline.measure()
+    if "startup" in args.only:
+        yield from startup.measure(args.output_dir)
+
+
+def machine(threads: int) -> str:
+    """Processor, threads and versions, in one line."""
+    processor = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            processor = next((li.partition(":")[2].strip() for li in file if li.startswith("model name")), processor)
+    capability = torch.backends.cpu.get_cpu_capability()
+    versions = [f"{name} {_version(name)}" for name in ("torch", "timm", "transformers", "accelerate", "torchvision")]
+    versions.append(f"pytorch_optimizer {_version('pytorch_optimizer')}")
+    return f"{processor} ({capability}), {threads} threads; Python {platform.python_version()}, {', '.join(versions)}"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=SUBJECTS, default=SUBJECTS, help="Subjects; default: all.")
+    parser.add_argument(
+        "--sizes", nargs="+", choices=step.LADDER, default=list(step.LADDER), help="Models of the steps."
+    )
+    parser.add_argument("--batch_sizes", nargs="+", type=int, default=list(step.BATCH_SIZES), help="Images a step.")
+    parser.add_argument("--seconds", type=float, default=60.0, help="Of the rounds of a model and batch size.")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="Of torch, for steps.")
+    parser.add_argument("--output_dir", default="runs/benchmark", help="Folder of the results.")
+    args = parser.parse_args(argv)
+    sam_is_compared = {"counts", "step"} & set(args.only)
+    if sam_is_compared and _version("pytorch_optimizer") == "missing":
+        parser.error('pytorch_optimizer is missing: pip install "amp-plugin[benchmark]"')
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print and write."""
+    args = parse(argv)
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    where = machine(args.threads)
+    rows: list[Row] = []
+    with (folder / "benchmark.jsonl").open("w") as file:
+        file.write(json.dumps({"machine": where}) + "\n")
+        for some in measure(args):
+            rows += some
+            for row in some:
+                file.write(json.dumps(asdict(row)) + "\n")
+                print(f"{row.case}: {row.name} / {row.baseline}: {row.ratio:.3f}", flush=True)
+            file.flush()
+    text = f"{where}\n\n{markdown(rows)}\n"
+    (folder / "benchmark.md").write_text(text)
+    print(f"\n{text}\ntable: {folder / 'benchmark.md'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Counts what a piece of code asks of the device: operators, host synchronisations and memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# These launch nothing: they change how memory is described, allocate it, or tell the profiler something.
+NO_KERNELS = {
+    "aten.alias.default",
+    "aten.detach.default",
+    "aten.empty_like.default",
+    "aten.expand.default",
+    "aten.promote_types.default",
+    "aten.select.int",
+    "aten.unbind.int",
+    "aten.view.default",
+    "aten.view.dtype",
+    "aten.view_as_real.default",
+    "profiler._record_function_enter_new.default",
+    "profiler._record_function_exit._RecordFunction",
+}
+HOST_SYNCS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "item")
+
+
+def storages(tensors: Any) -> dict[int, int]:
+    """Address and bytes of each storage behind the tensors in a structure."""
+    return {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in tree_leaves(tensors)
+        if isinstance(t, Tensor)
+    }
+
+
+class CountCalls(TorchDispatchMode):
+    """Counts the operators that are dispatched, and the bytes of the storages that they create."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.allocated = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls[str(func)] += 1
+        before = storages((args, kwargs))
+        self.allocated += sum(n for address, n in storages(result).items() if address not in before)
+        return result
+
+    @property
+    def kernels(self) -> int:
+        """Operators that launch something; a `_foreach` one counts once, however many tensors it treats."""
+        return sum(n for name, n in self.calls.items() if name not in NO_KERNELS)
+
+    @property
+    def syncs(self) -> dict[str, int]:
+        """Operators that make the host wait for the device."""
+        return {name: n for name, n in self.calls.items() if any(s in name for s in HOST_SYNCS)}

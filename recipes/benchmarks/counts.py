@@ -1,0 +1,151 @@
+"""Operators and host synchronisations of a step, and the optimizer's own work against a copy of the weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD
+
+from amp_plugin import AMP, LossModule, attach
+from benchmarks.counting import CountCalls
+from benchmarks.rows import Row, counted, timed
+from benchmarks.step import LADDER, SGD_ARGS, problem
+
+Step = Callable[[], Any]
+
+
+def measure(threads: int) -> Iterator[list[Row]]:
+    """Counts of one size, which hold for all; own work at each size."""
+    yield calls()
+    torch.set_num_threads(threads)
+    for size, model_args in LADDER.items():
+        yield own_work(size, model_args)
+
+
+def calls() -> list[Row]:
+    """What is dispatched in one step beyond its forward and backward passes."""
+    steps = {"SGD": _sgd, "AMP, closure": _closure, "AMP, attach": _attached, "SAM of pytorch_optimizer": _sam}
+    passes = {name: 1 if name == "SGD" else 2 for name in steps}
+    model, (images, labels) = problem({"width": 8}, 2)
+    one_pass = _count(lambda: F.cross_entropy(model(images), labels).backward()).kernels
+    model.zero_grad()
+    counts = {}
+    for name, make in steps.items():
+        step = make(*problem({"width": 8}, 2))
+        step()  # makes the buffers
+        counts[name] = _count(step)
+    rows, base = [], counts.pop("SGD")
+    for name, count in counts.items():
+        beyond = count.kernels - passes[name] * one_pass
+        rows.append(
+            counted("Operators", "11.2M, beyond the passes", name, "SGD", beyond, base.kernels - one_pass, "calls")
+        )
+    for name, count in counts.items():
+        syncs, base_syncs = (sum(c.syncs.values()) for c in (count, base))
+        rows.append(counted("Host synchronisations", "11.2M, in one step", name, "SGD", syncs, base_syncs, "calls"))
+    return rows
+
+
+def own_work(size: str, model_args: dict[str, Any], rounds: int = 15) -> list[Row]:
+    """`ascend` and `restore`, with the gradients given, against a copy of the weights for each pass they make."""
+    model, _ = problem(model_args, 1)
+    params: list[Tensor] = list(model.parameters())
+    optimizer = AMP(params, **SGD_ARGS)
+    copies = [torch.empty_like(p) for p in params]
+    weights = sum(p.numel() for p in params)
+
+    def displace() -> None:
+        optimizer.ascend()
+        optimizer.restore()
+
+    def copy() -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(copies, params)
+
+    times: list[float] = []
+    base: list[float] = []
+    for i in range(rounds + 2):
+        for p in params:
+            p.grad = torch.full_like(p, 1e-3)
+        pair = _seconds(displace), _seconds(copy)
+        if i >= 2:
+            times.append(1e3 * pair[0] / WEIGHT_SIZED_PASSES)
+            base.append(1e3 * pair[1])
+    case = f"{size} parameters ({weights:,})"
+    name = f"ascend and restore, each of their {WEIGHT_SIZED_PASSES} passes over the weights"
+    return [timed("Own work", case, name, "copy of the weights", times, base, "ms")]
+
+
+# Backup, norms, clearing what is not finite, scaling, addition; restoring.
+WEIGHT_SIZED_PASSES = 6
+
+
+def _seconds(action: Step) -> float:
+    start = time.perf_counter()
+    action()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start
+
+
+def _count(action: Step) -> CountCalls:
+    count = CountCalls()
+    with count:
+        action()
+    return count
+
+
+def _sgd(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Step:
+    return _plain(LossModule(model, F.cross_entropy), batch, SGD(model.parameters(), foreach=True, **SGD_ARGS))
+
+
+def _attached(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Step:
+    module = LossModule(model, F.cross_entropy)
+    optimizer = AMP(model.parameters(), foreach=True, **SGD_ARGS)
+    attach(optimizer, module)
+    return _plain(module, batch, optimizer)
+
+
+def _plain(module: nn.Module, batch: tuple[Tensor, Tensor], optimizer: torch.optim.Optimizer) -> Step:
+    def step() -> None:
+        module(*batch)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _closure(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Step:
+    optimizer = AMP(model.parameters(), foreach=True, **SGD_ARGS)
+    closure = _closure_of(model, batch, optimizer)
+    return lambda: optimizer.step(closure)
+
+
+def _sam(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Step:
+    from pytorch_optimizer import SAM
+
+    optimizer = SAM(model.parameters(), SGD, foreach=True, **SGD_ARGS)
+    closure = _closure_of(model, batch, optimizer)
+
+    def step() -> None:
+        closure()
+        optimizer.step(closure)
+
+    return step
+
+
+def _closure_of(model: nn.Module, batch: tuple[Tensor, Tensor], optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    images, labels = batch
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        return loss
+
+    return closure

@@ -1,0 +1,80 @@
+"""The input pipeline against torchvision's transforms in a `DataLoader`, image by image; one thread a process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from amp_plugin.data import Augmentation, ImageBatches, ImageSplit, collate, load_images
+from amp_plugin.data.settings import BUNDLED, DatasetSettings
+from benchmarks.rows import Row, timed
+
+AUGMENTATIONS: tuple[Augmentation, ...] = ("plain", "cutout", "autoaugment")
+IMAGES, BATCH_SIZE, ROUNDS = 10_000, 50, 5
+
+
+class PerImage(Dataset[tuple[Tensor, int]]):
+    """The same augmentation as in most training scripts: PIL images, one after the other."""
+
+    def __init__(self, split: ImageSplit, settings: DatasetSettings, augment: Augmentation) -> None:
+        self.split, self.settings, self.cutout = split, settings, augment != "plain"
+        fill = settings.fill
+        steps: list[Any] = [transforms.RandomCrop(32, settings.pad, fill=fill), transforms.RandomHorizontalFlip()]
+        if augment == "autoaugment":
+            policy = transforms.AutoAugmentPolicy(settings.autoaugment)
+            steps.append(transforms.AutoAugment(policy, fill=[fill] * 3))
+        steps += [transforms.ToTensor(), transforms.Normalize(settings.mean, settings.std)]
+        self.transform = transforms.Compose(steps)
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """An image (3, 32, 32) and its label."""
+        image = self.transform(Image.fromarray(self.split.images[index]))
+        if self.cutout:
+            half = self.settings.cutout_length // 2
+            y, x = torch.randint(32, (2,)).tolist()
+            image[:, max(0, y - half) : y + half, max(0, x - half) : x + half] = 0.0
+        return image, int(self.split.labels[index])
+
+
+def measure() -> Iterator[list[Row]]:
+    """Images a second of a whole epoch, for each augmentation, without workers and with two that live on."""
+    data = load_images(BUNDLED)
+    indices = np.arange(IMAGES) % len(data.train)
+    split = ImageSplit(data.train.images[indices], data.train.labels[indices])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for augment in AUGMENTATIONS:
+            for workers in (0, 2):
+                settings: dict[str, Any] = {"batch_size": BATCH_SIZE, "shuffle": True, "num_workers": workers}
+                settings["persistent_workers"] = workers > 0
+                theirs = DataLoader(PerImage(split, data.settings, augment), **settings)
+                ours = DataLoader(ImageBatches(split, data.settings, augment), collate_fn=collate, **settings)
+                rates: tuple[list[float], list[float]] = [], []
+                for i in range(ROUNDS + 1):
+                    pair = _rate(ours), _rate(theirs)
+                    if i > 0:  # the first starts the workers
+                        rates[0].append(pair[0])
+                        rates[1].append(pair[1])
+                case = f"{augment}, batch {BATCH_SIZE}, {workers} workers"
+                yield [timed("Input pipeline", case, "ImageBatches", "image by image", *rates, "images/s")]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _rate(loader: DataLoader[Any]) -> float:
+    start = time.perf_counter()
+    for _ in loader:
+        pass
+    return IMAGES / (time.perf_counter() - start)
