@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 import torch
 import yaml
+from fast import fast_settings
 from transformers import HfArgumentParser
 
 from amp_plugin import AMPTrainingArguments
@@ -124,6 +125,14 @@ class RecipeArguments(AMPTrainingArguments):
         default=None,
         metadata={"help": "Threads of a process on the CPU. Default: torch's, but all cores under accelerate launch."},
     )
+    fast: bool = field(
+        default=False,
+        metadata={
+            "help": "Use what is fast on this device: channels-last, bf16 autocast and, on CUDA, torch.compile. Any of"
+            " --channels_last, --bf16 and --torch_compile still wins."
+        },
+    )
+    channels_last: bool = field(default=False, metadata={"help": "Memory format of images and convolutions."})
     ledger: str | None = field(
         default=None, metadata={"help": "JSON Lines file to append the finished run to: settings, commit, metrics."}
     )
@@ -145,6 +154,12 @@ class RecipeArguments(AMPTrainingArguments):
         if steps:
             self.lr_scheduler_type = "steps"
 
+    def arithmetic(self) -> str:
+        """How the passes are computed, where that is not eager, channels-first fp32; empty if it is."""
+        chosen = {"channels-last": self.channels_last, "bf16": self.bf16, "fp16": self.fp16}
+        chosen |= {"compiled": self.torch_compile, "fp32": self.fast and not (self.bf16 or self.fp16)}
+        return ", ".join(name for name, on in chosen.items() if on)
+
     def checkpoint_to_resume(self) -> str | bool | None:
         """`resume_from_checkpoint`: a folder, "last", or whether to take the last one in the output folder."""
         word = str(self.resume_from_checkpoint).lower()
@@ -155,11 +170,15 @@ def parse(argv: list[str], description: str | None = None) -> tuple[DataArgument
     """The recipe file, if one is named first, then the command line, which wins."""
     types: Any = (DataArguments, ModelArguments, RecipeArguments)
     parser = HfArgumentParser(types, description=description)
+    settings: dict[str, Any] = {}
     if argv and not argv[0].startswith("-"):
         path, argv = Path(argv[0]), argv[1:]
         known = {action.dest for action in parser._actions}
         settings = read_recipe(path, known)
         parser.set_defaults(**settings)
+    named, _ = parser.parse_known_args(argv)
+    if named.fast:
+        parser.set_defaults(**{**fast_settings(use_cpu=named.use_cpu), **settings})
     data, model, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     if training.output_dir in (None, "trainer_output"):
         training.output_dir = (
@@ -196,6 +215,7 @@ _STOCK = (
 _ELSEWHERE = {
     "data_root",
     "dataloader_pin_memory",
+    "fast",  # what it chose is there
     "ledger",
     "remove_unused_columns",
     "report_to",

@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +129,14 @@ def main(argv: list[str]) -> None:
         image_size=(height, width),
         **model_args.parsed_model_kwargs(),
     )
+    if args.channels_last:
+        torch.nn.Module.to(model, memory_format=torch.channels_last)  # transformers hides the signature
+    batches = partial(ImageBatches, settings=data.settings, channels_last=args.channels_last)
     trainer = RecipeTrainer(
         model=model,
         args=args,
-        train_dataset=ImageBatches(train, data.settings, data_args.augmentation, seed=args.seed),
-        eval_dataset=ImageBatches(test, data.settings, "none"),
+        train_dataset=batches(train, augment=data_args.augmentation, seed=args.seed),
+        eval_dataset=batches(test, augment="none"),
         data_collator=collate,
         compute_metrics=compute_metrics,
         callbacks=[EpochCallback()],
@@ -142,6 +146,7 @@ def main(argv: list[str]) -> None:
     trainer.add_callback(EpochLine())
     if trainer.is_world_process_zero():
         where = f"cpu, {threads} thread(s)" if args.device.type == "cpu" else str(args.device)
+        where += f", {args.arithmetic()}" if args.arithmetic() else ""
         described = f"AMP, epsilon {args.amp_epsilon}, inner_lr {args.amp_inner_lr}, {args.amp_norm} ball"
         print(
             f"{model_args.model} with {sum(p.numel() for p in model.parameters()):,} parameters on {data.name}:"
