@@ -16,7 +16,7 @@ from torchvision.transforms.autoaugment import _apply_op
 
 from amp_plugin.data import DatasetSettings, load_images
 from amp_plugin.data.augment import DRAWS, Augmenter, cutout, random_crop, random_flip
-from amp_plugin.data.autoaugment import BatchAutoAugment
+from amp_plugin.data.autoaugment import BatchAutoAugment, _recolour
 from amp_plugin.data.draws import uniform_draws
 from amp_plugin.data.settings import SOURCES
 
@@ -191,6 +191,16 @@ def test_each_operation_equals_torchvisions(policy: str, size: tuple[int, int], 
                 expected = _apply_op(image, name, magnitude, InterpolationMode.NEAREST, [128.0] * 3)
                 assert torch.equal(augmented, expected), (name, magnitude)
     assert {name for name, _ in checked} == {name for pair in theirs.policies for name, p, _ in pair if p > 0}
+
+
+@pytest.mark.parametrize("name", ["Brightness", "Color", "Sharpness"])
+@pytest.mark.parametrize("size", [(32, 32), (2, 5)])
+def test_a_mixture_at_many_magnitudes_at_once_equals_torchvisions(name: str, size: tuple[int, int]) -> None:
+    magnitudes = np.concatenate([sign * np.linspace(0.0, 0.9, 10) for sign in (-1, 1)])
+    images = torch.from_numpy(planes(random_images(len(magnitudes), *size)))
+    batch = _recolour(images, name, magnitudes)
+    for image, augmented, magnitude in zip(images, batch, magnitudes.tolist(), strict=True):
+        assert torch.equal(augmented, _apply_op(image, name, magnitude, InterpolationMode.NEAREST, None)), magnitude
 
 
 @pytest.mark.parametrize("policy", ["cifar10", "svhn", "imagenet"])

@@ -15,6 +15,8 @@ from torchvision.transforms.autoaugment import _apply_op
 from torchvision.transforms.v2.functional import equalize
 
 _BINS = 10  # magnitudes of the paper's search space
+# Mixtures of the image with another one, 1 + magnitude of the first; Contrast's other one is not in whole numbers.
+_MIXTURES = ("Brightness", "Color", "Sharpness")
 _GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 
 Operation = tuple[str, float]  # torchvision's name, and the magnitude with its sign
@@ -53,6 +55,10 @@ class BatchAutoAugment:
         distinct = {op for pair in pairs for signs in pair for op in signs}
         self.operations: list[Operation] = sorted(distinct, key=lambda op: (op[0] not in _GEOMETRIC, op))
         geometric = [op for op in self.operations if op[0] in _GEOMETRIC]
+        # What is done together to the images of a batch: a mixture at whatever magnitudes, others at one each.
+        together = [name if name in _MIXTURES else (name, magnitude) for name, magnitude in self.operations]
+        self._group = np.array([together.index(group) for group in together])
+        self._magnitude = np.array([magnitude for _, magnitude in self.operations])
         self._origins = torch.stack([_pixel_origins(op, image_size) for op in geometric])
         # By sub-policy and step; the operations by sign as well.
         self._probability = np.array([[p for _, p, _ in pair] for pair in reference.policies])
@@ -84,9 +90,11 @@ class BatchAutoAugment:
             if moved.any():
                 rows = torch.from_numpy(runs[moved])
                 images[rows] = self._move(images[rows], torch.from_numpy(chosen[moved]))
-            for index in np.unique(chosen[~moved]):
-                rows = torch.from_numpy(runs[chosen == index])
-                images[rows] = _recolour(images[rows], self.operations[index])
+            groups = self._group[chosen]
+            for group in np.unique(groups[~moved]):
+                picked = groups == group
+                rows = torch.from_numpy(runs[picked])
+                images[rows] = _recolour(images[rows], self.operations[group][0], self._magnitude[chosen[picked]])
         return images
 
     def _move(self, images: Tensor, operations: Tensor) -> Tensor:
@@ -109,11 +117,17 @@ def _pixel_origins(operation: Operation, image_size: tuple[int, int]) -> Tensor:
     return origins.where(origins >= 0, height * width)
 
 
-def _recolour(images: Tensor, operation: Operation) -> Tensor:
-    """Apply one operation that leaves every pixel in its place to (n, 3, H, W)."""
-    name, magnitude = operation
+def _recolour(images: Tensor, name: str, magnitudes: npt.NDArray[np.float64]) -> Tensor:
+    """Apply one operation that leaves every pixel in its place to (n, 3, H, W); all but mixtures at one magnitude."""
     if name == "Equalize":  # _apply_op's goes image by image; v2's is the same integers for the batch
         equalized: Tensor = equalize(images)
         return equalized
-    result: Tensor = _apply_op(images, name, magnitude, InterpolationMode.NEAREST, None)
+    if name == "Sharpness" and min(images.shape[2:]) <= 2:
+        return images  # too small to be blurred
+    if name in _MIXTURES:
+        ratio = torch.from_numpy(1.0 + magnitudes).view(-1, 1, 1, 1)
+        other: Tensor = _apply_op(images, name, -1.0, InterpolationMode.NEAREST, None)  # with none of the image in it
+        mixture = images.mul(ratio.float()).add_(other.mul((1.0 - ratio).float()))
+        return mixture.clamp_(0, 255).to(torch.uint8)
+    result: Tensor = _apply_op(images, name, float(magnitudes[0]), InterpolationMode.NEAREST, None)
     return result
