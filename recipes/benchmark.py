@@ -24,10 +24,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from benchmarks import counts, pipeline, startup, step
+from benchmarks import counts, pipeline, recipe, startup, step
 from benchmarks.rows import Row, markdown
 
-SUBJECTS = ("counts", "step", "pipeline", "startup")
+SUBJECTS = ("counts", "step", "recipe", "pipeline", "startup")
 
 
 def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
@@ -39,6 +39,8 @@ def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
             for batch_size in args.batch_sizes:
                 model_args = step.LADDER[size]
                 yield step.cell(size, model_args, batch_size, args.threads, args.seconds, args.output_dir)
+    if "recipe" in args.only:
+        yield from recipe.measure(args.threads, args.seconds, args.output_dir)
     if "pipeline" in args.only:
         yield from pipeline.measure()
     if "startup" in args.only:

@@ -161,6 +161,7 @@ def main(argv: list[str]) -> None:
     metrics = {**result.metrics, **trainer.evaluate()}
     last = next((r for r in reversed(trainer.state.log_history) if "loss" in r), {})
     metrics.update({name: last[name] for name in ("loss", "amp_loss", "sharpness", "clipped") if name in last})
+    metrics.setdefault("loss", metrics["train_loss"])  # the mean of the whole run, if none was logged
     metrics["seconds"] = seconds
     with explained("the results", folder):
         trainer.save_model()

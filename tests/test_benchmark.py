@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import benchmark
 import pytest
 import torch
-from benchmarks import counts, step
+import transformers.trainer
+from benchmarks import counts, recipe, step
 from benchmarks.rows import counted, markdown, timed
 from benchmarks.turns import Contestant, Turn, take_turns
 from torch import nn
@@ -84,26 +86,44 @@ class _EnoughError(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", [name for name in step.WAYS if "SAM" not in name])
-def test_a_way_makes_the_passes_it_is_named_for(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    passes, turns = [0], []
+def passes_between_turns(monkeypatch: pytest.MonkeyPatch, loop: Any, **arguments: Any) -> list[int]:
+    """Forward passes of the tiny model in training mode from one turn to the next, of three."""
+    calls, turns = [0], []
     forward = nn.BatchNorm2d.forward
 
     def counting(module: nn.BatchNorm2d, *args: Any) -> Any:
-        passes[0] += 1
+        calls[0] += module.training
         return forward(module, *args)
 
     def turn() -> None:
-        turns.append(passes[0])
-        if len(turns) == 4:
+        turns.append(calls[0])
+        if len(turns) == 3:
             raise _EnoughError
 
     monkeypatch.setattr(nn.BatchNorm2d, "forward", counting)
-    extra = {"output_dir": str(tmp_path)} if "Trainer" in name else {}
     with pytest.raises(_EnoughError):
-        step.WAYS[name][0](turn, model_args=TINY, batch_size=2, **extra)
+        loop(turn, **arguments)
     layers = sum(isinstance(m, nn.BatchNorm2d) for m in step.problem(TINY, 2)[0].modules())
-    assert [b - a for a, b in itertools.pairwise(turns[1:])] == 2 * [(2 if "AMP" in name else 1) * layers]
+    return [(b - a) // layers for a, b in itertools.pairwise(turns)]
+
+
+@pytest.mark.parametrize("name", [name for name in step.WAYS if "SAM" not in name])
+def test_a_way_makes_the_passes_it_is_named_for(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    extra = {"output_dir": str(tmp_path)} if "Trainer" in name else {}
+    passes = passes_between_turns(monkeypatch, step.WAYS[name][0], model_args=TINY, batch_size=2, **extra)
+    assert passes == 2 * [2 if "AMP" in name else 1]
+
+
+def test_the_recipe_makes_as_many_passes_as_the_bare_loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [*transformers.trainer.DEFAULT_CALLBACKS])
+    options = ["--optim", "amp", "--model_kwargs", json.dumps(TINY), "--output_dir", str(tmp_path)]
+    recipes = passes_between_turns(
+        monkeypatch, recipe.recipe_loop, options=[*options, "--use_cpu", "true", "--disable_tqdm", "true"]
+    )
+    monkeypatch.undo()
+    arithmetic = {"channels_last": True, "bf16": True}
+    bare = passes_between_turns(monkeypatch, recipe.bare_loop, model_args=TINY, arithmetic=arithmetic)
+    assert recipes == bare == 2 * [2 * recipe.STEPS]
 
 
 def test_the_passes_over_the_weights_are_those_that_are_dispatched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,13 @@ def test_the_main_job(tmp_path: Path, optim: str) -> None:
     assert record["metrics"]["eval_error"] == metrics["eval_error"]
 
 
+def test_a_run_without_logs_reports_the_mean_loss(tmp_path: Path) -> None:
+    done = run(tmp_path, sys.executable, str(SCRIPT), *QUICK, "--logging_strategy", "no", "--output_dir", "out")
+    assert done.returncode == 0, done.stderr
+    metrics = metrics_of(tmp_path / "out")
+    assert metrics["loss"] == metrics["train_loss"] > 0.0
+
+
 def test_a_saved_run_opens_in_a_fresh_process_with_the_same_logits(tmp_path: Path) -> None:
     done = run(tmp_path, sys.executable, str(SCRIPT), *QUICK, "--output_dir", "out")
     assert done.returncode == 0, done.stderr

@@ -131,7 +131,7 @@ def _receive(name: str, connection: Connection) -> Any:
 def _child(connection: Connection, threads: int, loop: Loop, arguments: dict[str, Any]) -> None:
     torch.set_num_threads(threads)
     with open(os.devnull, "w") as nowhere:
-        sys.stdout = nowhere
+        sys.stdout = sys.stderr = nowhere  # an error has a way of its own
         try:
             loop(_Turns(connection), **arguments)
             raise RuntimeError("the loop ended")
