@@ -40,7 +40,9 @@ def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
                 model_args = step.LADDER[size]
                 yield step.cell(size, model_args, batch_size, args.threads, args.seconds, args.output_dir)
     if "recipe" in args.only:
-        yield from recipe.measure(args.threads, args.seconds, args.output_dir)
+        for size in recipe.SIZES:
+            if size in args.sizes:
+                yield recipe.cell(size, step.LADDER[size], args.threads, args.seconds, args.output_dir)
     if "pipeline" in args.only:
         yield from pipeline.measure()
     if "startup" in args.only:
@@ -71,7 +73,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SUBJECTS, default=SUBJECTS, help="Subjects; default: all.")
     parser.add_argument(
-        "--sizes", nargs="+", choices=step.LADDER, default=list(step.LADDER), help="Models of the steps."
+        "--sizes", nargs="+", choices=step.LADDER, default=list(step.LADDER), help="Models of the steps and recipes."
     )
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=list(step.BATCH_SIZES), help="Images a step.")
     parser.add_argument("--seconds", type=float, default=60.0, help="Of the rounds of a model and batch size.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from transformers import TrainerCallback
 
 from amp_plugin import AMP, ExtraPasses
 from benchmarks.rows import Row, timed
-from benchmarks.step import LADDER, SGD_ARGS, problem
+from benchmarks.step import SGD_ARGS, problem
 from benchmarks.turns import Contestant, Turn, take_turns
 
 SIZES = ("0.3M", "11.2M")
@@ -61,12 +60,6 @@ def recipe_loop(turn: Turn, options: list[str]) -> None:
     callbacks: list[Any] = transformers.trainer.DEFAULT_CALLBACKS
     callbacks.append(OnSteps)
     train.main(options)
-
-
-def measure(threads: int, seconds: float, output_dir: str) -> Iterator[list[Row]]:
-    """The rows of one model after the other."""
-    for size in SIZES:
-        yield cell(size, LADDER[size], threads, seconds, output_dir)
 
 
 def cell(size: str, model_args: dict[str, Any], threads: int, seconds: float, output_dir: str) -> list[Row]:

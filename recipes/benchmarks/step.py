@@ -145,13 +145,6 @@ WAYS: dict[str, tuple[Any, str | None]] = {
 }
 
 
-def measure(threads: int, seconds: float, output_dir: str) -> Iterator[list[Row]]:
-    """The rows of one model and batch size after the other."""
-    for size, model_args in LADDER.items():
-        for batch_size in BATCH_SIZES:
-            yield cell(size, model_args, batch_size, threads, seconds, output_dir)
-
-
 def cell(
     size: str, model_args: dict[str, Any], batch_size: int, threads: int, seconds: float, output_dir: str
 ) -> list[Row]:
