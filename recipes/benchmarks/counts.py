@@ -14,7 +14,7 @@ from torch.optim import SGD
 from amp_plugin import AMP, LossModule, attach
 from benchmarks.counting import CountCalls
 from benchmarks.rows import Row, counted, timed
-from benchmarks.step import LADDER, SGD_ARGS, problem
+from benchmarks.step import LADDER, SGD_ARGS, closure_of, problem
 
 Step = Callable[[], Any]
 
@@ -122,7 +122,7 @@ def _plain(module: nn.Module, batch: tuple[Tensor, Tensor], optimizer: torch.opt
 
 def _closure(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Step:
     optimizer = AMP(model.parameters(), foreach=True, **SGD_ARGS)
-    closure = _closure_of(model, batch, optimizer)
+    closure = closure_of(model, batch, optimizer)
     return lambda: optimizer.step(closure)
 
 
@@ -130,22 +130,10 @@ def _sam(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Step:
     from pytorch_optimizer import SAM
 
     optimizer = SAM(model.parameters(), SGD, foreach=True, **SGD_ARGS)
-    closure = _closure_of(model, batch, optimizer)
+    closure = closure_of(model, batch, optimizer)
 
     def step() -> None:
         closure()
         optimizer.step(closure)
 
     return step
-
-
-def _closure_of(model: nn.Module, batch: tuple[Tensor, Tensor], optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
-    images, labels = batch
-
-    def closure() -> Any:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        return loss
-
-    return closure

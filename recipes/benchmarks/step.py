@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -53,10 +53,9 @@ def plain_loop(turn: Turn, model_args: dict[str, Any], batch_size: int, *, attac
         optimizer.zero_grad()
 
 
-def closure_loop(turn: Turn, model_args: dict[str, Any], batch_size: int) -> None:
-    """``optimizer.step(closure)`` of AMP."""
-    model, (images, labels) = problem(model_args, batch_size)
-    optimizer = AMP(model.parameters(), **SGD_ARGS)
+def closure_of(model: nn.Module, batch: tuple[Tensor, Tensor], optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """What `step` of AMP and of SAM calls."""
+    images, labels = batch
 
     def closure() -> Any:
         optimizer.zero_grad()
@@ -64,6 +63,15 @@ def closure_loop(turn: Turn, model_args: dict[str, Any], batch_size: int) -> Non
         loss.backward()
         return loss
 
+    return closure
+
+
+def closure_loop(turn: Turn, model_args: dict[str, Any], batch_size: int) -> None:
+    """``optimizer.step(closure)`` of AMP."""
+    model, batch = problem(model_args, batch_size)
+    optimizer = AMP(model.parameters(), **SGD_ARGS)
+
+    closure = closure_of(model, batch, optimizer)
     while True:
         turn()
         optimizer.step(closure)
@@ -74,15 +82,10 @@ def sam_loop(turn: Turn, model_args: dict[str, Any], batch_size: int) -> None:
     """The SAM of pytorch_optimizer, as its documentation shows it."""
     from pytorch_optimizer import SAM
 
-    model, (images, labels) = problem(model_args, batch_size)
+    model, batch = problem(model_args, batch_size)
     optimizer = SAM(model.parameters(), SGD, **SGD_ARGS)
 
-    def closure() -> Any:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        return loss
-
+    closure = closure_of(model, batch, optimizer)
     while True:
         turn()
         closure()
