@@ -178,7 +178,10 @@ def parse(argv: list[str], description: str | None = None) -> tuple[DataArgument
         parser.set_defaults(**settings)
     named, _ = parser.parse_known_args(argv)
     if named.fast:
-        parser.set_defaults(**{**fast_settings(use_cpu=named.use_cpu), **settings})
+        chosen = fast_settings(use_cpu=named.use_cpu)
+        if named.fp16:
+            chosen.pop("bf16", None)
+        parser.set_defaults(**{**chosen, **settings})
     data, model, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     if training.output_dir in (None, "trainer_output"):
         training.output_dir = (

@@ -40,6 +40,7 @@ def test_on_a_cpu_it_is_channels_last_and_bf16_where_that_is_native(native: bool
 def test_an_explicit_option_wins_on_the_command_line_and_in_a_recipe(native: bool, tmp_path: Path) -> None:
     args = parsed("--fast", "--channels_last", "false", "--bf16", str(not native))
     assert (args.channels_last, args.bf16) == (False, not native)
+    assert not parsed("--fast", "--fp16", "true").bf16
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("fast: true\nchannels_last: false\n")
     args = parsed(str(recipe))

@@ -20,7 +20,7 @@ Step = Callable[[], Any]
 
 
 def measure(threads: int) -> Iterator[list[Row]]:
-    """Counts of one size, which hold for all; own work at each size."""
+    """Counts of a narrow PreActResNet18, which hold for any width; own work at each size."""
     yield calls()
     torch.set_num_threads(threads)
     for size, model_args in LADDER.items():
@@ -43,11 +43,15 @@ def calls() -> list[Row]:
     for name, count in counts.items():
         beyond = count.kernels - passes[name] * one_pass
         rows.append(
-            counted("Operators", "11.2M, beyond the passes", name, "SGD", beyond, base.kernels - one_pass, "calls")
+            counted(
+                "Operators", "PreActResNet18, beyond the passes", name, "SGD", beyond, base.kernels - one_pass, "calls"
+            )
         )
     for name, count in counts.items():
         syncs, base_syncs = (sum(c.syncs.values()) for c in (count, base))
-        rows.append(counted("Host synchronisations", "11.2M, in one step", name, "SGD", syncs, base_syncs, "calls"))
+        rows.append(
+            counted("Host synchronisations", "PreActResNet18, in one step", name, "SGD", syncs, base_syncs, "calls")
+        )
     return rows
 
 

@@ -33,10 +33,12 @@ BATCH_SIZES = (8, 50, 128)
 
 
 def problem(model_args: dict[str, Any], batch_size: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
-    """A PreActResNet and a batch (batch_size, 3, 32, 32) with its labels."""
+    """A PreActResNet and a batch (batch_size, 3, 32, 32) with its labels, on the accelerator if there is one."""
     torch.manual_seed(0)
     model = timm.create_model("preactresnet18", num_classes=10, **model_args)
-    return model, (torch.randn(batch_size, 3, 32, 32), torch.randint(10, (batch_size,)))
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    batch = torch.randn(batch_size, 3, 32, 32), torch.randint(10, (batch_size,))
+    return model.to(device), (batch[0].to(device), batch[1].to(device))
 
 
 def plain_loop(turn: Turn, model_args: dict[str, Any], batch_size: int, *, attached: bool = False) -> None:
@@ -112,6 +114,7 @@ def trainer_loop(turn: Turn, model_args: dict[str, Any], batch_size: int, *, opt
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
+        dataloader_pin_memory=False,  # the batch is on the device already
         use_cpu=not torch.accelerator.is_available(),
     )
 
