@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import train
 from failure_record import REPORT, record, render
 from torch import Tensor
 
 from amp_plugin.hosts.checkpoints import SaveError
+from amp_plugin.train import job as train
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = Path(__file__).with_name("failing_train.py")

@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import fast
-import options
 import pytest
 import timm
 import torch
@@ -17,6 +15,7 @@ from test_recipe import QUICK, SCRIPT, metrics_of, run
 from torch.nn import functional as F
 
 from amp_plugin import AMP, LossModule, attach
+from amp_plugin.train import fast, options
 
 
 @pytest.fixture(params=[True, False], ids=["bf16", "no bf16"])

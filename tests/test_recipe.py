@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import options
 import pytest
 import torch
-import train
 from PIL import Image
+
+from amp_plugin.train import job, options
+from amp_plugin.train.trainer import RecipeTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "recipes" / "train.py"
@@ -170,7 +171,7 @@ def test_a_mistake_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=re.escape(message)):
-        train.main([*arguments, "--use_cpu", "true"])
+        job.main([*arguments, "--use_cpu", "true"])
 
 
 def test_a_mistake_gives_one_line_and_no_traceback(tmp_path: Path) -> None:
@@ -227,7 +228,7 @@ def test_all_six_headline_settings_are_there() -> None:
 def test_the_schedule_drops_at_the_milestones(tmp_path: Path) -> None:
     command = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--eval_strategy", "no"]
     _, _, args = options.parse([*command, "--lr_milestones", "0.5", "0.75"])
-    trainer = train.RecipeTrainer(model=torch.nn.Linear(1, 1), args=args)
+    trainer = RecipeTrainer(model=torch.nn.Linear(1, 1), args=args)
     trainer.create_optimizer_and_scheduler(200)
     rates = []
     for _ in range(200):
@@ -241,7 +242,7 @@ def test_the_schedule_drops_at_the_milestones(tmp_path: Path) -> None:
 def test_a_stock_schedule_can_be_named(tmp_path: Path) -> None:
     command = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--eval_strategy", "no"]
     _, _, args = options.parse([*command, "--lr_scheduler_type", "cosine", "--warmup_steps", "5"])
-    trainer = train.RecipeTrainer(model=torch.nn.Linear(1, 1), args=args)
+    trainer = RecipeTrainer(model=torch.nn.Linear(1, 1), args=args)
     trainer.create_optimizer_and_scheduler(200)
     assert trainer.optimizer.param_groups[0]["lr"] == 0.0, "the warmup begins at 0"
     assert isinstance(trainer.lr_scheduler, torch.optim.lr_scheduler.LambdaLR)

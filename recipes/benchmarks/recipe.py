@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 import transformers.trainer
-from fast import fast_settings
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from amp_plugin import AMP, ExtraPasses
+from amp_plugin.train.fast import fast_settings
 from benchmarks.rows import Row, timed
 from benchmarks.step import SGD_ARGS, problem
 from benchmarks.turns import Contestant, Turn, take_turns
@@ -50,7 +50,7 @@ def bare_loop(turn: Turn, model_args: dict[str, Any], arithmetic: dict[str, Any]
 
 def recipe_loop(turn: Turn, options: list[str]) -> None:
     """`train.py` with these options."""
-    import train
+    from amp_plugin.train import job
 
     class OnSteps(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -59,7 +59,7 @@ def recipe_loop(turn: Turn, options: list[str]) -> None:
 
     callbacks: list[Any] = transformers.trainer.DEFAULT_CALLBACKS
     callbacks.append(OnSteps)
-    train.main(options)
+    job.main(options)
 
 
 def cell(size: str, model_args: dict[str, Any], threads: int, seconds: float, output_dir: str) -> list[Row]:

@@ -10,12 +10,12 @@ from typing import Any, Literal, cast
 
 import torch
 import yaml
-from fast import fast_settings
 from transformers import HfArgumentParser
 
 from amp_plugin import AMPTrainingArguments
 from amp_plugin.data import Augmentation
 from amp_plugin.data.settings import BUNDLED
+from amp_plugin.train.fast import fast_settings
 
 
 @dataclass
@@ -166,6 +166,9 @@ class RecipeArguments(AMPTrainingArguments):
         return word == "true" if word in ("true", "false") else self.resume_from_checkpoint
 
 
+_RECIPES = Path(__file__).parents[2] / "recipes"
+
+
 def parse(argv: list[str], description: str | None = None) -> tuple[DataArguments, ModelArguments, RecipeArguments]:
     """The recipe file, if one is named first, then the command line, which wins."""
     types: Any = (DataArguments, ModelArguments, RecipeArguments)
@@ -193,7 +196,7 @@ def parse(argv: list[str], description: str | None = None) -> tuple[DataArgument
 def read_recipe(path: Path, known: set[str]) -> dict[str, Any]:
     """Settings from a YAML file; refuses a name that no option has."""
     if not path.is_file():
-        recipes = ", ".join(sorted(p.stem for p in Path(__file__).parent.glob("*.yaml")))
+        recipes = ", ".join(sorted(p.stem for p in _RECIPES.glob("*.yaml")))
         raise ValueError(f"recipe {str(path)!r} does not exist; in recipes/ there are: {recipes}")
     settings = yaml.safe_load(path.read_text())
     if not isinstance(settings, dict):

@@ -1,0 +1,27 @@
+"""`AMPTrainer` with the paper's schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from amp_plugin import AMPTrainer
+from amp_plugin.train.options import RecipeArguments
+
+
+class RecipeTrainer(AMPTrainer):
+    """`AMPTrainer` with the paper's step schedule."""
+
+    args: RecipeArguments
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Multiply the learning rate by `lr_gamma` at each of `lr_milestones`, unless a stock schedule is named."""
+        if self.args.lr_scheduler_type != "steps":
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            scheduled: Any = self.optimizer if optimizer is None else optimizer
+            milestones = [round(fraction * num_training_steps) for fraction in self.args.lr_milestones]
+            scheduler: Any = torch.optim.lr_scheduler.MultiStepLR(scheduled, milestones, self.args.lr_gamma)
+            self.lr_scheduler = scheduler
+        return self.lr_scheduler
