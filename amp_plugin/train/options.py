@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -13,9 +14,10 @@ import yaml
 from transformers import HfArgumentParser
 
 from amp_plugin import AMPTrainingArguments
-from amp_plugin.data import Augmentation
+from amp_plugin.data import Augmentation, ImageSplit
 from amp_plugin.data.settings import BUNDLED
 from amp_plugin.train.fast import fast_settings
+from amp_plugin.train.finetune import fine_tuning_settings
 
 
 @dataclass
@@ -34,7 +36,10 @@ class DataArguments:
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     test_split: str = field(default="test", metadata={"help": "Split to test on."})
-    image_size: int | None = field(default=None, metadata={"help": "Resize all images to this side, in pixels."})
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Side of the images that the network sees, in pixels. Default: theirs, or the checkpoint's."},
+    )
     augment: Literal["default", "none", "plain", "cutout", "autoaugment"] = field(
         default="default",
         metadata={
@@ -57,10 +62,27 @@ class DataArguments:
             return "none" if self.dataset == BUNDLED else "plain"
         return self.augment
 
+    def chosen(self, train: ImageSplit, test: ImageSplit) -> tuple[ImageSplit, ImageSplit]:
+        """What to train and to report on, of the two splits."""
+        if self.validation_images is not None:
+            train, test = train.split(self.validation_images)
+        if self.train_images is not None:
+            train = train.subset(self.train_images)
+        return train, test
+
 
 @dataclass
 class ModelArguments:
     """Which network."""
+
+    pretrained: str | None = field(
+        default=None,
+        metadata={
+            "help": "Fine-tune this checkpoint instead of training from scratch: an id on the Hub (timm's too, e.g."
+            " resnet18.a1_in1k) or a folder. Its head is replaced, and other defaults apply: AdamW, 3 epochs, ..."
+        },
+    )
+    freeze_backbone: bool = field(default=False, metadata={"help": "Train the head of --pretrained alone."})
 
     model: str = field(default="preactresnet18", metadata={"help": "Any architecture that timm knows."})
     model_kwargs: str | None = field(
@@ -69,8 +91,15 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        """Check the JSON."""
+        """Check the JSON, and that there is a backbone to freeze."""
         self.parsed_model_kwargs()
+        if self.freeze_backbone and self.pretrained is None:
+            raise ValueError("--freeze_backbone needs --pretrained: random features are not worth keeping")
+
+    @property
+    def name(self) -> str:
+        """What to call the model: a checkpoint in a folder goes by the folder's own name."""
+        return self.model if self.pretrained is None else shown_name(self.pretrained)
 
     def parsed_model_kwargs(self) -> dict[str, Any]:
         """`model_kwargs` as a dict."""
@@ -166,6 +195,11 @@ class RecipeArguments(AMPTrainingArguments):
         return word == "true" if word in ("true", "false") else self.resume_from_checkpoint
 
 
+def shown_name(name: str) -> str:
+    """A name on the Hub as it is, of a folder only the last part: where it lies is nobody's business."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
 _RECIPES = Path(__file__).parents[2] / "recipes"
 
 
@@ -179,7 +213,9 @@ def parse(argv: list[str], description: str | None = None) -> tuple[DataArgument
         known = {action.dest for action in parser._actions}
         settings = read_recipe(path, known)
         parser.set_defaults(**settings)
-    named, _ = parser.parse_known_args(argv)
+    named, _ = parser.parse_known_args(argv, Namespace(optim=settings.get("optim")))  # None if nobody asks for one
+    if named.pretrained is not None:
+        parser.set_defaults(**{**fine_tuning_settings(named.optim), **settings})
     if named.fast:
         chosen = fast_settings(use_cpu=named.use_cpu)
         if named.fp16:
@@ -187,8 +223,8 @@ def parse(argv: list[str], description: str | None = None) -> tuple[DataArgument
         parser.set_defaults(**{**chosen, **settings})
     data, model, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     if training.output_dir in (None, "trainer_output"):
-        training.output_dir = (
-            f"runs/{data.dataset.replace('/', '_')}-{model.model}-{training.optim}-seed{training.seed}"
+        training.output_dir = "runs/" + (
+            f"{shown_name(data.dataset)}-{model.name}-{training.optim}-seed{training.seed}".replace("/", "_")
         )
     return data, model, training
 
@@ -232,7 +268,9 @@ _ELSEWHERE = {
 
 def settings_of(data: DataArguments, model: ModelArguments, training: RecipeArguments) -> dict[str, Any]:
     """The settings that decide a run's outcome, for the ledger; not where it ran or what it left there."""
-    settings = {**vars(data), "augment": data.augmentation, **vars(model)}
+    settings = {**vars(data), "dataset": shown_name(data.dataset), "augment": data.augmentation, **vars(model)}
+    if model.pretrained is not None:
+        settings |= {"model": None, "model_kwargs": None, "pretrained": model.name}
     for kind in (RecipeArguments, AMPTrainingArguments):
         settings.update({name: getattr(training, name) for name in kind.__annotations__})
     settings.update({name: getattr(training, name) for name in _STOCK})
