@@ -41,6 +41,7 @@ def pretrained_classifier(auto_class: Any, name: str, class_names: Sequence[str]
         )
     if isinstance(config, TimmWrapperConfig):  # which adds num_classes itself
         config.model_args = {k: v for k, v in (config.model_args or {}).items() if k != "num_classes"}
+    config.problem_type = "single_label_classification"
     config.id2label = dict(enumerate(class_names))
     config.label2id = {label: i for i, label in enumerate(class_names)}
     with explained(name):

@@ -62,7 +62,8 @@ def main(argv: list[str]) -> None:
         described = f"AMP, epsilon {args.amp_epsilon}, inner_lr {args.amp_inner_lr}, {args.amp_norm} ball"
         print(
             f"{model_args.name} with {sum(p.numel() for p in model.parameters()):,} parameters{task.origin()} on"
-            f" {task.dataset}: {len(task.train):,} {task.kind} to train, {len(task.test):,} to test; {args.optim}"
+            f" {task.dataset}: {len(task.train):,} {task.train.split.kind} to train, {len(task.test):,} to test;"
+            f" {args.optim}"
             f"{f' ({described})' if args.uses_amp else ' (without AMP)'}; on {where}; results in"
             f" {args.output_dir}",
             flush=True,

@@ -14,15 +14,16 @@ import yaml
 from transformers import HfArgumentParser
 
 from amp_plugin import AMPTrainingArguments
-from amp_plugin.data import Augmentation, ImageSplit
+from amp_plugin.data import Augmentation
 from amp_plugin.data.settings import BUNDLED
+from amp_plugin.data.splits import Split
 from amp_plugin.train.fast import fast_settings
 from amp_plugin.train.finetune import fine_tuning_settings
 
 
 @dataclass
 class DataArguments:
-    """Which images, and how they are augmented."""
+    """Which images, and how they are augmented; or which texts."""
 
     dataset: str = field(
         default="cifar10_sample",
@@ -33,6 +34,13 @@ class DataArguments:
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the images."})
+    text_column: str | None = field(
+        default=None, metadata={"help": "Column of texts: a text classifier is fine-tuned instead."}
+    )
+    text_pair_column: str | None = field(default=None, metadata={"help": "Column of second texts, for pairs."})
+    max_seq_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a text at most. Default: as many as the checkpoint takes."}
+    )
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     test_split: str = field(default="test", metadata={"help": "Split to test on."})
@@ -48,12 +56,23 @@ class DataArguments:
         },
     )
     train_images: int | None = field(
-        default=None, metadata={"help": "Train on so many images only, equally many of every class."}
+        default=None, metadata={"help": "Train on so many images (or texts) only, equally many of every class."}
     )
     validation_images: int | None = field(
         default=None,
-        metadata={"help": "Hold out so many training images and report on them, to choose settings honestly."},
+        metadata={
+            "help": "Hold out so many training images (or texts) and report on them, to choose settings honestly."
+        },
     )
+
+    def __post_init__(self) -> None:
+        """Check that the options are for images or for texts."""
+        images = {"image_column": None, "image_size": None, "augment": "default"}
+        texts = {"text_pair_column": None, "max_seq_length": None}
+        for name, default in (texts if self.text_column is None else images).items():
+            if getattr(self, name) != default:
+                kind = "texts, and needs --text_column" if name in texts else "images, and there is a --text_column"
+                raise ValueError(f"--{name} is for {kind}")
 
     @property
     def augmentation(self) -> Augmentation:
@@ -62,13 +81,11 @@ class DataArguments:
             return "none" if self.dataset == BUNDLED else "plain"
         return self.augment
 
-    def chosen(self, train: ImageSplit, test: ImageSplit) -> tuple[ImageSplit, ImageSplit]:
+    def chosen(self, train: Split, test: Split) -> tuple[Split, Split]:
         """What to train and to report on, of the two splits."""
         if self.validation_images is not None:
             train, test = train.split(self.validation_images)
-        if self.train_images is not None:
-            train = train.subset(self.train_images)
-        return train, test
+        return (train if self.train_images is None else train.subset(self.train_images)), test
 
 
 @dataclass
@@ -220,6 +237,8 @@ def parse(argv: list[str], description: str | None = None) -> tuple[DataArgument
         chosen = fast_settings(use_cpu=named.use_cpu)
         if named.fp16:
             chosen.pop("bf16", None)
+        if named.text_column is not None:
+            del chosen["channels_last"]
         parser.set_defaults(**{**chosen, **settings})
     data, model, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     if training.output_dir in (None, "trainer_output"):

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from amp_plugin.data import ImageBatches, load_images
+from amp_plugin.data import ImageBatches, TextBatches, load_images, load_texts
 from amp_plugin.data.settings import SOURCES
 from amp_plugin.hosts.classifier import image_classifier
 from amp_plugin.hosts.pretrained import freeze_backbone
 from amp_plugin.hosts.pretrained_images import image_checkpoint
+from amp_plugin.hosts.pretrained_texts import text_checkpoint
 from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments, shown_name
 
 
@@ -23,7 +24,6 @@ class Task:
 
     Attributes:
         dataset: its name, for the reader.
-        kind: what an example is, in the plural.
         model: to be trained.
         train: whole batches, see `amp_plugin.data.collate`.
         test: whole batches.
@@ -32,10 +32,9 @@ class Task:
     """
 
     dataset: str
-    kind: str
     model: PreTrainedModel
-    train: ImageBatches
-    test: ImageBatches
+    train: ImageBatches | TextBatches
+    test: ImageBatches | TextBatches
     processor: Any = None
     new: list[str] | None = None
 
@@ -55,7 +54,7 @@ def make_task(data_args: DataArguments, model_args: ModelArguments, args: Recipe
     Raises:
         ValueError: they cannot be had as asked for.
     """
-    task = image_task(data_args, model_args, args)
+    task = (image_task if data_args.text_column is None else text_task)(data_args, model_args, args)
     if model_args.freeze_backbone:
         freeze_backbone(task.model)
     return task
@@ -100,10 +99,32 @@ def image_task(data_args: DataArguments, model_args: ModelArguments, args: Recip
     batches = partial(ImageBatches, settings=settings, image_size=side, channels_last=args.channels_last)
     return Task(
         shown_name(data.name),
-        "images",
         model,
         batches(train, augment=data_args.augmentation, seed=args.seed),
         batches(test),
         processor,
         new,
+    )
+
+
+def text_task(data_args: DataArguments, model_args: ModelArguments, args: RecipeArguments) -> Task:
+    """A text checkpoint."""
+    if model_args.pretrained is None:
+        raise ValueError("--text_column needs --pretrained: texts are classified with a pretrained language model")
+    with args.main_process_first(desc="reading the texts"):
+        data = load_texts(
+            data_args.dataset,
+            text_column=str(data_args.text_column),
+            text_pair_column=data_args.text_pair_column,
+            label_column=data_args.label_column or "label",
+            data_root=data_args.data_root,
+            config_name=data_args.dataset_config_name,
+            train_split=data_args.train_split,
+            test_split=data_args.test_split,
+        )
+    train, test = data_args.chosen(data.train, data.test)
+    checkpoint = text_checkpoint(model_args.pretrained, data.class_names, data_args.max_seq_length)
+    batches = partial(TextBatches, tokenizer=checkpoint.tokenizer, max_length=checkpoint.max_length)
+    return Task(
+        shown_name(data.name), checkpoint.model, batches(train), batches(test), checkpoint.tokenizer, checkpoint.new
     )
