@@ -122,7 +122,7 @@ def _only_normalises(processor: Any, side: int, mean: Sequence[float], std: Sequ
     pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     try:
         got = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
-    except (ValueError, KeyError, TypeError):
+    except Exception:  # processors raise what they like at a kind of size that they do not know
         return False
     expected = (torch.from_numpy(pixels) / 255 - torch.tensor(mean)) / torch.tensor(std)
     return got.shape == (3, side, side) and torch.allclose(got, expected.permute(2, 0, 1), atol=1e-4)
