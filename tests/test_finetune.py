@@ -143,10 +143,8 @@ def test_texts(folders: dict[str, Path], tmp_path: Path) -> None:
         assert error < 25.0, "a word decides"
 
     shutil.rmtree(tmp_path / "amp_adamw_torch" / "checkpoint-15")
-    job.main(
-        [*command, "--output_dir", str(tmp_path / "amp_adamw_torch"), "--save_strategy", "epoch"]
-        + ["--resume_from_checkpoint", "true"]
-    )
+    command += ["--output_dir", str(tmp_path / "amp_adamw_torch"), "--save_strategy", "epoch"]
+    job.main([*command, "--resume_from_checkpoint", "true"])
     resumed = weights(tmp_path / "amp_adamw_torch")
     assert all(torch.equal(resumed[name], value) for name, value in amp.items())
 
@@ -168,9 +166,13 @@ def test_other_defaults_apply() -> None:
     ("command", "message"),
     [
         (["--pretrained", "/nowhere"], "pretrained '/nowhere': there is no such folder"),
-        (["--pretrained", "nobody/nothing"], "pretrained 'nobody/nothing': there is no such folder, and the Hub says"),
+        (
+            ["--pretrained", "nobody/nothing"],
+            "pretrained 'nobody/nothing': no such folder, and the Hub does not give it: ",
+        ),
         (["--pretrained", "preactresnet18"], "timm has no weights for this architecture; --model preactresnet18"),
-        (["--pretrained", "BERT"], "image processor"),
+        (["--pretrained", "BERT"], "is a distilbert model, for which there is no AutoModelForImageClassification"),
+        (["--pretrained", "REVIEWS"], "the folder is no checkpoint: "),
         (["--pretrained", "VIT", "--image_size", "32"], "does not take images of 32 x 32 pixels"),
         (
             ["--pretrained", "VIT", "--dataset", "REVIEWS", *TEXTS],
@@ -210,11 +212,22 @@ def test_image_processors(tmp_path: Path) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     assert checkpoint.processor(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 64, 64)
     MobileViTImageProcessor().save_pretrained(tmp_path / "mobilevit")
-    with pytest.raises(ValueError, match="MobileViTImageProcessor.* does more to an image than resize, crop and norm"):
+    with pytest.raises(ValueError, match=r"MobileViTImageProcessor.* does more to an image than resize, crop and norm"):
         image_checkpoint(str(tmp_path / "mobilevit"))
     ViTImageProcessor(size={"height": 48, "width": 32}).save_pretrained(tmp_path / "oblong")
     with pytest.raises(ValueError, match="takes images of 48 x 32 pixels; name one image_size"):
         image_checkpoint(str(tmp_path / "oblong"))
+
+
+@pytest.mark.parametrize("path", sorted(SCRIPT.parent.glob("finetune_*.yaml")), ids=lambda p: p.stem)
+def test_recipes(path: Path) -> None:
+    data, model, args = options.parse([str(path), "--use_cpu", "true"])
+    assert model.pretrained is not None
+    assert args.uses_amp
+    assert (data.text_column is not None) == ("distilbert" in path.stem)
+    assert (args.lr_scheduler_type, args.weight_decay) == (
+        ("cosine", 1e-4) if args.optim == "amp" else ("linear", 0.01)
+    )
 
 
 def test_only_the_head_is_left_to_train(folders: dict[str, Path]) -> None:

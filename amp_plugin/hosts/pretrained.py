@@ -32,13 +32,7 @@ def pretrained_classifier(auto_class: Any, name: str, class_names: Sequence[str]
         PretrainedError: it is out of reach, of an architecture that ``auto_class`` does not have, or its weights
             belong to another.
     """
-    with explained(name):
-        config = AutoConfig.from_pretrained(name)
-    if type(config) not in auto_class._model_mapping:
-        raise PretrainedError(
-            f"pretrained {name!r} is a {config.model_type} model, for which there is no {auto_class.__name__};"
-            " choose a checkpoint of another kind, or the data set that it is for"
-        )
+    config = checkpoint_config(auto_class, name)
     if isinstance(config, TimmWrapperConfig):  # which adds num_classes itself
         config.model_args = {k: v for k, v in (config.model_args or {}).items() if k != "num_classes"}
     config.problem_type = "single_label_classification"
@@ -58,6 +52,22 @@ def pretrained_classifier(auto_class: Any, name: str, class_names: Sequence[str]
             f" {len(backbone)} parameters of its {config.model_type} backbone are not there"
         )
     return model, new
+
+
+def checkpoint_config(auto_class: Any, name: str) -> Any:
+    """The configuration of a checkpoint that ``auto_class`` can open.
+
+    Raises:
+        PretrainedError: it is out of reach, or of an architecture that ``auto_class`` does not have.
+    """
+    with explained(name):
+        config = AutoConfig.from_pretrained(name)
+    if type(config) not in auto_class._model_mapping:
+        raise PretrainedError(
+            f"pretrained {name!r} is a {config.model_type} model, for which there is no {auto_class.__name__};"
+            " choose a checkpoint of another kind, or a data set of what it reads"
+        )
+    return config
 
 
 def head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
@@ -97,9 +107,8 @@ def explained(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        what = "the folder cannot be opened" if os.path.isdir(name) else "there is no such folder, and the Hub says"
-        raise PretrainedError(f"pretrained {name!r}: {what}: {type(error).__name__}: {reason}") from error
+        where = "the folder is no checkpoint" if os.path.isdir(name) else "no such folder, and the Hub does not give it"
+        raise PretrainedError(f"pretrained {name!r}: {where}: {_first_sentences(error)}") from error
 
 
 @torch.no_grad()
@@ -109,7 +118,13 @@ def accepts(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> str | No
     try:
         model.eval()(**inputs)
     except (ValueError, RuntimeError, AssertionError, IndexError) as error:
-        return " ".join(str(error).split())[:200] or type(error).__name__
+        return _first_sentences(error)
     finally:
         model.train(training)
     return None
+
+
+def _first_sentences(error: Exception) -> str:
+    """What a library says, without the paragraphs of advice that may follow."""
+    said = " ".join(str(error).split()).rstrip(".")
+    return said if len(said) < 200 else said[:200].rpartition(". ")[0] or f"{said[:200]} ..."

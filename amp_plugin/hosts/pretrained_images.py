@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.models.timm_wrapper import TimmWrapperImageProcessor
 
-from amp_plugin.hosts.pretrained import PretrainedError, accepts, explained, pretrained_classifier
+from amp_plugin.hosts.pretrained import PretrainedError, accepts, checkpoint_config, explained, pretrained_classifier
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
@@ -69,6 +69,7 @@ def image_checkpoint(name: str, image_size: int | None = None) -> ImageCheckpoin
             normalise.
     """
     name = _full_name(name)
+    checkpoint_config(AutoModelForImageClassification, name)
     with explained(name):
         processor = AutoImageProcessor.from_pretrained(name)
     timms = isinstance(processor, TimmWrapperImageProcessor)
