@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_recipe import SCRIPT, run
 from transformers import (
+    AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     MobileViTImageProcessor,
@@ -26,10 +28,11 @@ from transformers import (
 )
 from transformers.models.convnext import ConvNextImageProcessor
 
-from amp_plugin.data import load_images
+from amp_plugin.data import ImageBatches, load_images
 from amp_plugin.hosts.pretrained import freeze_backbone
 from amp_plugin.hosts.pretrained_images import image_checkpoint
 from amp_plugin.train import job, options
+from amp_plugin.train.finetune import fine_tuning_settings
 
 ON_CPU = ["--use_cpu", "true", "--cpu_threads", "1", "--disable_tqdm", "true"]
 IMAGES = ["--train_images", "40", "--per_device_train_batch_size", "20", "--num_train_epochs", "1", *ON_CPU]
@@ -110,8 +113,13 @@ def test_a_saved_image_model_predicts_the_same(
     data = load_images("cifar10_sample")
     images = [Image.fromarray(np.array(image)) for image in data.test.images]
     truth = [data.class_names[i] for i in data.test.labels]
+    checkpoint = image_checkpoint(str(folder))
+    settings = replace(data.settings, mean=checkpoint.mean, std=checkpoint.std)
+    ours = ImageBatches(data.test, settings, image_size=checkpoint.image_size).__getitems__(range(50))["pixel_values"]
+    theirs = AutoImageProcessor.from_pretrained(folder)(images[:50], return_tensors="pt")["pixel_values"]
     # Pillow, with which timm's processor resizes, rounds some pixels differently than torchvision.
-    tolerance = 2.0 if kind == "timm" else 0.0
+    step, tolerance = (2 / 255 / min(checkpoint.std), 2.0) if kind == "timm" else (0.0, 0.0)
+    assert torch.allclose(ours, theirs, rtol=0.0, atol=step + 1e-5)
     error = error_of(folder, "image-classification", images, truth)
     assert error == pytest.approx(metrics_of(folder)["eval_error"], abs=tolerance + 1e-6)
     assert AutoModelForImageClassification.from_pretrained(folder).config.id2label[9] == "truck"
@@ -228,6 +236,36 @@ def test_recipes(path: Path) -> None:
     assert (args.lr_scheduler_type, args.weight_decay) == (
         ("cosine", 1e-4) if args.optim == "amp" else ("linear", 0.01)
     )
+
+
+GUIDE = (SCRIPT.parent / "guides" / "FINE_TUNING.md").read_text()
+COMMANDS = [
+    command
+    for block in re.findall(r"^```bash\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
+    for command in block.replace("\\\n", "").splitlines()
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_guide_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(SCRIPT.parents[1])
+    launch, options_of = command.split("recipes/train.py")
+    assert launch == "accelerate launch "
+    assert options.parse([*options_of.split(), "--use_cpu", "true"])[1].pretrained is not None
+
+
+def test_the_guide_tells_the_defaults() -> None:
+    for optim, column in ((None, 1), ("amp", 2)):
+        defaults = fine_tuning_settings(optim)
+        rows = {
+            row[0]: row[column]
+            for row in (line.strip("| ").split(" | ") for line in GUIDE.splitlines())
+            if row[column:]
+        }
+        assert float(rows["`learning_rate`"]) == defaults["learning_rate"]
+        assert rows["`lr_scheduler_type`"] == defaults["lr_scheduler_type"]
+        assert float(rows["`weight_decay`, on matrices alone"]) == defaults["weight_decay"]
+        assert rows["`amp_epsilon`, `amp_inner_lr`"] == f"{defaults['amp_epsilon']}, {defaults['amp_inner_lr']}"
 
 
 def test_only_the_head_is_left_to_train(folders: dict[str, Path]) -> None:
