@@ -47,9 +47,9 @@ def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
     if "step" in args.only:
         yield from (step.times(*cell, args.seconds) for cell in cells)
     if "memory" in args.only:
-        yield from (step.memory(*cell, args.threads) for cell in cells)
+        yield from (step.memory(*cell, args.threads) for cell in cells if cell[2] == step.MEMORY_BATCH_SIZE)
     if "recipe" in args.only:
-        for size in recipe.SIZES.keys() & set(args.sizes):
+        for size in filter(args.sizes.__contains__, recipe.SIZES):
             yield recipe.arithmetic(size, step.LADDER[size], args.seconds)
             yield recipe.overhead(size, step.LADDER[size], args.threads, args.seconds, args.output_dir)
     if "pipeline" in args.only:

@@ -140,7 +140,7 @@ def _fast() -> Arithmetic:
 
 
 def _rounds(seconds: float) -> dict[str, Any]:
-    return {"seconds": seconds, "min_rounds": 5, "max_rounds": 20, "warm_up": 1}
+    return {"seconds": seconds, "min_rounds": 3, "max_rounds": 20, "warm_up": 1}
 
 
 def _row(size: str, steps: int, results: dict[str, list[float]], name: str, base: str) -> Row:

@@ -32,6 +32,7 @@ LADDER: dict[str, dict[str, Any]] = {
     "36.7M": {"width": 116},
 }
 BATCH_SIZES = (8, 50, 128)
+MEMORY_BATCH_SIZE = 50
 
 
 Batch = tuple[Tensor, Tensor]
@@ -164,7 +165,7 @@ def times(size: str, model_args: dict[str, Any], batch_size: int, seconds: float
     """The time of a step of one model and batch size; all ways train the same model on the same batch."""
     same = problem(model_args, batch_size)
     loops = {name: partial(loop, make=lambda: same) for name, (loop, _) in WAYS.items()}
-    results = take_turns(loops, seconds=seconds, min_rounds=6, max_rounds=60, warm_up=1)
+    results = take_turns(loops, seconds=seconds, min_rounds=4, max_rounds=60, warm_up=1)
     milliseconds = {name: [1e3 * t for t in some] for name, some in results.items()}
     case = f"{size} parameters, batch {batch_size}"
     return [
