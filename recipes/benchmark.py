@@ -3,46 +3,55 @@
     python recipes/benchmark.py                            # everything
     python recipes/benchmark.py --only step --sizes 0.3M 11.2M --batch_sizes 50
 
-Prints a table and leaves it in the output folder as benchmark.md, with its rows in benchmark.jsonl. Steps are made in
-turns, one of each contestant a round, and the quartiles of the rounds' ratios are given with the median. Keep the
-machine otherwise idle. The comparison with SAM needs `pip install "amp-plugin[benchmark]"`.
+Prints a table and leaves it in the output folder as benchmark.md, as a picture in benchmark.png and row by row in
+benchmark.jsonl. Steps are made in turns, one of each contestant a round, and the quartiles of the rounds' ratios are
+given with the median. Keep the machine otherwise idle. Needs `pip install "amp-plugin[benchmark]"`.
 """
 
 from __future__ import annotations
 
 import os
 
-# Before torch starts its threads: the processes that wait for their turn must not spin.
+# Before torch starts its threads, as train.py does.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import json
 import platform
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from benchmarks import counts, pipeline, recipe, startup, step
 from benchmarks.rows import Row, markdown
 
-SUBJECTS = ("counts", "step", "recipe", "pipeline", "startup")
+from amp_plugin.train.fast import cpu_computes_in_bf16
+
+try:
+    from benchmarks import counts, pipeline, recipe, startup, step
+    from benchmarks.picture import draw
+except ModuleNotFoundError as missing:
+    sys.exit(f'error: {missing.name} is missing: pip install "amp-plugin[benchmark]"')
+
+SUBJECTS = ("counts", "step", "memory", "recipe", "pipeline", "startup")
 
 
 def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
     """The rows of the chosen subjects, as they come."""
+    torch.set_num_threads(args.threads)
+    cells = [(size, step.LADDER[size], batch_size) for size in args.sizes for batch_size in args.batch_sizes]
     if "counts" in args.only:
-        yield from counts.measure(args.threads)
+        yield from counts.measure()
     if "step" in args.only:
-        for size in args.sizes:
-            for batch_size in args.batch_sizes:
-                model_args = step.LADDER[size]
-                yield step.cell(size, model_args, batch_size, args.threads, args.seconds, args.output_dir)
+        yield from (step.times(*cell, args.seconds) for cell in cells)
+    if "memory" in args.only:
+        yield from (step.memory(*cell, args.threads) for cell in cells if cell[2] == step.MEMORY_BATCH_SIZE)
     if "recipe" in args.only:
-        for size in recipe.SIZES:
-            if size in args.sizes:
-                yield recipe.cell(size, step.LADDER[size], args.threads, args.seconds, args.output_dir)
+        for size in filter(args.sizes.__contains__, recipe.SIZES):
+            yield recipe.arithmetic(size, step.LADDER[size], args.seconds)
+            yield recipe.overhead(size, step.LADDER[size], args.threads, args.seconds, args.output_dir)
     if "pipeline" in args.only:
         yield from pipeline.measure()
     if "startup" in args.only:
@@ -55,17 +64,10 @@ def machine(threads: int) -> str:
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
             processor = next((li.partition(":")[2].strip() for li in file if li.startswith("model name")), processor)
-    capability = torch.backends.cpu.get_cpu_capability()
-    versions = [f"{name} {_version(name)}" for name in ("torch", "timm", "transformers", "accelerate", "torchvision")]
-    versions.append(f"pytorch_optimizer {_version('pytorch_optimizer')}")
+    capability = torch.backends.cpu.get_cpu_capability() + (", bf16" if cpu_computes_in_bf16() else ", no bf16")
+    names = ("torch", "timm", "transformers", "accelerate", "torchvision", "pytorch_optimizer")
+    versions = [f"{name} {version(name)}" for name in names]
     return f"{processor} ({capability}), {threads} threads; Python {platform.python_version()}, {', '.join(versions)}"
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "missing"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -79,11 +81,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=60.0, help="Of the rounds of a model and batch size.")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="Of torch, for steps.")
     parser.add_argument("--output_dir", default="runs/benchmark", help="Folder of the results.")
-    args = parser.parse_args(argv)
-    sam_is_compared = {"counts", "step"} & set(args.only)
-    if sam_is_compared and _version("pytorch_optimizer") == "missing":
-        parser.error('pytorch_optimizer is missing: pip install "amp-plugin[benchmark]"')
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -103,7 +101,8 @@ def main(argv: list[str] | None = None) -> None:
             file.flush()
     text = f"{where}\n\n{markdown(rows)}\n"
     (folder / "benchmark.md").write_text(text)
-    print(f"\n{text}\ntable: {folder / 'benchmark.md'}")
+    draw(rows, folder / "benchmark.png", where)
+    print(f"\n{text}\ntable: {folder / 'benchmark.md'}\npicture: {folder / 'benchmark.png'}")
 
 
 if __name__ == "__main__":

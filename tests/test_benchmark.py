@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
+import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +16,15 @@ import pytest
 import torch
 import transformers.trainer
 from benchmarks import counts, recipe, step
+from benchmarks.memory import peak_memory
+from benchmarks.picture import draw
 from benchmarks.rows import counted, markdown, timed
-from benchmarks.turns import Contestant, Turn, take_turns
+from benchmarks.turns import Turn, take_turns
+from PIL import Image
 from torch import nn
 
-TURNS: dict[str, Any] = {"seconds": 0.0, "min_rounds": 3, "max_rounds": 9, "warm_up": 2, "threads": 1}
+TURNS: dict[str, Any] = {"seconds": 0.0, "min_rounds": 3, "max_rounds": 9, "warm_up": 2}
 TINY = {"width": 4, "layers": [1, 1, 1, 1]}
-
-
-def append_names(turn: Turn, name: str, path: str) -> None:
-    while True:
-        turn()
-        with open(path, "a") as file:
-            file.write(name)
-
-
-def fail(turn: Turn) -> None:
-    turn()
-    raise ValueError("no such thing")
-
-
-def end(turn: Turn) -> None:
-    turn()
-
-
-def sleep(turn: Turn, seconds: float) -> None:
-    while True:
-        turn()
-        time.sleep(seconds)
 
 
 def allocate(turn: Turn, megabytes: int) -> None:
@@ -49,28 +33,54 @@ def allocate(turn: Turn, megabytes: int) -> None:
         torch.ones(megabytes * 2**18)
 
 
-def test_each_makes_one_step_a_round_and_the_order_rotates(tmp_path: Path) -> None:
-    path = tmp_path / "names"
-    contestants = {name: Contestant(append_names, {"name": name, "path": str(path)}) for name in "abc"}
-    measured = take_turns(contestants, **TURNS)
-    assert path.read_text() == "abcbca" + "abcbcacab"
-    assert {name: len(m.seconds) for name, m in measured.items()} == {"a": 3, "b": 3, "c": 3}
+def test_each_makes_one_step_a_round_and_the_order_rotates() -> None:
+    diary = ""
+
+    def loop(turn: Turn, name: str) -> None:
+        nonlocal diary
+        try:
+            while True:
+                turn()
+                diary += name
+        finally:
+            diary += name.upper()
+
+    measured = take_turns({name: partial(loop, name=name) for name in "abc"}, **TURNS)
+    assert diary == "abcbca" + "cababcbca" + "ABC", "two rounds of warm-up, three that count, and all loops left"
+    assert {name: len(seconds) for name, seconds in measured.items()} == {"a": 3, "b": 3, "c": 3}
 
 
-def test_a_step_is_timed_from_its_turn_to_the_next(tmp_path: Path) -> None:
-    measured = take_turns({"long": Contestant(sleep, {"seconds": 0.05})}, **TURNS)
-    assert all(t >= 0.05 for t in measured["long"].seconds)
+def test_rounds_end_when_the_time_is_over() -> None:
+    def loop(turn: Turn) -> None:
+        while True:
+            turn()
+
+    assert len(take_turns({"a": loop}, **TURNS | {"seconds": 1e9})["a"]) == 9
 
 
-def test_each_process_has_a_peak_memory_of_its_own() -> None:
-    measured = take_turns({f"{n}": Contestant(allocate, {"megabytes": n}) for n in (1, 257)}, **TURNS)
-    assert abs(measured["257"].peak_memory - measured["1"].peak_memory - 2**28) < 2**26
+def test_a_step_is_timed_from_its_turn_to_the_next() -> None:
+    def loop(turn: Turn) -> None:
+        while True:
+            turn()
+            time.sleep(0.05)
+
+    assert all(t >= 0.05 for t in take_turns({"long": loop}, **TURNS)["long"])
 
 
-@pytest.mark.parametrize(("loop", "message"), [(fail, "no such thing"), (end, "the loop ended")])
-def test_a_contestant_that_fails_ends_the_benchmark(loop: Any, message: str) -> None:
-    with pytest.raises(RuntimeError, match=rf"(?s)benchmark of 'bad' failed.*{message}"):
-        take_turns({"bad": Contestant(loop)}, **TURNS)
+def test_a_loop_that_fails_or_ends_ends_the_benchmark() -> None:
+    def fail(turn: Turn) -> None:
+        turn()
+        raise ValueError("no such thing")
+
+    with pytest.raises(ValueError, match="no such thing"):
+        take_turns({"bad": fail}, **TURNS)
+    with pytest.raises(RuntimeError, match="the loop 'short' ended"):
+        take_turns({"short": lambda turn: turn()}, **TURNS)
+
+
+def test_each_has_a_peak_memory_of_its_own() -> None:
+    small, large = (peak_memory(partial(allocate, megabytes=n), threads=1).process for n in (1, 257))
+    assert abs(large - small - 2**28) < 2**26
 
 
 def test_a_row_is_the_median_of_the_rounds_ratios() -> None:
@@ -107,23 +117,57 @@ def passes_between_turns(monkeypatch: pytest.MonkeyPatch, loop: Any, **arguments
     return [(b - a) // layers for a, b in itertools.pairwise(turns)]
 
 
-@pytest.mark.parametrize("name", [name for name in step.WAYS if "SAM" not in name])
-def test_a_way_makes_the_passes_it_is_named_for(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    extra = {"output_dir": str(tmp_path)} if "Trainer" in name else {}
-    passes = passes_between_turns(monkeypatch, step.WAYS[name][0], model_args=TINY, batch_size=2, **extra)
-    assert passes == 2 * [2 if "AMP" in name else 1]
+@pytest.mark.parametrize("name", step.WAYS)
+def test_a_way_makes_the_passes_it_is_named_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = passes_between_turns(monkeypatch, step.WAYS[name][0], make=partial(step.problem, TINY, 2))
+    assert passes == 2 * [2 if "AM" in name else 1]
 
 
-def test_the_recipe_makes_as_many_passes_as_the_bare_loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [*transformers.trainer.DEFAULT_CALLBACKS])
-    options = ["--optim", "amp", "--model_kwargs", json.dumps(TINY), "--output_dir", str(tmp_path)]
-    recipes = passes_between_turns(
-        monkeypatch, recipe.recipe_loop, options=[*options, "--use_cpu", "true", "--disable_tqdm", "true"]
-    )
+def test_all_ways_train_the_same_weights_in_turn() -> None:
+    (model, batch), before = step.problem(TINY, 2), []
+
+    def watched(turn: Turn, way: Any) -> None:
+        def look() -> None:
+            before.append([p.detach().clone() for p in model.parameters()])
+            turn()
+
+        way(look, make=lambda: (model, batch))
+
+    take_turns({name: partial(watched, way=way) for name, (way, _) in step.WAYS.items()}, **TURNS | {"warm_up": 0})
+    states = before[len(step.WAYS) :]
+    assert len(states) == 3 * len(step.WAYS)
+    assert all(not torch.equal(a[0], b[0]) for a, b in itertools.pairwise(states)), "each step moves them on"
+
+
+def test_the_recipe_and_the_bare_loop_make_the_same_passes_of_one_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    models: list[nn.Module] = []
+    options = ["--optim", "amp", "--model_kwargs", json.dumps(TINY), "--output_dir", str(tmp_path), "--save_strategy"]
+    options += ["steps", "--save_steps", "3", "--eval_strategy", "no", "--use_cpu", "true", "--disable_tqdm", "true"]
+    recipes = passes_between_turns(monkeypatch, recipe.recipe_loop, options=options, steps=3, models=models)
     monkeypatch.undo()
-    arithmetic = {"channels_last": True, "bf16": True}
-    bare = passes_between_turns(monkeypatch, recipe.bare_loop, model_args=TINY, arithmetic=arithmetic)
-    assert recipes == bare == 2 * [2 * recipe.STEPS]
+    assert recipe.recipe_loop.__name__ not in str(transformers.trainer.DEFAULT_CALLBACKS)
+    (model,) = models
+    bare: dict[str, Any] = {"model_of": lambda: model, "steps": 3, "arithmetic": {"channels_last": True, "bf16": True}}
+    assert recipes == passes_between_turns(monkeypatch, recipe.bare_loop, **bare) == [6, 6]
+
+
+def test_bytes_that_are_communicated() -> None:
+    """DDP's own averages once; a second pass as much again, unless each process perturbs along its own gradient."""
+    rows = {row.name: row for row in counts.communication()}
+    buffers = rows["SGD"].value - rows["SGD"].baseline_value  # BatchNorm's, which DDP hands out in forward passes
+    assert 0.0 < buffers < 0.01
+    assert rows["AMP, attach, sync_ascent=False"].value - rows["SGD"].value == pytest.approx(4 / 2**20)
+    assert rows["AMP, attach"].value - rows["SGD"].value == pytest.approx(rows["SGD"].baseline_value)
+    assert rows["AMP, closure"].value == rows["SAM of pytorch_optimizer"].value == 2 * rows["SGD"].value
+
+
+def test_the_picture(tmp_path: Path) -> None:
+    rows = [timed("Step", f"{n}M", "AMP", "SGD", [2.0, 2.1, 2.2], [1.0, 1.0, 1.1], "ms") for n in range(3)]
+    draw([*rows, counted("Host", "c", "AMP", "SGD", 0, 0, "calls")], tmp_path / "ratios.png", "a machine")
+    with Image.open(tmp_path / "ratios.png") as picture:
+        assert picture.size[0] > 600
 
 
 def test_the_passes_over_the_weights_are_those_that_are_dispatched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,11 +186,9 @@ def test_the_passes_over_the_weights_are_those_that_are_dispatched(monkeypatch: 
     assert sum(n for name, n in count.calls.items() if "_foreach" in name) == counts.WEIGHT_SIZED_PASSES
 
 
-def test_a_missing_rival_is_named_before_anything_runs(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(benchmark, "_version", lambda name: "missing")
-    with pytest.raises(SystemExit):
-        benchmark.parse([])
-    assert 'pip install "amp-plugin[benchmark]"' in capsys.readouterr().err
-    assert benchmark.parse(["--only", "startup"]).only == ["startup"]
+def test_a_missing_rival_is_named_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "benchmarks"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit, match=r'pytorch_optimizer is missing: pip install "amp-plugin\[benchmark\]"'):
+        importlib.reload(benchmark)

@@ -85,6 +85,10 @@ def main(argv: list[str]) -> None:
                 append_to_ledger(Path(args.ledger), settings_of(data_args, model_args, args), metrics)
             where = "validation" if data_args.validation_images else "test"
             report(metrics, where, folder, trainer.state.log_history, f"{model_args.name}, {args.optim}")
+    # Together, and in good order: a process whose group outlives it, or that leaves it alone, is aborted now and then
+    # ("terminate called without an active exception"), and torchrun then calls the whole job failed.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 def report(metrics: dict[str, float], where: str, folder: Path, records: list[dict[str, Any]], title: str) -> None:

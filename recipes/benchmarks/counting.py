@@ -1,4 +1,4 @@
-"""Counts what a piece of code asks of the device: operators, host synchronisations and memory."""
+"""Counts what a piece of code asks of the device: operators, host synchronisations, memory and communication."""
 
 from __future__ import annotations
 
@@ -37,16 +37,19 @@ def storages(tensors: Any) -> dict[int, int]:
 
 
 class CountCalls(TorchDispatchMode):
-    """Counts the operators that are dispatched, and the bytes of the storages that they create."""
+    """Counts the operators that are dispatched, the bytes of the storages that they create, and those they send."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
         self.allocated = 0
+        self.communicated = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.calls[str(func)] += 1
+        if str(func).startswith("c10d.") and (payload := [t for t in tree_leaves(args) if isinstance(t, Tensor)]):
+            self.communicated += sum(t.numel() * t.element_size() for t in payload)
         before = storages((args, kwargs))
         self.allocated += sum(n for address, n in storages(result).items() if address not in before)
         return result

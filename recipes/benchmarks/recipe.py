@@ -1,44 +1,52 @@
-"""`train.py` as it is, with its Trainer, data, log and checkpoints, against the bare passes of the same model."""
+"""`train.py` as it is, with its Trainer, data, logs, tests and checkpoints, against the bare passes of its model."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import transformers.trainer
+from torch import nn
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from amp_plugin import AMP, ExtraPasses
+from amp_plugin.train import job
 from amp_plugin.train.fast import fast_settings
 from benchmarks.rows import Row, timed
-from benchmarks.step import SGD_ARGS, problem
-from benchmarks.turns import Contestant, Turn, take_turns
+from benchmarks.step import SGD_ARGS, architecture, problem
+from benchmarks.turns import Loop, Turn, take_turns
 
-SIZES = ("0.3M", "11.2M")
-BATCH_SIZE = 50
-STEPS = 10  # of a turn, with one log and one checkpoint; the published settings have 1,000 steps between those
+# Steps of a turn, with one log, one test and one checkpoint; the published settings have 1,000 between those.
+SIZES = {"0.3M": 50, "11.2M": 10}
+BATCH_SIZE, TEST_IMAGES = 50, 500
+Arithmetic = dict[str, Any]
 
 
-def bare_loop(turn: Turn, model_args: dict[str, Any], arithmetic: dict[str, Any]) -> None:
-    """The two passes, the ascent and the base optimizer's step, on a batch that is always there."""
-    model, (images, labels) = problem(model_args, BATCH_SIZE)
-    if arithmetic.get("channels_last"):
-        model.to(memory_format=torch.channels_last)
-        images = images.contiguous(memory_format=torch.channels_last)
-    if arithmetic.get("torch_compile"):
-        model.compile()
+def bare_loop(turn: Turn, model_of: Callable[[], nn.Module], steps: int, arithmetic: Arithmetic) -> None:
+    """The passes, the ascent and the base optimizer's step on a batch that is always there, and the test's passes."""
+    model = model_of()
+    device = next(model.parameters()).device
+    layout = torch.channels_last if arithmetic.get("channels_last") else torch.contiguous_format
+    images, tests = (
+        torch.randn(n, 3, 32, 32, device=device).to(memory_format=layout) for n in (BATCH_SIZE, TEST_IMAGES)
+    )
+    labels = torch.randint(10, (BATCH_SIZE,), device=device)
     optimizer, passes = AMP(model.parameters(), **SGD_ARGS), ExtraPasses(model)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bool(arithmetic.get("bf16")))
 
     def forward_and_backward() -> None:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bool(arithmetic.get("bf16"))):
+        with autocast():
             loss = F.cross_entropy(model(images), labels)
         loss.backward()
 
     while True:
         turn()
-        for _ in range(STEPS):
+        model.train()
+        for _ in range(steps):
             with passes.clean():
                 forward_and_backward()
             optimizer.ascend()
@@ -46,25 +54,31 @@ def bare_loop(turn: Turn, model_args: dict[str, Any], arithmetic: dict[str, Any]
                 forward_and_backward()
             optimizer.step()
             optimizer.zero_grad()
+        model.eval()
+        with torch.no_grad(), autocast():
+            model(tests)
 
 
-def recipe_loop(turn: Turn, options: list[str]) -> None:
-    """`train.py` with these options."""
-    from amp_plugin.train import job
+def recipe_loop(turn: Turn, options: list[str], steps: int, models: list[nn.Module]) -> None:
+    """`train.py` with these options; its model is appended to `models` before the first turn."""
 
     class OnSteps(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step % STEPS == 0:
+            if state.global_step == 0:
+                models.append(architecture(kwargs["model"]))
+            if state.global_step % steps == 0:
                 turn()
 
     callbacks: list[Any] = transformers.trainer.DEFAULT_CALLBACKS
     callbacks.append(OnSteps)
-    job.main(options)
+    try:
+        job.main(options)
+    finally:
+        callbacks.remove(OnSteps)
 
 
-def cell(size: str, model_args: dict[str, Any], threads: int, seconds: float, output_dir: str) -> list[Row]:
-    """Images a second of one model, as it is and with --fast; which also is compared with compiling on top of it."""
-    fast = fast_settings(use_cpu=not torch.accelerator.is_available())
+def overhead(size: str, model_args: dict[str, Any], threads: int, seconds: float, output_dir: str) -> list[Row]:
+    """Images a second of train.py against the bare passes, without and with --fast."""
     options = [
         "--optim",
         "amp",
@@ -75,30 +89,61 @@ def cell(size: str, model_args: dict[str, Any], threads: int, seconds: float, ou
         "--disable_tqdm",
         "true",
     ]
-    options += ["--max_steps", "1000000", "--eval_strategy", "no", "--cpu_threads", str(threads)]
-    for what in ("logging", "save"):
-        options += [f"--{what}_strategy", "steps", f"--{what}_steps", str(STEPS)]
+    options += ["--max_steps", "1000000", "--cpu_threads", str(threads)]
+    options += ["--per_device_train_batch_size", str(BATCH_SIZE), "--per_device_eval_batch_size", str(TEST_IMAGES)]
+    for what in ("logging", "eval", "save"):
+        options += [f"--{what}_strategy", "steps", f"--{what}_steps", str(SIZES[size])]
+    if not torch.accelerator.is_available():
+        options += ["--use_cpu", "true"]
+    rows = []
+    for more, arithmetic in (([], {}), (["--fast"], _fast())):
+        models: list[nn.Module] = []
+        name = " ".join(["train.py", *more])
+        folder = f"{output_dir}/recipe{''.join(more)}"
+        loops: dict[str, Loop] = {
+            name: partial(
+                recipe_loop, options=[*options, "--output_dir", folder, *more], steps=SIZES[size], models=models
+            ),
+            "bare passes": partial(bare_loop, model_of=partial(models.pop), steps=SIZES[size], arithmetic=arithmetic),
+        }
+        rows.append(_row(size, SIZES[size], take_turns(loops, **_rounds(seconds)), name, "bare passes"))
+    return rows
 
-    def bare(arithmetic: dict[str, Any]) -> Contestant:
-        return Contestant(bare_loop, {"model_args": model_args, "arithmetic": arithmetic})
 
-    def recipe(name: str, *more: str) -> Contestant:
-        return Contestant(recipe_loop, {"options": [*options, "--output_dir", f"{output_dir}/{name}", *more]})
-
-    contestants = {
-        "bare passes": bare({}),
-        "bare passes, fast": bare(fast),
-        "bare passes, fast and compiled": bare({**fast, "torch_compile": True}),
-        "train.py": recipe("recipe"),
-        "train.py --fast": recipe("recipe-fast", "--fast"),
+def arithmetic(size: str, model_args: dict[str, Any], seconds: float) -> list[Row]:
+    """Images a second of the bare passes: what --fast gains, and what compiling on top of it would."""
+    fast = _fast()
+    choices = {
+        "bare passes": {},
+        "bare passes, fast": fast,
+        "bare passes, fast and compiled": {**fast, "torch_compile": True},
     }
-    results = take_turns(contestants, seconds=seconds, min_rounds=5, max_rounds=20, warm_up=1, threads=threads)
-    rates = {name: [STEPS * BATCH_SIZE / t for t in r.seconds] for name, r in results.items()}
-    pairs = [
-        ("train.py", "bare passes"),
-        ("train.py --fast", "bare passes, fast"),
-        ("bare passes, fast", "bare passes"),
-        ("bare passes, fast and compiled", "bare passes"),
-    ]
+
+    def model_of(choice: Arithmetic) -> nn.Module:
+        model = architecture(problem(model_args, 1)[0])
+        if choice.get("channels_last"):
+            model.to(memory_format=torch.channels_last)
+        if choice.get("torch_compile"):
+            model.compile()
+        return model
+
+    loops: dict[str, Loop] = {
+        name: partial(bare_loop, model_of=partial(model_of, choice), steps=1, arithmetic=choice)
+        for name, choice in choices.items()
+    }
+    results = take_turns(loops, **_rounds(seconds))
+    return [_row(size, 1, results, name, "bare passes") for name in choices if name != "bare passes"]
+
+
+def _fast() -> Arithmetic:
+    return fast_settings(use_cpu=not torch.accelerator.is_available())
+
+
+def _rounds(seconds: float) -> dict[str, Any]:
+    return {"seconds": seconds, "min_rounds": 3, "max_rounds": 20, "warm_up": 1}
+
+
+def _row(size: str, steps: int, results: dict[str, list[float]], name: str, base: str) -> Row:
+    rates, base_rates = ([steps * BATCH_SIZE / t for t in results[n]] for n in (name, base))
     case = f"{size} parameters, batch {BATCH_SIZE}"
-    return [timed("Recipe", case, name, base, rates[name], rates[base], "images/s") for name, base in pairs]
+    return timed("Recipe", case, name, base, rates, base_rates, "images/s")

@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.rows import Row, timed
 
 TRAIN = str(Path(__file__).parents[1] / "train.py")
-ROUNDS = 5
+ROUNDS = 3
 
 
 def measure(output_dir: str) -> Iterator[list[Row]]:

@@ -1,0 +1,74 @@
+"""The peak memory of a loop, in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.turns import Loop
+
+_WARM_UP = 2  # steps: buffers and allocators grow in them
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Peak(NamedTuple):
+    """Of the steps after the first ones, in bytes.
+
+    Attributes:
+        process: resident set of the process.
+        allocator: torch's on the accelerator; 0 without one.
+    """
+
+    process: int
+    allocator: int
+
+
+class _Over(BaseException):
+    """Ends a loop that never returns."""
+
+
+def peak_memory(loop: Loop, threads: int, steps: int = 2) -> Peak:
+    """Run the loop, which must be picklable, in a fresh process; measure `steps` steps after the first two."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_measure, loop, threads, steps).result()
+
+
+def _measure(loop: Loop, threads: int, steps: int) -> Peak:
+    torch.set_num_threads(threads)
+    turns, peaks = 0, []
+
+    def turn() -> None:
+        nonlocal turns
+        if turns == _WARM_UP:
+            _forget_peak()
+        if turns == _WARM_UP + steps:
+            peaks.append(_peak())
+            raise _Over
+        turns += 1
+
+    with suppress(_Over):
+        loop(turn)
+    return peaks[0]
+
+
+def _forget_peak() -> None:
+    if _CLEAR.exists():
+        _CLEAR.write_text("5")
+    if torch.accelerator.is_available():
+        torch.accelerator.reset_peak_memory_stats()
+
+
+def _peak() -> Peak:
+    allocated = torch.accelerator.max_memory_allocated() if torch.accelerator.is_available() else 0
+    if _STATUS.exists():
+        lines = _STATUS.read_text().splitlines()
+        kibibytes = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    else:
+        kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return Peak(1024 * kibibytes, allocated)

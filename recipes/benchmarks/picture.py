@@ -1,0 +1,51 @@
+"""The measured ratios as a picture: a point for each median, a line for its quartiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from benchmarks.rows import Row
+
+# Okabe and Ito's colours, which the colour-blind tell apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKS = "osD^vP"
+
+
+def draw(rows: Sequence[Row], path: Path, caption: str) -> None:
+    """One panel a section: the ratio of each row, by case; nothing if no row has a ratio."""
+    sections = list(dict.fromkeys(row.section for row in rows if row.baseline_value))
+    if not sections:
+        return
+    cases = {s: list(dict.fromkeys(r.case for r in rows if r.section == s)) for s in sections}
+    names = {s: list(dict.fromkeys(r.name for r in rows if r.section == s)) for s in sections}
+    heights = [1.1 + 0.16 * sum(r.section == s for r in rows) + 0.12 * len(cases[s]) for s in sections]
+    figure = Figure(figsize=(9.0, sum(heights)), layout="constrained", facecolor="white")
+    for section, axes in zip(
+        sections, figure.subplots(len(sections), squeeze=False, height_ratios=heights)[:, 0], strict=True
+    ):
+        for k, name in enumerate(names[section]):
+            chosen = [r for r in rows if r.section == section and r.name == name and r.baseline_value]
+            offset = (k - (len(names[section]) - 1) / 2) * 0.7 / len(names[section])
+            axes.errorbar(
+                [r.ratio for r in chosen],
+                [cases[section].index(r.case) + offset for r in chosen],
+                xerr=[[r.ratio - r.low for r in chosen], [r.high - r.ratio for r in chosen]],
+                fmt=_MARKS[k % len(_MARKS)],
+                color=_COLOURS[k % len(_COLOURS)],
+                label=f"{name} / {chosen[0].baseline}" if chosen else None,
+                markersize=5,
+                elinewidth=2,
+            )
+        axes.set_yticks(range(len(cases[section])), cases[section])
+        axes.set_ylim(len(cases[section]) - 0.4, -0.6)
+        axes.set(title=section, xlabel="ratio to the baseline (median and quartiles)")
+        axes.axvline(1.0, color="0.4", linewidth=1.0)
+        if axes.get_xlim()[1] > 1.7 and section == "Step":
+            axes.axvline(2.0, color="0.4", linewidth=1.0, linestyle="--")  # two passes
+        axes.grid(axis="x", alpha=0.3)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+    figure.supxlabel(caption, fontsize=7)
+    figure.savefig(path, dpi=110)
