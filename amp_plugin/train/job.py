@@ -20,6 +20,7 @@ from amp_plugin.hosts.checkpoints import SaveError, explained, require_writable
 from amp_plugin.hosts.classifier import image_classifier
 from amp_plugin.metrics import compute_metrics
 from amp_plugin.report import append_to_ledger, plot_curves, table
+from amp_plugin.train.fast import keep_freed_memory
 from amp_plugin.train.options import DataArguments, parse, settings_of
 from amp_plugin.train.progress import EpochLine
 from amp_plugin.train.trainer import RecipeTrainer
@@ -73,6 +74,8 @@ def main(argv: list[str]) -> None:
         image_size=(height, width),
         **model_args.parsed_model_kwargs(),
     )
+    if args.fast and args.device.type == "cpu":
+        keep_freed_memory()
     if args.channels_last:
         torch.nn.Module.to(model, memory_format=torch.channels_last)  # transformers hides the signature
     batches = partial(ImageBatches, settings=data.settings, channels_last=args.channels_last)

@@ -128,8 +128,8 @@ class RecipeArguments(AMPTrainingArguments):
     fast: bool = field(
         default=False,
         metadata={
-            "help": "Use what is fast on this device: channels-last, bf16 autocast and, on CUDA, torch.compile. Any of"
-            " --channels_last, --bf16 and --torch_compile still wins."
+            "help": "Use what is fast on this device: channels-last, bf16 autocast and, on CUDA, torch.compile; on a"
+            " CPU, freed memory is kept. Any of --channels_last, --bf16 and --torch_compile still wins."
         },
     )
     channels_last: bool = field(default=False, metadata={"help": "Memory format of images and convolutions."})
