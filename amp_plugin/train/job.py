@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils.logging import disable_progress_bar
 
 import amp_plugin.train
 from amp_plugin.data import DatasetError, ImageBatches, ImageData, collate, load_images
@@ -90,6 +91,7 @@ def main(argv: list[str]) -> None:
         compute_metrics=compute_metrics,
         callbacks=[EpochCallback(), RecordsFile(folder / "metrics.jsonl")],
     )
+    disable_progress_bar()  # transformers' own, of writing a file
     for default in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(default)
     trainer.add_callback(EpochLine())

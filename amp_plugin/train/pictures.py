@@ -31,6 +31,6 @@ def draw_pictures(
         plot_confusion(logits, labels, names, confusion, subject)
         plot_reliability(logits, labels, reliability, subject)
     except ImportError as error:
-        print(f'no pictures drawn: {error.name} is missing (pip install "amp-plugin[plots]")')
+        print(f'pictures left out: {error.name} is missing (pip install "amp-plugin[plots]")')
     else:
         print(f"curves: {curves}\nconfusion matrix: {confusion}\nreliability diagram: {reliability}")

@@ -15,7 +15,7 @@ _BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{re
 class EpochLine(ProgressCallback):
     """A progress bar, and a line for every epoch instead of a dict for every log.
 
-    Without a terminal, or with --disable_tqdm, there is no bar, and the line tells how long the rest will take.
+    Without a terminal, or with --disable_tqdm, there is no bar; the line then tells the rate and the time left.
     """
 
     training_bar: Any
@@ -61,9 +61,8 @@ class EpochLine(ProgressCallback):
         shown = {**train, "eval_error_%": logs["eval_error"], "eval_nll": logs["eval_nll"]}
         names = ("loss", "amp_loss", "sharpness", "clipped", "eval_error_%", "eval_nll")
         figures = [f"{name} {shown[name]:.3f}" for name in names if name in shown]
-        figures.append(self._rate(state, testing=logs.get("eval_runtime", 0.0)))
-        if self.training_bar.disable and state.global_step < state.max_steps:
-            figures.append(f"{self._left(state)} left")
+        if self.training_bar.disable:
+            figures += [self._rate(state, testing=logs.get("eval_runtime", 0.0)), f"{self._left(state)} left"]
         self._write("  ".join([f"epoch {logs['epoch']:>5.1f}", *figures]))
         self._mark(state)
 
