@@ -75,6 +75,9 @@ def test_curves_of_one_epoch_and_of_many(tmp_path: Path, drawn: list[Any]) -> No
     plot_curves(long, tmp_path / "long.png", "run")
     assert drawn[0].axes[0].lines[0].get_marker() == "o", "a single point is seen only by its marker"
     assert drawn[1].axes[0].lines[0].get_marker() in ("", "None")
+    assert [axes.get_ylim() for axes in drawn[0].axes[:2]] == [(0, 1.05 * 2.5), (0, 1.05 * 60)], (
+        "all of it in the panel"
+    )
     assert [f.axes[-1].get_yscale() for f in drawn] == ["linear", "log"], "one learning rate, or two decades of them"
 
 

@@ -78,13 +78,14 @@ def plot_curves(records: Records, path: Path, title: str, *, where: str = "test"
                 linewidth=1.6,
                 marker=line.marker if len(epochs) <= _MARKED else "",
                 markersize=4,
+                clip_on=False,  # a marker on the axis is seen whole
             )
         for name, panel in axes.items():
             panel.set(xlabel="epoch", ylabel=name, xlim=(0, 1.03 * end))
-            values = [v for line, points in data.items() if line.panel == name for v in points[1]]
+            values = [v for line in panel.lines for v in line.get_ydata() if math.isfinite(v)]
             if name == "learning rate" and max(values) >= 10 * min(values) > 0:
                 panel.set_yscale("log")
             elif min(values) >= 0:
-                panel.set_ylim(bottom=0)
+                panel.set_ylim(0, 1.05 * max(values) or 1)
         handles = {label: h for a in axes.values() for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
