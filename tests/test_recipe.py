@@ -137,6 +137,10 @@ def test_two_processes_report_once(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("train loss") == 1
     assert metrics_of(tmp_path / "two")["eval_error"] <= 100.0
+    records = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "eval_error" in r] == [2, 4], "one process writes"
+    config = (tmp_path / "two" / "config.yaml").read_text()
+    assert "made in 2 processes" in config
 
 
 def test_a_killed_run_continues_from_its_checkpoint(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils.logging import disable_progress_bar
 
 import amp_plugin.train
 from amp_plugin.data import DatasetError, ImageBatches, ImageData, collate, load_images
@@ -19,10 +20,14 @@ from amp_plugin.data.callback import EpochCallback
 from amp_plugin.hosts.checkpoints import SaveError, explained, require_writable
 from amp_plugin.hosts.classifier import image_classifier
 from amp_plugin.metrics import compute_metrics
-from amp_plugin.report import append_to_ledger, plot_curves, table
+from amp_plugin.report import append_to_ledger, table
+from amp_plugin.train.config import write_config
 from amp_plugin.train.fast import keep_freed_memory
 from amp_plugin.train.options import DataArguments, parse, settings_of
+from amp_plugin.train.pictures import draw_pictures
 from amp_plugin.train.progress import EpochLine
+from amp_plugin.train.records import RecordsFile
+from amp_plugin.train.trackers import require_trackers
 from amp_plugin.train.trainer import RecipeTrainer
 
 
@@ -60,6 +65,7 @@ def main(argv: list[str]) -> None:
     """Train, test, save and report."""
     data_args, model_args, args = parse(argv, amp_plugin.train.__doc__)
     folder = Path(str(args.output_dir))
+    require_trackers(args.report_to)
     require_writable(folder)
     threads = set_cpu_threads(args.cpu_threads)
     set_seed(args.seed)
@@ -86,12 +92,14 @@ def main(argv: list[str]) -> None:
         eval_dataset=batches(test, augment="none"),
         data_collator=collate,
         compute_metrics=compute_metrics,
-        callbacks=[EpochCallback()],
+        callbacks=[EpochCallback(), RecordsFile(folder / "metrics.jsonl")],
     )
+    disable_progress_bar()  # transformers' own, of writing a file
     for default in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(default)
     trainer.add_callback(EpochLine())
     if trainer.is_world_process_zero():
+        write_config(folder / "config.yaml", data_args, model_args, args)
         where = f"cpu, {threads} thread(s)" if args.device.type == "cpu" else str(args.device)
         where += f", {args.arithmetic()}" if args.arithmetic() else ""
         described = f"AMP, epsilon {args.amp_epsilon}, inner_lr {args.amp_inner_lr}, {args.amp_norm} ball"
@@ -105,7 +113,8 @@ def main(argv: list[str]) -> None:
     start = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=args.checkpoint_to_resume())
     seconds = time.perf_counter() - start
-    metrics = {**result.metrics, **trainer.evaluate()}
+    tested = trainer.final_test()
+    metrics = {**result.metrics, **(tested.metrics or {})}
     last = next((r for r in reversed(trainer.state.log_history) if "loss" in r), {})
     metrics.update({name: last[name] for name in ("loss", "amp_loss", "sharpness", "clipped") if name in last})
     metrics.setdefault("loss", metrics["train_loss"])  # the mean of the whole run, if none was logged
@@ -118,15 +127,17 @@ def main(argv: list[str]) -> None:
             if args.ledger is not None:
                 append_to_ledger(Path(args.ledger), settings_of(data_args, model_args, args), metrics)
             where = "validation" if data_args.validation_images else "test"
-            report(metrics, where, folder, trainer.state.log_history, f"{model_args.model}, {args.optim}")
+            report(metrics, where, folder)
+            title = f"{model_args.model}, {args.optim} on {data.name}"
+            draw_pictures(folder, title, trainer.state.log_history, tested, list(data.class_names), where)
     # Together, and in good order: a process whose group outlives it, or that leaves it alone, is aborted now and then
     # ("terminate called without an active exception"), and torchrun then calls the whole job failed.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 
-def report(metrics: dict[str, float], where: str, folder: Path, records: list[dict[str, Any]], title: str) -> None:
-    """Print the table and draw the curves."""
+def report(metrics: dict[str, float], where: str, folder: Path) -> None:
+    """Print the table."""
     rows = {
         "train loss": f"{metrics['loss']:.4f}",
         f"{where} error": f"{metrics['eval_error']:.2f} %",
@@ -137,12 +148,6 @@ def report(metrics: dict[str, float], where: str, folder: Path, records: list[di
     }
     print(table(rows))
     print(f"model: {folder}")
-    try:
-        plot_curves(records, folder / "curves.png", title)
-    except ImportError:
-        print('no curves drawn: matplotlib is missing (pip install "amp-plugin[plots]")')
-    else:
-        print(f"curves: {folder / 'curves.png'}")
 
 
 def run(argv: list[str]) -> None:

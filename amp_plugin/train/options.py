@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -116,7 +117,9 @@ class RecipeArguments(AMPTrainingArguments):
             " failure); 'true': the same, but there must be one; or the folder of a checkpoint."
         },
     )
-    report_to: str = field(default="none", metadata={"help": "Experiment trackers, e.g. tensorboard."})
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"], metadata={"help": "Experiment trackers, e.g. tensorboard."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The data set has what the model takes."})
     dataloader_pin_memory: bool = field(
         default_factory=torch.accelerator.is_available, metadata={"help": "Pin the batches' memory for an accelerator."}
@@ -207,12 +210,13 @@ def read_recipe(path: Path, known: set[str]) -> dict[str, Any]:
     return {k: json.dumps(v) if k == "model_kwargs" and isinstance(v, dict) else v for k, v in settings.items()}
 
 
-# What decides the outcome of a run beside the fields declared here and in AMPTrainingArguments, and what does not.
+# What is recorded of the stock fields even if it has its stock default, and what does not decide the outcome of a run.
 _STOCK = (
     "seed",
     "max_steps",
     "gradient_accumulation_steps",
     "world_size",
+    "warmup_steps",
     "bf16",
     "fp16",
     "torch_compile",
@@ -221,13 +225,20 @@ _STOCK = (
 _ELSEWHERE = {
     "data_root",
     "dataloader_pin_memory",
+    "debug",
+    "disable_tqdm",
+    "do_eval",
     "fast",  # what it chose is there
     "ledger",
+    "output_dir",
+    "project",
     "remove_unused_columns",
     "report_to",
     "resume_from_checkpoint",
+    "run_name",
     "save_total_limit",
 }
+_ELSEWHERE_PREFIXES = ("ddp_", "hub_", "log_", "push_to_hub", "trackio_")
 
 
 def settings_of(data: DataArguments, model: ModelArguments, training: RecipeArguments) -> dict[str, Any]:
@@ -236,4 +247,18 @@ def settings_of(data: DataArguments, model: ModelArguments, training: RecipeArgu
     for kind in (RecipeArguments, AMPTrainingArguments):
         settings.update({name: getattr(training, name) for name in kind.__annotations__})
     settings.update({name: getattr(training, name) for name in _STOCK})
-    return {name: value for name, value in settings.items() if name not in _ELSEWHERE}
+    settings.update({f.name: getattr(training, f.name) for f in fields(training) if _changed(f, training)})
+    return {
+        name: value.value if isinstance(value, Enum) else value
+        for name, value in settings.items()
+        if name not in _ELSEWHERE and not name.startswith(_ELSEWHERE_PREFIXES)
+    }
+
+
+def _changed(option: Field[Any], training: RecipeArguments) -> bool:
+    """Whether an option has not its default, as far as that can be told after transformers has settled some."""
+    value = getattr(training, option.name)
+    default = option.default if option.default_factory is MISSING else option.default_factory()
+    if is_dataclass(value):  # made of the default None, or of a dict
+        return value != type(value)()  # type: ignore[misc]
+    return value != default and not (default is None and value is False)
