@@ -250,11 +250,10 @@ def test_arguments_that_do_not_fit(pets: str, load: Load, kwargs: dict[str, Any]
     ("feature", "labels", "message"),
     [
         (
-            datasets.Value("string"),
-            ["cat", "dog", "cat"],
-            r"Value\('string'\), not class indices; .*class_encode",
+            datasets.Value("float32"),
+            [0.0, 1.0, 2.0],
+            r"Value\('float32'\), not class indices or names; .*class_encode",
         ),
-        (datasets.Value("float32"), [0.0, 1.0, 2.0], r"Value\('float32'\), not class indices"),
         (datasets.Value("bool"), [True, False, True], r"Value\('bool'\), not class indices"),
         (datasets.Array2D((1, 1), "int32"), [[[0]], [[1]], [[2]]], r"Array2D.*, not class indices"),
         (datasets.Value("int64"), [1, 2, 3], r"run from 1 to 3, 3 different; they must be 0 to K - 1"),
@@ -270,6 +269,17 @@ def test_labels_that_are_no_class_indices(
     write("train", random_images(3), labels, label=feature)
     folder = write("test", random_images(3), labels, label=feature)
     with pytest.raises(DatasetError, match=message):
+        load(folder)
+
+
+def test_labels_by_name_are_numbered_in_alphabetical_order(write: Write, load: Load) -> None:
+    write("train", random_images(3), ["owl", "cat", "owl"], label=datasets.Value("string"))
+    folder = write("test", random_images(2), ["owl", "cat"], label=datasets.Value("string"))
+    data = load(folder)
+    assert data.class_names == ("cat", "owl")
+    assert (data.train.labels.tolist(), data.test.labels.tolist()) == ([1, 0, 1], [1, 0])
+    write("test", random_images(2), ["owl", "dog"], label=datasets.Value("string"))
+    with pytest.raises(DatasetError, match=r"split 'test', row 1: label dog .* lies outside cat, owl"):
         load(folder)
 
 

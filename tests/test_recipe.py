@@ -19,7 +19,7 @@ from amp_plugin.train.trainer import RecipeTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "recipes" / "train.py"
-RECIPES = sorted(SCRIPT.parent.glob("*.yaml"))
+RECIPES = sorted(path for path in SCRIPT.parent.glob("*.yaml") if not path.stem.startswith("finetune_"))
 QUICK = [
     *("--train_images", "60", "--per_device_train_batch_size", "20", "--num_train_epochs", "2"),
     *("--model_kwargs", '{"width": 4, "layers": [1, 1, 1, 1]}', "--use_cpu", "true", "--cpu_threads", "1"),

@@ -13,6 +13,8 @@ import numpy.typing as npt
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
 
 from amp_plugin.data.autoaugment import BatchAutoAugment
 from amp_plugin.data.settings import DatasetSettings
@@ -34,6 +36,7 @@ class Augmenter:
         augment: "none"; "plain" (crop and flip); "cutout" (plain and Cutout); "autoaugment" (plain,
             AutoAugment and Cutout, as in the AMP paper; no crop where the settings say so).
         image_size: (H, W).
+        output_size: (H, W) of the batches, if it is another: the augmented images are resized (bicubic).
         channels_last: return batches in that memory format.
 
     Raises:
@@ -46,6 +49,7 @@ class Augmenter:
         augment: Augmentation,
         image_size: tuple[int, int],
         *,
+        output_size: tuple[int, int] | None = None,
         channels_last: bool = False,
     ) -> None:
         if augment not in get_args(Augmentation):
@@ -57,6 +61,7 @@ class Augmenter:
             self._autoaugment = BatchAutoAugment(settings.autoaugment, image_size, settings.fill)
         self._crop = settings.pad > 0 and (augment != "autoaugment" or settings.autoaugment_crop)
         self._cutout = augment in ("cutout", "autoaugment")
+        self._output_size = None if output_size == image_size else output_size
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         mean, std = (torch.tensor(value).view(3, 1, 1) for value in (settings.mean, settings.std))
         self._scale, self._shift = 1 / (255 * std), -mean / std
@@ -69,7 +74,7 @@ class Augmenter:
             draws: (B, DRAWS) independent and uniform in [0, 1); not looked at when ``augment`` is "none".
 
         Returns:
-            float32 (B, 3, H, W).
+            float32 (B, 3, H, W), of the output size.
         """
         planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
         if self.augment != "none":
@@ -83,8 +88,11 @@ class Augmenter:
                 planes = self._autoaugment(torch.from_numpy(planes), policy_ids, probs, signs).numpy()
             if self._cutout:
                 planes = cutout(planes, draws[:, _CUTOUT], self.settings.cutout_length)
+        pixels = torch.from_numpy(planes)
+        if self._output_size is not None:
+            pixels = resize(pixels, list(self._output_size), InterpolationMode.BICUBIC, antialias=True)
         # Black is 0 before and after the conversion to [0, 1]: Cutout on bytes is Cutout between it and this.
-        batch = torch.from_numpy(planes).float().mul_(self._scale).add_(self._shift)
+        batch = pixels.float().mul_(self._scale).add_(self._shift)
         return batch.contiguous(memory_format=self._memory_format)
 
 

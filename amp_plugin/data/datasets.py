@@ -4,28 +4,14 @@ from __future__ import annotations
 
 import difflib
 import os
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
-import numpy.typing as npt
+from dataclasses import replace
 
 from amp_plugin.data.decode import decoded_images
-from amp_plugin.data.fetch import fetch
-from amp_plugin.data.images import DatasetError, ImageData, ImageSplit
+from amp_plugin.data.fetch import Rows, cache_folder, fetch
+from amp_plugin.data.images import ImageData, ImageSplit
+from amp_plugin.data.labels import class_labels
 from amp_plugin.data.settings import SOURCES, DatasetSource, measured_settings
-
-if TYPE_CHECKING:
-    import datasets
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """One split before it is decoded, and how messages call it."""
-
-    dataset: datasets.Dataset
-    where: str
+from amp_plugin.data.splits import DatasetError
 
 
 def load_images(
@@ -50,8 +36,7 @@ def load_images(
         cache_dir: folder for what is made from the downloads: Arrow files, and decoded images under
             ``amp_plugin``; by default that of Hugging Face Datasets.
         image_column: column of `datasets.Image`; grayscale and palette images become RGB.
-        label_column: column of `datasets.ClassLabel`, or of integers 0 to K - 1 that are all there in
-            training.
+        label_column: as `class_labels` takes it.
         config_name: the data set's configuration, where it has several.
         train_split: the split to train on.
         test_split: the split to test on.
@@ -63,17 +48,13 @@ def load_images(
     if image_size is not None and image_size < 1:
         raise DatasetError(f"data set {name!r}: image_size must be positive, got {image_size}")
     source = _source(name, image_column, label_column, config_name)
-    cache = _cache_folder(cache_dir)
+    cache = cache_folder(cache_dir)
     names = (train_split, test_split)
-    loaded = fetch(name, source, names, data_root=data_root, cache=cache)
-    splits = [_Rows(rows, f"data set {name!r}, split {split!r}") for rows, split in zip(loaded, names, strict=True)]
+    splits = fetch(name, source.path, source.config_name, names, data_root=data_root, cache=cache)
     # The cheap checks of both splits first: decoding takes its time.
     for rows in splits:
         _check_images(rows, source.image_column)
-    labels = [_labels(rows, source.label_column) for rows in splits]
-    class_names = _class_names(splits[0], source.label_column, labels[0])
-    for rows, values in zip(splits, labels, strict=True):
-        _check_range(rows, source.label_column, values, len(class_names))
+    labels, class_names = class_labels(splits, source.label_column)
 
     train, test = (
         decoded_images(
@@ -114,74 +95,12 @@ def _source(name: str, image: str | None, label: str | None, config: str | None)
     return DatasetSource(name, config, image, label)
 
 
-def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
+def _check_images(rows: Rows, column: str) -> None:
     import datasets
 
-    return Path(datasets.config.HF_DATASETS_CACHE if cache_dir is None else cache_dir)
-
-
-def _feature(rows: _Rows, column: str, argument: str) -> object:
-    """What the column holds, for a column that is there."""
-    if column not in rows.dataset.column_names:
-        raise DatasetError(
-            f"{rows.where} has no column {column!r}, only {', '.join(rows.dataset.column_names)}; name the"
-            f" right one with {argument}"
-        )
-    return rows.dataset.features[column]
-
-
-def _check_images(rows: _Rows, column: str) -> None:
-    import datasets
-
-    feature = _feature(rows, column, "image_column")
+    feature = rows.feature(column, "image_column")
     if not isinstance(feature, datasets.Image):
         raise DatasetError(
             f"{rows.where}: column {column!r} holds {feature}, not images; name a datasets.Image column with"
             " image_column, or cast it"
-        )
-
-
-def _labels(rows: _Rows, column: str) -> npt.NDArray[np.int64]:
-    import datasets
-
-    feature = _feature(rows, column, "label_column")
-    integers = isinstance(feature, datasets.Value) and "int" in feature.dtype
-    if not (integers or isinstance(feature, datasets.ClassLabel)):
-        raise DatasetError(
-            f"{rows.where}: column {column!r} holds {feature}, not class indices; name another with"
-            f" label_column, or convert it with class_encode_column({column!r})"
-        )
-    values = rows.dataset.select_columns([column]).with_format("arrow")[:].column(column)
-    if values.null_count:
-        raise DatasetError(
-            f"{rows.where}: {values.null_count} labels of column {column!r} are missing; drop those rows"
-        )
-    labels: npt.NDArray[np.int64] = values.to_numpy().astype(np.int64)
-    return labels
-
-
-def _class_names(rows: _Rows, column: str, labels: npt.NDArray[np.int64]) -> tuple[str, ...]:
-    """The names of the classes; their indices where the column has no names."""
-    import datasets
-
-    feature = rows.dataset.features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        return tuple(feature.names)
-    classes = np.unique(labels)
-    if not np.array_equal(classes, np.arange(len(classes))):
-        raise DatasetError(
-            f"{rows.where}: the integers of column {column!r} run from {classes[0]} to {classes[-1]},"
-            f" {len(classes)} different; they must be 0 to K - 1, all of them there: renumber with"
-            f" class_encode_column({column!r})"
-        )
-    return tuple(map(str, classes))
-
-
-def _check_range(rows: _Rows, column: str, labels: npt.NDArray[np.int64], num_classes: int) -> None:
-    outside = (labels < 0) | (labels >= num_classes)
-    if outside.any():
-        row = int(np.argmax(outside))
-        raise DatasetError(
-            f"{rows.where}, row {row}: label {labels[row]} of column {column!r} lies outside 0 to"
-            f" {num_classes - 1}; drop such rows or renumber the classes"
         )

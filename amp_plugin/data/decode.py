@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
-from amp_plugin.data.images import DatasetError
+from amp_plugin.data.splits import DatasetError
 
 if TYPE_CHECKING:
     import datasets

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from amp_plugin.data.images import DatasetError
-from amp_plugin.data.settings import BUNDLED, DatasetSource
+from amp_plugin.data.settings import BUNDLED
+from amp_plugin.data.splits import DatasetError
 
 if TYPE_CHECKING:
     import datasets
@@ -17,19 +18,42 @@ if TYPE_CHECKING:
 _HUB_TIMEOUT = 10.0  # seconds
 
 
+@dataclass(frozen=True)
+class Rows:
+    """One split before it is decoded, and how messages call it."""
+
+    dataset: datasets.Dataset
+    where: str
+
+    def feature(self, column: str, argument: str) -> object:
+        """What a column holds.
+
+        Raises:
+            DatasetError: there is no such column.
+        """
+        if column not in self.dataset.column_names:
+            raise DatasetError(
+                f"{self.where} has no column {column!r}, only {', '.join(self.dataset.column_names)}; name the"
+                f" right one with {argument}"
+            )
+        return self.dataset.features[column]
+
+
 def fetch(
     name: str,
-    source: DatasetSource,
+    path: str,
+    config: str | None,
     splits: Sequence[str],
     *,
     data_root: str | os.PathLike[str] | None,
     cache: Path,
-) -> list[datasets.Dataset]:
+) -> list[Rows]:
     """Load some splits of a data set, with one message for whatever goes wrong.
 
     Args:
         name: how messages call the data set.
-        source: where it lives on the Hub, or a folder.
+        path: where it lives on the Hub, or a folder.
+        config: its configuration, where it has several.
         splits: their names.
         data_root: local mirror of the Hub to take it from; ignored by an absolute path, as the sample's is.
         cache: folder for the Arrow files.
@@ -43,7 +67,11 @@ def fetch(
     """
     import datasets
 
-    path, config = source.path, source.config_name
+    if os.path.isfile(path):
+        raise DatasetError(
+            f"data set {name!r} is a file; give the folder it is in, with one file for each split, e.g."
+            " train.csv and test.csv"
+        )
     if data_root is not None:
         folder = Path(data_root) / path  # which stays as it is if absolute, as the bundled sample's
         if not folder.is_dir():
@@ -81,7 +109,14 @@ def fetch(
                 f"data set {name!r}: split {split!r} {fault}, there are {', '.join(rows)}; name the one to use"
                 " with train_split or test_split"
             )
-    return [builder.as_dataset(split=split) for split in splits]
+    return [Rows(builder.as_dataset(split=split), f"data set {name!r}, split {split!r}") for split in splits]
+
+
+def cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
+    """Where a cache is kept: as told, or where Hugging Face Datasets has its own."""
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE if cache_dir is None else cache_dir)
 
 
 def _hub_error(path: str) -> Exception | None:

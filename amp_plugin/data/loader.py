@@ -30,6 +30,7 @@ class ImageBatches(Dataset[Batch]):
         settings: of the data set.
         augment: see `Augmenter`; "none" to evaluate.
         seed: of the augmentation.
+        image_size: side in pixels to which the augmented images are resized (bicubic); None to leave them.
         channels_last: memory format of the images.
 
     Raises:
@@ -43,12 +44,16 @@ class ImageBatches(Dataset[Batch]):
         augment: Augmentation = "none",
         *,
         seed: int = 0,
+        image_size: int | None = None,
         channels_last: bool = False,
     ) -> None:
         self.split = split
         self.seed = seed
         height, width = split.images.shape[1:3]
-        self._augmenter = Augmenter(settings, augment, (height, width), channels_last=channels_last)
+        output_size = (height, width) if image_size is None else (image_size, image_size)
+        self._augmenter = Augmenter(
+            settings, augment, (height, width), output_size=output_size, channels_last=channels_last
+        )
         # Shared, so that workers which live on see it change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._drawn_epoch = 0

@@ -1,8 +1,11 @@
-"""Train an image classifier with Adversarial Model Perturbation (AMP, not automatic mixed precision).
+"""Train an image classifier, or fine-tune one of images or texts, with Adversarial Model Perturbation.
+
+AMP is short for that here, not for automatic mixed precision.
 
     train.py --optim amp           # a narrow PreActResNet on a bundled sample of CIFAR-10
     train.py --optim sgd           # the same job without AMP
     train.py recipes/preactresnet18_cifar10.yaml --amp_epsilon 0.3   # a published setting, changed
+    train.py --pretrained resnet18.a1_in1k --dataset cifar10         # from pretrained weights
 
 Works the same under ``accelerate launch`` and ``torchrun``. Ends with a table, the saved model and a picture of the
 training curves in the output folder. With ``--save_strategy epoch --resume_from_checkpoint last`` it may be killed at

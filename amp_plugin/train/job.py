@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import set_seed
@@ -15,40 +13,20 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
 import amp_plugin.train
-from amp_plugin.data import DatasetError, ImageBatches, ImageData, collate, load_images
+from amp_plugin.data import DatasetError, collate
 from amp_plugin.data.callback import EpochCallback
 from amp_plugin.hosts.checkpoints import SaveError, explained, require_writable
-from amp_plugin.hosts.classifier import image_classifier
 from amp_plugin.metrics import compute_metrics
 from amp_plugin.report import append_to_ledger, table
 from amp_plugin.train.config import write_config
 from amp_plugin.train.fast import keep_freed_memory
-from amp_plugin.train.options import DataArguments, parse, settings_of
+from amp_plugin.train.options import parse, settings_of
 from amp_plugin.train.pictures import draw_pictures
 from amp_plugin.train.progress import EpochLine
 from amp_plugin.train.records import RecordsFile
+from amp_plugin.train.tasks import make_task
 from amp_plugin.train.trackers import require_trackers
 from amp_plugin.train.trainer import RecipeTrainer
-
-
-def load(args: DataArguments) -> tuple[ImageData, Any, Any]:
-    """The data set, and the images to train and to report on."""
-    data = load_images(
-        args.dataset,
-        data_root=args.data_root,
-        config_name=args.dataset_config_name,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        train_split=args.train_split,
-        test_split=args.test_split,
-        image_size=args.image_size,
-    )
-    train, test = data.train, data.test
-    if args.validation_images is not None:
-        train, test = train.split(args.validation_images)
-    if args.train_images is not None:
-        train = train.subset(args.train_images)
-    return data, train, test
 
 
 def set_cpu_threads(requested: int | None) -> int:
@@ -69,27 +47,16 @@ def main(argv: list[str]) -> None:
     require_writable(folder)
     threads = set_cpu_threads(args.cpu_threads)
     set_seed(args.seed)
-    with args.main_process_first(desc="decoding the images"):
-        data, train, test = load(data_args)
-    height, width = train.images.shape[1:3]
-    model = image_classifier(
-        model_args.model,
-        data.class_names,
-        mean=data.settings.mean,
-        std=data.settings.std,
-        image_size=(height, width),
-        **model_args.parsed_model_kwargs(),
-    )
     if args.fast and args.device.type == "cpu":
         keep_freed_memory()
-    if args.channels_last:
-        torch.nn.Module.to(model, memory_format=torch.channels_last)  # transformers hides the signature
-    batches = partial(ImageBatches, settings=data.settings, channels_last=args.channels_last)
+    task = make_task(data_args, model_args, args)
+    model = task.model
     trainer = RecipeTrainer(
         model=model,
         args=args,
-        train_dataset=batches(train, augment=data_args.augmentation, seed=args.seed),
-        eval_dataset=batches(test, augment="none"),
+        train_dataset=task.train,
+        eval_dataset=task.test,
+        processing_class=task.processor,
         data_collator=collate,
         compute_metrics=compute_metrics,
         callbacks=[EpochCallback(), RecordsFile(folder / "metrics.jsonl")],
@@ -104,8 +71,9 @@ def main(argv: list[str]) -> None:
         where += f", {args.arithmetic()}" if args.arithmetic() else ""
         described = f"AMP, epsilon {args.amp_epsilon}, inner_lr {args.amp_inner_lr}, {args.amp_norm} ball"
         print(
-            f"{model_args.model} with {sum(p.numel() for p in model.parameters()):,} parameters on {data.name}:"
-            f" {len(train):,} images to train, {len(test):,} to test; {args.optim}"
+            f"{model_args.name} with {sum(p.numel() for p in model.parameters()):,} parameters{task.origin()} on"
+            f" {task.dataset}: {len(task.train):,} {task.train.split.kind} to train, {len(task.test):,} to test;"
+            f" {args.optim}"
             f"{f' ({described})' if args.uses_amp else ' (without AMP)'}; on {where}; results in"
             f" {args.output_dir}",
             flush=True,
@@ -128,8 +96,8 @@ def main(argv: list[str]) -> None:
                 append_to_ledger(Path(args.ledger), settings_of(data_args, model_args, args), metrics)
             where = "validation" if data_args.validation_images else "test"
             report(metrics, where, folder)
-            title = f"{model_args.model}, {args.optim} on {data.name}"
-            draw_pictures(folder, title, trainer.state.log_history, tested, list(data.class_names), where)
+            title = f"{model_args.name}, {args.optim} on {task.dataset}"
+            draw_pictures(folder, title, trainer.state.log_history, tested, task.class_names(), where)
     # Together, and in good order: a process whose group outlives it, or that leaves it alone, is aborted now and then
     # ("terminate called without an active exception"), and torchrun then calls the whole job failed.
     trainer.accelerator.wait_for_everyone()

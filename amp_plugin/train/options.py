@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from argparse import Namespace
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -16,12 +17,14 @@ from transformers import HfArgumentParser
 from amp_plugin import AMPTrainingArguments
 from amp_plugin.data import Augmentation
 from amp_plugin.data.settings import BUNDLED
+from amp_plugin.data.splits import Split
 from amp_plugin.train.fast import fast_settings
+from amp_plugin.train.finetune import fine_tuning_settings
 
 
 @dataclass
 class DataArguments:
-    """Which images, and how they are augmented."""
+    """Which images, and how they are augmented; or which texts."""
 
     dataset: str = field(
         default="cifar10_sample",
@@ -32,10 +35,20 @@ class DataArguments:
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the images."})
+    text_column: str | None = field(
+        default=None, metadata={"help": "Column of texts: a text classifier is fine-tuned instead."}
+    )
+    text_pair_column: str | None = field(default=None, metadata={"help": "Column of second texts, for pairs."})
+    max_seq_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a text at most. Default: as many as the checkpoint takes."}
+    )
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     test_split: str = field(default="test", metadata={"help": "Split to test on."})
-    image_size: int | None = field(default=None, metadata={"help": "Resize all images to this side, in pixels."})
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Side of the images that the network sees, in pixels. Default: theirs, or the checkpoint's."},
+    )
     augment: Literal["default", "none", "plain", "cutout", "autoaugment"] = field(
         default="default",
         metadata={
@@ -44,12 +57,23 @@ class DataArguments:
         },
     )
     train_images: int | None = field(
-        default=None, metadata={"help": "Train on so many images only, equally many of every class."}
+        default=None, metadata={"help": "Train on so many images (or texts) only, equally many of every class."}
     )
     validation_images: int | None = field(
         default=None,
-        metadata={"help": "Hold out so many training images and report on them, to choose settings honestly."},
+        metadata={
+            "help": "Hold out so many training images (or texts) and report on them, to choose settings honestly."
+        },
     )
+
+    def __post_init__(self) -> None:
+        """Check that the options are for images or for texts."""
+        images = {"image_column": None, "image_size": None, "augment": "default"}
+        texts = {"text_pair_column": None, "max_seq_length": None}
+        for name, default in (texts if self.text_column is None else images).items():
+            if getattr(self, name) != default:
+                kind = "texts, and needs --text_column" if name in texts else "images, and there is a --text_column"
+                raise ValueError(f"--{name} is for {kind}")
 
     @property
     def augmentation(self) -> Augmentation:
@@ -58,10 +82,25 @@ class DataArguments:
             return "none" if self.dataset == BUNDLED else "plain"
         return self.augment
 
+    def chosen(self, train: Split, test: Split) -> tuple[Split, Split]:
+        """What to train and to report on, of the two splits."""
+        if self.validation_images is not None:
+            train, test = train.split(self.validation_images)
+        return (train if self.train_images is None else train.subset(self.train_images)), test
+
 
 @dataclass
 class ModelArguments:
     """Which network."""
+
+    pretrained: str | None = field(
+        default=None,
+        metadata={
+            "help": "Fine-tune this checkpoint instead of training from scratch: an id on the Hub (timm's too, e.g."
+            " resnet18.a1_in1k) or a folder. Its head is replaced, and other defaults apply: AdamW, 3 epochs, ..."
+        },
+    )
+    freeze_backbone: bool = field(default=False, metadata={"help": "Train the head of --pretrained alone."})
 
     model: str = field(default="preactresnet18", metadata={"help": "Any architecture that timm knows."})
     model_kwargs: str | None = field(
@@ -70,8 +109,15 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        """Check the JSON."""
+        """Check the JSON, and that there is a backbone to freeze."""
         self.parsed_model_kwargs()
+        if self.freeze_backbone and self.pretrained is None:
+            raise ValueError("--freeze_backbone needs --pretrained: random features are not worth keeping")
+
+    @property
+    def name(self) -> str:
+        """What to call the model: a checkpoint in a folder goes by the folder's own name."""
+        return self.model if self.pretrained is None else shown_name(self.pretrained)
 
     def parsed_model_kwargs(self) -> dict[str, Any]:
         """`model_kwargs` as a dict."""
@@ -169,6 +215,11 @@ class RecipeArguments(AMPTrainingArguments):
         return word == "true" if word in ("true", "false") else self.resume_from_checkpoint
 
 
+def shown_name(name: str) -> str:
+    """A name on the Hub as it is, of a folder only the last part: where it lies is nobody's business."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
 _RECIPES = Path(__file__).parents[2] / "recipes"
 
 
@@ -182,16 +233,20 @@ def parse(argv: list[str], description: str | None = None) -> tuple[DataArgument
         known = {action.dest for action in parser._actions}
         settings = read_recipe(path, known)
         parser.set_defaults(**settings)
-    named, _ = parser.parse_known_args(argv)
+    named, _ = parser.parse_known_args(argv, Namespace(optim=settings.get("optim")))  # None if nobody asks for one
+    if named.pretrained is not None:
+        parser.set_defaults(**{**fine_tuning_settings(named.optim), **settings})
     if named.fast:
         chosen = fast_settings(use_cpu=named.use_cpu)
         if named.fp16:
             chosen.pop("bf16", None)
+        if named.text_column is not None:
+            del chosen["channels_last"]
         parser.set_defaults(**{**chosen, **settings})
     data, model, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     if training.output_dir in (None, "trainer_output"):
-        training.output_dir = (
-            f"runs/{data.dataset.replace('/', '_')}-{model.model}-{training.optim}-seed{training.seed}"
+        training.output_dir = "runs/" + (
+            f"{shown_name(data.dataset)}-{model.name}-{training.optim}-seed{training.seed}".replace("/", "_")
         )
     return data, model, training
 
@@ -243,7 +298,9 @@ _ELSEWHERE_PREFIXES = ("ddp_", "hub_", "log_", "push_to_hub", "trackio_")
 
 def settings_of(data: DataArguments, model: ModelArguments, training: RecipeArguments) -> dict[str, Any]:
     """The settings that decide a run's outcome, for the ledger; not where it ran or what it left there."""
-    settings = {**vars(data), "augment": data.augmentation, **vars(model)}
+    settings = {**vars(data), "dataset": shown_name(data.dataset), "augment": data.augmentation, **vars(model)}
+    if model.pretrained is not None:
+        settings |= {"model": None, "model_kwargs": None, "pretrained": model.name}
     for kind in (RecipeArguments, AMPTrainingArguments):
         settings.update({name: getattr(training, name) for name in kind.__annotations__})
     settings.update({name: getattr(training, name) for name in _STOCK})

@@ -1,0 +1,77 @@
+"""What splits of images and of texts have in common: labels, and class-balanced parts."""
+
+from __future__ import annotations
+
+from typing import ClassVar, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from amp_plugin.data.draws import SELECTION_STREAM, uniform_draws
+
+Split = TypeVar("Split", bound="LabelledSplit")
+
+
+class DatasetError(ValueError):
+    """A data set cannot be used; the message names it and says what to do."""
+
+
+class LabelledSplit:
+    """Labelled examples, of which a class-balanced part can be taken.
+
+    Attributes:
+        kind: what an example is, in the plural.
+        labels: int64 (N,).
+    """
+
+    kind: ClassVar[str]
+    labels: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self: Split, n: int, seed: int = 0) -> Split:
+        """Take ``n`` random examples, equally many of every class (give or take one), in their present order.
+
+        Raises:
+            DatasetError: there are too few examples of some class.
+        """
+        return self._take(np.sort(self._balanced(n, seed)[:n]))
+
+    def split(self: Split, n: int, seed: int = 0) -> tuple[Split, Split]:
+        """Hold out what ``subset(n, seed)`` takes, for validation.
+
+        Returns:
+            The other examples and the held-out ones, disjoint.
+
+        Raises:
+            DatasetError: there are too few examples of some class, or none would be left.
+        """
+        if n == len(self):
+            raise DatasetError(f"holding out all {n} {self.kind} leaves none to train on; hold out fewer")
+        order = self._balanced(n, seed)
+        return self._take(np.sort(order[n:])), self._take(np.sort(order[:n]))
+
+    def _balanced(self, n: int, seed: int) -> npt.NDArray[np.intp]:
+        """All indices in a random order, of which the first ``n`` hold the classes equally often."""
+        if not 0 < n <= len(self):
+            raise DatasetError(f"cannot take {n} of {len(self)} {self.kind}; ask for 1 to {len(self)}")
+        chance = uniform_draws(seed, SELECTION_STREAM, len(self), 1)[:, 0]
+        shuffled = np.lexsort((chance, self.labels))  # class by class, each class shuffled
+        of_class = self.labels[shuffled]
+        turn = np.arange(len(self)) - np.searchsorted(of_class, of_class)  # place within its class
+        order = shuffled[np.lexsort((chance[shuffled], turn))]
+        classes, available = np.unique(self.labels, return_counts=True)
+        each = n // len(classes)
+        scarce = int(np.argmin(available))
+        if available[scarce] < each or np.minimum(available, each + 1).sum() < n:
+            raise DatasetError(
+                f"a class-balanced choice of {n} {self.kind} needs {n / len(classes):g} of every class, but class"
+                f" {classes[scarce]} has only {available[scarce]}; ask for at most"
+                f" {available[scarce] * len(classes)}"
+            )
+        return order
+
+    def _take(self: Split, indices: npt.NDArray[np.intp]) -> Split:
+        """The examples of these indices."""
+        raise NotImplementedError

@@ -1,0 +1,130 @@
+"""Checkpoints to fine-tune: a `transformers` classifier with pretrained weights and a head for other classes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from transformers import AutoConfig, PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
+
+
+class PretrainedError(ValueError):
+    """A checkpoint cannot be fine-tuned; the message names it and says why."""
+
+
+def pretrained_classifier(auto_class: Any, name: str, class_names: Sequence[str]) -> tuple[PreTrainedModel, list[str]]:
+    """Load a checkpoint with a head for other classes, drawn anew unless the checkpoint's has the same shape.
+
+    Args:
+        auto_class: e.g. `transformers.AutoModelForImageClassification`.
+        name: an id on the Hugging Face Hub, or a folder that ``save_pretrained`` or timm's ``save_for_hf`` wrote.
+        class_names: one name a class.
+
+    Returns:
+        The model, and the names of the parameters that are not the checkpoint's.
+
+    Raises:
+        PretrainedError: it is out of reach, of an architecture that ``auto_class`` does not have, or its weights
+            belong to another.
+    """
+    config = checkpoint_config(auto_class, name)
+    if isinstance(config, TimmWrapperConfig):  # which adds num_classes itself
+        config.model_args = {k: v for k, v in (config.model_args or {}).items() if k != "num_classes"}
+    config.problem_type = "single_label_classification"
+    config.id2label = dict(enumerate(class_names))
+    config.label2id = {label: i for i, label in enumerate(class_names)}
+    with explained(name):
+        model, info = auto_class.from_pretrained(
+            name, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    drawn = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+    new = [key for key, _ in model.named_parameters() if key in drawn]
+    head = set(head_parameters(model))
+    backbone = [key for key, parameter in model.named_parameters() if parameter not in head]
+    if 2 * len(drawn.intersection(backbone)) > len(backbone):
+        raise PretrainedError(
+            f"pretrained {name!r} holds the weights of another network: {len(drawn.intersection(backbone))} of"
+            f" {len(backbone)} parameters of its {config.model_type} backbone are not there"
+        )
+    return model, new
+
+
+def checkpoint_config(auto_class: Any, name: str) -> Any:
+    """The configuration of a checkpoint that ``auto_class`` can open.
+
+    Raises:
+        PretrainedError: it is out of reach, or of an architecture that ``auto_class`` does not have.
+    """
+    with explained(name):
+        config = AutoConfig.from_pretrained(name)
+    if type(config) not in auto_class._model_mapping:
+        raise PretrainedError(
+            f"pretrained {name!r} is a {config.model_type} model, for which there is no {auto_class.__name__};"
+            " choose a checkpoint of another kind, or a data set of what it reads"
+        )
+    return config
+
+
+def head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The parameters of the classification head: those outside the pretrained backbone."""
+    if isinstance(model, TimmWrapperForImageClassification):
+        heads = model.timm_model.get_classifier()
+        return [p for head in (heads if isinstance(heads, tuple) else (heads,)) for p in head.parameters()]
+    backbone = set(model.base_model.parameters())
+    return [p for p in model.parameters() if p not in backbone]
+
+
+def freeze_backbone(model: PreTrainedModel) -> None:
+    """Train the head alone: no gradient for the others, and their BatchNorm keeps the checkpoint's statistics.
+
+    Raises:
+        ValueError: the model has no head of its own.
+    """
+    head = set(head_parameters(model))
+    if not head:
+        raise ValueError(f"{type(model).__name__} has no head apart from its backbone, so freezing it leaves nothing")
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in head)
+    for module in model.modules():
+        if isinstance(module, _NormBase) and head.isdisjoint(module.parameters()):
+            module.register_forward_pre_hook(_stay_in_eval_mode)
+
+
+def _stay_in_eval_mode(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    module.eval()  # a Trainer puts the whole model into training mode at every step
+
+
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Make what transformers raises about a checkpoint one `PretrainedError`."""
+    if (os.path.isabs(name) or name.startswith((".", "~"))) and not os.path.isdir(name):
+        raise PretrainedError(f"pretrained {name!r}: there is no such folder")
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError) as error:
+        where = "the folder is no checkpoint" if os.path.isdir(name) else "no such folder, and the Hub does not give it"
+        raise PretrainedError(f"pretrained {name!r}: {where}: {_first_sentences(error)}") from error
+
+
+@torch.no_grad()
+def accepts(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> str | None:
+    """Why the model cannot take such a batch; None if it can."""
+    training = model.training
+    try:
+        model.eval()(**inputs)
+    except (ValueError, RuntimeError, AssertionError, IndexError) as error:
+        return _first_sentences(error)
+    finally:
+        model.train(training)
+    return None
+
+
+def _first_sentences(error: Exception) -> str:
+    """What a library says, without the paragraphs of advice that may follow."""
+    said = " ".join(str(error).split()).rstrip(".")
+    return said if len(said) < 200 else said[:200].rpartition(". ")[0] or f"{said[:200]} ..."

@@ -1,0 +1,135 @@
+"""What the main job trains: a model with its examples, from scratch or from a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from amp_plugin.data import ImageBatches, TextBatches, load_images, load_texts
+from amp_plugin.data.settings import SOURCES
+from amp_plugin.hosts.classifier import image_classifier
+from amp_plugin.hosts.pretrained import freeze_backbone
+from amp_plugin.hosts.pretrained_images import image_checkpoint
+from amp_plugin.hosts.pretrained_texts import text_checkpoint
+from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments, shown_name
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model, and the examples to train and to report on.
+
+    Attributes:
+        dataset: its name, for the reader.
+        model: to be trained.
+        train: whole batches, see `amp_plugin.data.collate`.
+        test: whole batches.
+        processor: what whoever opens the saved model needs beside it, if anything.
+        new: the parameters that do not come from the checkpoint; None without one.
+    """
+
+    dataset: str
+    model: PreTrainedModel
+    train: ImageBatches | TextBatches
+    test: ImageBatches | TextBatches
+    processor: Any = None
+    new: list[str] | None = None
+
+    def class_names(self) -> list[str]:
+        """In the order of the model's outputs."""
+        names: Any = self.model.config.id2label
+        return [str(names[i]) for i in sorted(names)]
+
+    def origin(self) -> str:
+        """Where the parameters come from, and which are trained, if not all; empty from scratch."""
+        if self.new is None:
+            return ""
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        drawn = f" except {', '.join(self.new)}" if self.new else ""
+        frozen = f", {trained:,} of them trained" if trained < self.model.num_parameters() else ""
+        return f" (the checkpoint's{drawn}{frozen})"
+
+
+def make_task(data_args: DataArguments, model_args: ModelArguments, args: RecipeArguments) -> Task:
+    """Load data and model as the options say.
+
+    Raises:
+        ValueError: they cannot be had as asked for.
+    """
+    task = (image_task if data_args.text_column is None else text_task)(data_args, model_args, args)
+    if model_args.freeze_backbone:
+        freeze_backbone(task.model)
+    return task
+
+
+def image_task(data_args: DataArguments, model_args: ModelArguments, args: RecipeArguments) -> Task:
+    """A timm architecture from scratch, or an image checkpoint."""
+    checkpoint, side = None, data_args.image_size
+    if model_args.pretrained is not None:
+        checkpoint = image_checkpoint(model_args.pretrained, side)
+        side = checkpoint.image_size
+    with args.main_process_first(desc="decoding the images"):
+        data = load_images(
+            data_args.dataset,
+            data_root=data_args.data_root,
+            config_name=data_args.dataset_config_name,
+            image_column=data_args.image_column,
+            label_column=data_args.label_column,
+            train_split=data_args.train_split,
+            test_split=data_args.test_split,
+            # Small images of one size are kept and augmented as they are, and resized batch by batch.
+            image_size=None if data_args.dataset in SOURCES else side,
+        )
+    train, test = data_args.chosen(data.train, data.test)
+    model: PreTrainedModel
+    processor, new, settings = None, None, data.settings
+    if checkpoint is None:
+        model = image_classifier(
+            model_args.model,
+            data.class_names,
+            mean=settings.mean,
+            std=settings.std,
+            image_size=side or train.images.shape[1:3],
+            **model_args.parsed_model_kwargs(),
+        )
+    else:
+        settings = replace(settings, mean=checkpoint.mean, std=checkpoint.std)
+        model, new = checkpoint.classifier(data.class_names)
+        processor = checkpoint.processor
+    if args.channels_last:
+        torch.nn.Module.to(model, memory_format=torch.channels_last)  # transformers hides the signature
+    batches = partial(ImageBatches, settings=settings, image_size=side, channels_last=args.channels_last)
+    return Task(
+        shown_name(data.name),
+        model,
+        batches(train, augment=data_args.augmentation, seed=args.seed),
+        batches(test),
+        processor,
+        new,
+    )
+
+
+def text_task(data_args: DataArguments, model_args: ModelArguments, args: RecipeArguments) -> Task:
+    """A text checkpoint."""
+    if model_args.pretrained is None:
+        raise ValueError("--text_column needs --pretrained: texts are classified with a pretrained language model")
+    with args.main_process_first(desc="reading the texts"):
+        data = load_texts(
+            data_args.dataset,
+            text_column=str(data_args.text_column),
+            text_pair_column=data_args.text_pair_column,
+            label_column=data_args.label_column or "label",
+            data_root=data_args.data_root,
+            config_name=data_args.dataset_config_name,
+            train_split=data_args.train_split,
+            test_split=data_args.test_split,
+        )
+    train, test = data_args.chosen(data.train, data.test)
+    checkpoint = text_checkpoint(model_args.pretrained, data.class_names, data_args.max_seq_length)
+    batches = partial(TextBatches, tokenizer=checkpoint.tokenizer, max_length=checkpoint.max_length)
+    return Task(
+        shown_name(data.name), checkpoint.model, batches(train), batches(test), checkpoint.tokenizer, checkpoint.new
+    )
