@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,32 +27,16 @@ def series(records: Records, key: str) -> tuple[list[float], list[float]]:
     return [epoch for epoch, _ in points], [value for _, value in points]
 
 
-def append_to_ledger(path: Path, settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
-    """Append one finished run to a JSON Lines file, in one write: settings, versions, commit and metrics.
+def append_to_ledger(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one finished run (`amp_plugin.provenance.run_record`) to a JSON Lines file, in one write.
 
     Args:
         path: the ledger; made if it does not exist.
-        settings: of the run; only what JSON can hold is kept.
-        metrics: of the run.
+        record: what `run_record` returns; what JSON cannot hold becomes text.
     """
-    names = ("torch", "timm", "transformers", "accelerate", "datasets", "amp_plugin")
-    record = {
-        "commit": _commit(),
-        "threads": os.environ.get("OMP_NUM_THREADS"),
-        "versions": {name: importlib.import_module(name).__version__ for name in names},
-        "settings": dict(settings),
-        "metrics": dict(metrics),
-    }
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as ledger:
         ledger.write(json.dumps(record, default=str) + "\n")
-
-
-def _commit() -> str | None:
-    """The checked-out commit, marked if files differ from it; None outside a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
 
 
 def plot_curves(records: Records, path: Path, title: str) -> None:

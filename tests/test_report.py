@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from amp_plugin.provenance import run_record
 from amp_plugin.report import append_to_ledger, plot_curves, series, table
 
 RECORDS = [
@@ -41,7 +42,7 @@ def test_curves_have_a_line_for_each_logged_quantity(tmp_path: Path) -> None:
 def test_the_ledger_grows_by_one_line_a_run(tmp_path: Path) -> None:
     ledger = tmp_path / "new" / "ledger.jsonl"
     for seed in (1, 2):
-        append_to_ledger(ledger, {"seed": seed, "folder": tmp_path}, {"error": 3.0})
+        append_to_ledger(ledger, run_record({"seed": seed, "folder": tmp_path}, {"error": 3.0}))
     records = [json.loads(line) for line in ledger.read_text().splitlines()]
     assert [r["settings"]["seed"] for r in records] == [1, 2]
     assert records[0]["metrics"] == {"error": 3.0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -18,8 +20,11 @@ from amp_plugin.data import DatasetError, ImageBatches, ImageData, collate, load
 from amp_plugin.data.callback import EpochCallback
 from amp_plugin.hosts.checkpoints import SaveError, explained, require_writable
 from amp_plugin.hosts.classifier import image_classifier
+from amp_plugin.hub import HubError
 from amp_plugin.metrics import compute_metrics
+from amp_plugin.provenance import run_record
 from amp_plugin.report import append_to_ledger, plot_curves, table
+from amp_plugin.train.card import RECORD, card_details, compared_run
 from amp_plugin.train.options import DataArguments, parse, settings_of
 from amp_plugin.train.progress import EpochLine
 from amp_plugin.train.trainer import RecipeTrainer
@@ -59,6 +64,8 @@ def main(argv: list[str]) -> None:
     """Train, test, save and report."""
     data_args, model_args, args = parse(argv, amp_plugin.train.__doc__)
     folder = Path(str(args.output_dir))
+    settings = settings_of(data_args, model_args, args)
+    compared = None if args.compare_with is None else compared_run(args.compare_with, settings)
     require_writable(folder)
     threads = set_cpu_threads(args.cpu_threads)
     set_seed(args.seed)
@@ -108,14 +115,26 @@ def main(argv: list[str]) -> None:
     metrics.setdefault("loss", metrics["train_loss"])  # the mean of the whole run, if none was logged
     metrics["seconds"] = seconds
     with explained("the results", folder):
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # or it would be pushed before there is a card
         trainer.save_state()
         trainer.save_metrics("all", metrics)
         if trainer.is_world_process_zero():
+            record = run_record(settings, metrics)
+            (folder / RECORD).write_text(json.dumps(record, default=str) + "\n")
             if args.ledger is not None:
-                append_to_ledger(Path(args.ledger), settings_of(data_args, model_args, args), metrics)
+                append_to_ledger(Path(args.ledger), record)
             where = "validation" if data_args.validation_images else "test"
             report(metrics, where, folder, trainer.state.log_history, f"{model_args.model}, {args.optim}")
+            images = (len(train), len(test))
+            trainer.card_details = card_details(
+                argv, data, data_args, args, images=images, record=record, compared=compared
+            )
+            trainer.create_model_card()
+            print(f"model card: {folder / 'README.md'}")
+    if args.push_to_hub:
+        pushed = trainer.push_to_hub()
+        if isinstance(pushed, CommitInfo):  # in the first process
+            print(f"published: {pushed.repo_url}")
     # Together, and in good order: a process whose group outlives it, or that leaves it alone, is aborted now and then
     # ("terminate called without an active exception"), and torchrun then calls the whole job failed.
     trainer.accelerator.wait_for_everyone()
@@ -151,5 +170,5 @@ def run(argv: list[str]) -> None:
             time.sleep(5)
             sys.exit(1)
         sys.exit(f"\nerror: {error}")  # on a line of its own, below the bar
-    except (DatasetError, ValueError) as error:
+    except (DatasetError, HubError, ValueError) as error:
         sys.exit(f"error: {error}")

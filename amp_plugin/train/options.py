@@ -136,6 +136,14 @@ class RecipeArguments(AMPTrainingArguments):
     ledger: str | None = field(
         default=None, metadata={"help": "JSON Lines file to append the finished run to: settings, commit, metrics."}
     )
+    compare_with: str | None = field(
+        default=None,
+        metadata={
+            "help": "Output folder of another run, e.g. with --optim sgd, to show beside this one in the model card; or"
+            " a ledger, for the last run in it with the same settings and another optimizer."
+        },
+    )
+    hub_license: str = field(default="mit", metadata={"help": "Licence of the weights, as the Hub calls it."})
 
     def __post_init__(self) -> None:
         """Check the schedule."""
@@ -218,10 +226,12 @@ _STOCK = (
     "torch_compile",
     "optim_args",
 )
-_ELSEWHERE = {
+ELSEWHERE = {
+    "compare_with",
     "data_root",
     "dataloader_pin_memory",
     "fast",  # what it chose is there
+    "hub_license",
     "ledger",
     "remove_unused_columns",
     "report_to",
@@ -236,4 +246,4 @@ def settings_of(data: DataArguments, model: ModelArguments, training: RecipeArgu
     for kind in (RecipeArguments, AMPTrainingArguments):
         settings.update({name: getattr(training, name) for name in kind.__annotations__})
     settings.update({name: getattr(training, name) for name in _STOCK})
-    return {name: value for name, value in settings.items() if name not in _ELSEWHERE}
+    return {name: value for name, value in settings.items() if name not in ELSEWHERE}
