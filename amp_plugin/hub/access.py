@@ -83,6 +83,8 @@ def reason(error: Exception) -> str:
         return f"{_HINTS.get(status, failed)} (status {status}{f': {said}' if said else ''})"
     if type(error).__module__.partition(".")[0].startswith("httpx"):
         return f"no connection to {constants.ENDPOINT} ({type(error).__name__}: {error}); is there a network?"
+    if isinstance(error.__cause__, Exception):  # the client says which file, and its cause why
+        return reason(error.__cause__)
     return str(error).strip().replace("\n", " ") or type(error).__name__
 
 
