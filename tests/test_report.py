@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from amp_plugin.metrics import classification_scores
+from amp_plugin.provenance import run_record
 from amp_plugin.report import append_to_ledger, plot_confusion, plot_curves, plot_reliability, series, table
 
 RECORDS = [
@@ -156,7 +157,7 @@ def test_pictures_are_on_opaque_white_whatever_the_users_style(tmp_path: Path) -
 def test_the_ledger_grows_by_one_line_a_run(tmp_path: Path) -> None:
     ledger = tmp_path / "new" / "ledger.jsonl"
     for seed in (1, 2):
-        append_to_ledger(ledger, {"seed": seed, "folder": tmp_path}, {"error": 3.0})
+        append_to_ledger(ledger, run_record({"seed": seed, "folder": tmp_path}, {"error": 3.0}))
     records = [json.loads(line) for line in ledger.read_text().splitlines()]
     assert [r["settings"]["seed"] for r in records] == [1, 2]
     assert records[0]["metrics"] == {"error": 3.0}

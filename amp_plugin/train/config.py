@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from amp_plugin.report import versions
+from amp_plugin.provenance import versions
 from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments, settings_of
 
 

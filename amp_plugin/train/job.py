@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 from pathlib import Path
 
 import torch
+from huggingface_hub import CommitInfo
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
@@ -16,8 +18,11 @@ import amp_plugin.train
 from amp_plugin.data import DatasetError, collate
 from amp_plugin.data.callback import EpochCallback
 from amp_plugin.hosts.checkpoints import SaveError, explained, require_writable
+from amp_plugin.hub import HubError
 from amp_plugin.metrics import compute_metrics
+from amp_plugin.provenance import run_record
 from amp_plugin.report import append_to_ledger, table
+from amp_plugin.train.card import RECORD, card_details, compared_run
 from amp_plugin.train.config import write_config
 from amp_plugin.train.fast import keep_freed_memory
 from amp_plugin.train.options import parse, settings_of
@@ -43,6 +48,8 @@ def main(argv: list[str]) -> None:
     """Train, test, save and report."""
     data_args, model_args, args = parse(argv, amp_plugin.train.__doc__)
     folder = Path(str(args.output_dir))
+    settings = settings_of(data_args, model_args, args)
+    compared = None if args.compare_with is None else compared_run(args.compare_with, settings)
     require_trackers(args.report_to)
     require_writable(folder)
     threads = set_cpu_threads(args.cpu_threads)
@@ -88,16 +95,25 @@ def main(argv: list[str]) -> None:
     metrics.setdefault("loss", metrics["train_loss"])  # the mean of the whole run, if none was logged
     metrics["seconds"] = seconds
     with explained("the results", folder):
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # or it would be pushed before there is a card
         trainer.save_state()
         trainer.save_metrics("all", metrics)
         if trainer.is_world_process_zero():
+            record = run_record(settings, metrics)
+            (folder / RECORD).write_text(json.dumps(record, default=str) + "\n")
             if args.ledger is not None:
-                append_to_ledger(Path(args.ledger), settings_of(data_args, model_args, args), metrics)
+                append_to_ledger(Path(args.ledger), record)
             where = "validation" if data_args.validation_images else "test"
             report(metrics, where, folder)
             title = f"{model_args.name}, {args.optim} on {task.dataset}"
             draw_pictures(folder, title, trainer.state.log_history, tested, task.class_names(), where)
+            trainer.card_details = card_details(argv, task, data_args, args, record=record, compared=compared)
+            trainer.create_model_card()
+            print(f"model card: {folder / 'README.md'}")
+    if args.push_to_hub:
+        pushed = trainer.push_to_hub()
+        if isinstance(pushed, CommitInfo):  # in the first process
+            print(f"published: {pushed.repo_url}")
     # Together, and in good order: a process whose group outlives it, or that leaves it alone, is aborted now and then
     # ("terminate called without an active exception"), and torchrun then calls the whole job failed.
     trainer.accelerator.wait_for_everyone()
@@ -127,5 +143,5 @@ def run(argv: list[str]) -> None:
             time.sleep(5)
             sys.exit(1)
         sys.exit(f"\nerror: {error}")  # on a line of its own, below the bar
-    except (DatasetError, ValueError) as error:
+    except (DatasetError, HubError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -185,6 +185,14 @@ class RecipeArguments(AMPTrainingArguments):
     ledger: str | None = field(
         default=None, metadata={"help": "JSON Lines file to append the finished run to: settings, commit, metrics."}
     )
+    compare_with: str | None = field(
+        default=None,
+        metadata={
+            "help": "Output folder of another run, e.g. with --optim sgd, to show beside this one in the model card; or"
+            " a ledger, for the last run in it with the same settings and another optimizer."
+        },
+    )
+    hub_license: str = field(default="mit", metadata={"help": "Licence of the weights, as the Hub calls it."})
 
     def __post_init__(self) -> None:
         """Check the schedule."""
@@ -277,13 +285,15 @@ _STOCK = (
     "torch_compile",
     "optim_args",
 )
-_ELSEWHERE = {
+ELSEWHERE = {
+    "compare_with",
     "data_root",
     "dataloader_pin_memory",
     "debug",
     "disable_tqdm",
     "do_eval",
     "fast",  # what it chose is there
+    "hub_license",
     "ledger",
     "output_dir",
     "project",
@@ -308,7 +318,7 @@ def settings_of(data: DataArguments, model: ModelArguments, training: RecipeArgu
     return {
         name: value.value if isinstance(value, Enum) else value
         for name, value in settings.items()
-        if name not in _ELSEWHERE and not name.startswith(_ELSEWHERE_PREFIXES)
+        if name not in ELSEWHERE and not name.startswith(_ELSEWHERE_PREFIXES)
     }
 
 
