@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from amp_plugin.data.decode import decoded_images
 from amp_plugin.data.fetch import fetch
 from amp_plugin.data.images import DatasetError, ImageData, ImageSplit
 from amp_plugin.data.settings import SOURCES, DatasetSource, measured_settings
+from amp_plugin.suggest import did_you_mean
 
 if TYPE_CHECKING:
     import datasets
@@ -105,11 +105,9 @@ def _source(name: str, image: str | None, label: str | None, config: str | None)
             label_column=label or known.label_column,
         )
     if image is None or label is None:
-        near = difflib.get_close_matches(name, SOURCES, n=1)
         raise DatasetError(
-            f"data set {name!r} is unknown{f', did you mean {near[0]!r}' if near else ''}; known are"
-            f" {', '.join(SOURCES)}; for any other that datasets.load_dataset can load, give image_column and"
-            " label_column"
+            f"data set {name!r} is unknown{did_you_mean(name, SOURCES)}; known are {', '.join(SOURCES)}; for any other"
+            " that datasets.load_dataset can load, give image_column and label_column"
         )
     return DatasetSource(name, config, image, label)
 

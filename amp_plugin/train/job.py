@@ -21,6 +21,7 @@ from amp_plugin.hosts.classifier import image_classifier
 from amp_plugin.metrics import compute_metrics
 from amp_plugin.report import append_to_ledger, plot_curves, table
 from amp_plugin.train.options import DataArguments, parse, settings_of
+from amp_plugin.train.plan import plan
 from amp_plugin.train.progress import EpochLine
 from amp_plugin.train.trainer import RecipeTrainer
 
@@ -59,7 +60,8 @@ def main(argv: list[str]) -> None:
     """Train, test, save and report."""
     data_args, model_args, args = parse(argv, amp_plugin.train.__doc__)
     folder = Path(str(args.output_dir))
-    require_writable(folder)
+    if not args.dry_run:
+        require_writable(folder)
     threads = set_cpu_threads(args.cpu_threads)
     set_seed(args.seed)
     with args.main_process_first(desc="decoding the images"):
@@ -73,6 +75,10 @@ def main(argv: list[str]) -> None:
         image_size=(height, width),
         **model_args.parsed_model_kwargs(),
     )
+    if args.dry_run:
+        if args.process_index == 0:
+            print(plan(data_args, model_args, args, data, (len(train), len(test)), model))
+        return
     if args.channels_last:
         torch.nn.Module.to(model, memory_format=torch.channels_last)  # transformers hides the signature
     batches = partial(ImageBatches, settings=data.settings, channels_last=args.channels_last)
