@@ -183,7 +183,7 @@ def test_a_mistake_gives_one_line_and_no_traceback(tmp_path: Path) -> None:
 
 def test_an_unknown_option_in_a_recipe_names_the_right_one(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("amp_epsilom: 0.3\n")
-    with pytest.raises(ValueError, match="mine.yaml': no option '--amp_epsilom', did you mean '--amp_epsilon'"):
+    with pytest.raises(ValueError, match=r"mine\.yaml': no option '--amp_epsilom', did you mean '--amp_epsilon'"):
         options.parse([str(tmp_path / "mine.yaml")])
 
 
