@@ -10,6 +10,8 @@ import timm
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 from transformers.utils import logging
 
+from amp_plugin.suggest import did_you_mean
+
 
 def image_classifier(
     architecture: str,
@@ -35,12 +37,11 @@ def image_classifier(
         **model_args: of the architecture, e.g. ``width=16``.
 
     Raises:
-        ValueError: timm has no such architecture (the message lists near ones), or it refuses an argument.
+        ValueError: timm has no such architecture (the message tells near ones), or it refuses an argument.
     """
     if not timm.is_model(architecture):
-        near = timm.list_models(f"*{architecture.lower()[:6]}*")
-        hint = f"; near ones: {', '.join(near[:8])}" if near else "; timm.list_models() lists them"
-        raise ValueError(f"model {architecture!r} is unknown to timm{hint}")
+        near = did_you_mean(architecture.lower(), timm.list_models(), at_most=3)
+        raise ValueError(f"model {architecture!r} is unknown to timm{near}; timm.list_models() lists them")
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     settings: dict[str, Any] = {
         "architecture": architecture,

@@ -27,6 +27,7 @@ from amp_plugin.train.config import write_config
 from amp_plugin.train.fast import keep_freed_memory
 from amp_plugin.train.options import parse, settings_of
 from amp_plugin.train.pictures import draw_pictures
+from amp_plugin.train.plan import plan
 from amp_plugin.train.progress import EpochLine
 from amp_plugin.train.records import RecordsFile
 from amp_plugin.train.tasks import make_task
@@ -51,13 +52,18 @@ def main(argv: list[str]) -> None:
     settings = settings_of(data_args, model_args, args)
     compared = None if args.compare_with is None else compared_run(args.compare_with, settings)
     require_trackers(args.report_to)
-    require_writable(folder)
+    if not args.dry_run:
+        require_writable(folder)
     threads = set_cpu_threads(args.cpu_threads)
     set_seed(args.seed)
     if args.fast and args.device.type == "cpu":
         keep_freed_memory()
     task = make_task(data_args, model_args, args)
     model = task.model
+    if args.dry_run:
+        if args.process_index == 0:
+            print(plan(data_args, model_args, args, task))
+        return
     trainer = RecipeTrainer(
         model=model,
         args=args,

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from argparse import Namespace
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-import yaml
-from transformers import HfArgumentParser
 
 from amp_plugin import AMPTrainingArguments
 from amp_plugin.data import Augmentation
 from amp_plugin.data.settings import BUNDLED
 from amp_plugin.data.splits import Split
+from amp_plugin.train.command_line import CommandLine
 from amp_plugin.train.fast import fast_settings
 from amp_plugin.train.finetune import fine_tuning_settings
 
@@ -182,6 +179,13 @@ class RecipeArguments(AMPTrainingArguments):
         },
     )
     channels_last: bool = field(default=False, metadata={"help": "Memory format of images and convolutions."})
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Print what would be done and what it would take, and exit. Nothing is trained or written; but a"
+            " data set that is not in the cache yet is fetched into it."
+        },
+    )
     ledger: str | None = field(
         default=None, metadata={"help": "JSON Lines file to append the finished run to: settings, commit, metrics."}
     )
@@ -228,49 +232,31 @@ def shown_name(name: str) -> str:
     return Path(name).resolve().name if Path(name).is_dir() else name
 
 
-_RECIPES = Path(__file__).parents[2] / "recipes"
-
-
 def parse(argv: list[str], description: str | None = None) -> tuple[DataArguments, ModelArguments, RecipeArguments]:
-    """The recipe file, if one is named first, then the command line, which wins."""
+    """The recipe, if one is named first, then the command line, which wins.
+
+    Raises:
+        ValueError: something is wrong with an option; the message names it.
+    """
     types: Any = (DataArguments, ModelArguments, RecipeArguments)
-    parser = HfArgumentParser(types, description=description)
-    settings: dict[str, Any] = {}
-    if argv and not argv[0].startswith("-"):
-        path, argv = Path(argv[0]), argv[1:]
-        known = {action.dest for action in parser._actions}
-        settings = read_recipe(path, known)
-        parser.set_defaults(**settings)
-    named, _ = parser.parse_known_args(argv, Namespace(optim=settings.get("optim")))  # None if nobody asks for one
+    parser = CommandLine(types, description)
+    argv = parser.with_recipe(argv)
+    named = parser.namespace(argv, optim=None)  # None if nobody asks for one
     if named.pretrained is not None:
-        parser.set_defaults(**{**fine_tuning_settings(named.optim), **settings})
+        parser.set_defaults(**fine_tuning_settings(named.optim))
     if named.fast:
         chosen = fast_settings(use_cpu=named.use_cpu)
         if named.fp16:
             chosen.pop("bf16", None)
         if named.text_column is not None:
             del chosen["channels_last"]
-        parser.set_defaults(**{**chosen, **settings})
+        parser.set_defaults(**chosen)
     data, model, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     if training.output_dir in (None, "trainer_output"):
         training.output_dir = "runs/" + (
             f"{shown_name(data.dataset)}-{model.name}-{training.optim}-seed{training.seed}".replace("/", "_")
         )
     return data, model, training
-
-
-def read_recipe(path: Path, known: set[str]) -> dict[str, Any]:
-    """Settings from a YAML file; refuses a name that no option has."""
-    if not path.is_file():
-        recipes = ", ".join(sorted(p.stem for p in _RECIPES.glob("*.yaml")))
-        raise ValueError(f"recipe {str(path)!r} does not exist; in recipes/ there are: {recipes}")
-    settings = yaml.safe_load(path.read_text())
-    if not isinstance(settings, dict):
-        raise ValueError(f"recipe {str(path)!r} must be a mapping of options to values")
-    for name in settings.keys() - known:
-        near = difflib.get_close_matches(name, known, n=1)
-        raise ValueError(f"recipe {str(path)!r}: no option {name!r}{f', did you mean {near[0]!r}?' if near else ''}")
-    return {k: json.dumps(v) if k == "model_kwargs" and isinstance(v, dict) else v for k, v in settings.items()}
 
 
 # What is recorded of the stock fields even if it has its stock default, and what does not decide the outcome of a run.
@@ -292,6 +278,7 @@ ELSEWHERE = {
     "debug",
     "disable_tqdm",
     "do_eval",
+    "dry_run",
     "fast",  # what it chose is there
     "hub_license",
     "ledger",
