@@ -16,8 +16,10 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ParseKwargs
 from torch import nn
 from torch.distributed.run import get_args_parser
+from transformers import HfArgumentParser
 
 import amp_plugin
+from amp_plugin import AMPTrainingArguments
 from amp_plugin.train.options import parse
 
 
@@ -29,8 +31,10 @@ def check(words: list[str], scripts: set[str]) -> None:
         scripts: files that its page has told the reader to save.
     """
     script, arguments = launched(words)
-    if script in scripts:
-        assert not arguments
+    if script in scripts and arguments:
+        HfArgumentParser(AMPTrainingArguments).parse_args_into_dataclasses(arguments)
+    elif script in scripts:
+        pass
     elif script == "train.py":
         _check_timm(arguments)
     elif script in ("recipes/train.py", "amp_plugin.train"):
@@ -60,10 +64,10 @@ def launched(words: list[str]) -> tuple[str, list[str]]:
     return words[0], words[1:]
 
 
-def of_own_script(block: Block) -> bool:
-    """Whether a block starts nothing but scripts that its page shows."""
+def starts_own_script(block: Block) -> bool:
+    """Whether a block starts nothing but scripts that its page shows, with torchrun, which needs no accelerator."""
     own = {b.script for b in blocks(block.page) if b.script}
-    return bool(own) and all(launched(words)[0] in own for words in block.commands())
+    return all("torchrun" in words and launched(words)[0] in own for words in block.commands())
 
 
 def run(words: list[str], folder: Path) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
+import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,10 @@ import numpy as np
 import pages
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from pages import Block
 from PIL import Image
-from torch import nn
+from torch import distributed, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, TensorDataset
@@ -63,7 +67,10 @@ def one_process(
 ) -> Iterator[None]:
     """An empty folder, for scripts the environment of a launcher of one process, and compilation that takes little time."""
     monkeypatch.chdir(tmp_path)
-    if request.getfixturevalue("block").script:
+    block = request.getfixturevalue("block")
+    if block.script:
+        launches = [commands.launched(words) for other in pages.blocks(block.page, "bash") for words in other.commands()]
+        monkeypatch.setattr(sys, "argv", next([script, *words] for script, words in launches if script == block.script))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -71,7 +78,11 @@ def one_process(
         for name, value in launcher.items():
             monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    AcceleratorState._reset_state(reset_partial_state=True)
     yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
     torch._dynamo.reset()
 
 
@@ -127,10 +138,27 @@ def test_links_lead_to_files(page: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", [b for b in COMMANDS if commands.of_own_script(b)], ids=str)
-def test_scripts_run_as_their_commands_say(block: Block, tmp_path: Path) -> None:
+@pytest.mark.parametrize("block", [b for b in COMMANDS if commands.starts_own_script(b)], ids=str)
+def test_scripts_run_in_several_processes(block: Block, tmp_path: Path) -> None:
     for script in pages.blocks(block.page):
         if script.script:
             (tmp_path / script.script).write_text(script.code)
     for words in block.commands():
         commands.run(words, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("AMP_PLUGIN_TIMM_TRAIN" not in os.environ, reason="needs timm's train.py in AMP_PLUGIN_TIMM_TRAIN")
+@pytest.mark.parametrize("block", [b for b in COMMANDS if "train.py --data-dir images" in b.code], ids=str)
+def test_timms_script_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one epoch on the CPU, with the folder that a snippet of the page writes."""
+    monkeypatch.chdir(tmp_path)
+    [folder] = [b for b in pages.blocks(block.page) if 'Path("images")' in b.code]
+    namespace: dict[str, Any] = {}
+    for part in (pages.setup(folder), folder):
+        assert part is not None
+        exec(part.compiled(), namespace)
+    shutil.copy(os.environ["AMP_PLUGIN_TIMM_TRAIN"], tmp_path / "train.py")
+    for words in block.commands():
+        printed = commands.run([*words, "--epochs", "1", "--device", "cpu", "--workers", "0"], tmp_path)
+        assert "Adversarial Model Perturbation is attached to ClassificationTask: AMP" in printed
