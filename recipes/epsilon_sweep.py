@@ -112,16 +112,22 @@ def draw(sweep: Sweep) -> Any:
 
     figure = Figure(figsize=(9, 6.4), layout="constrained", facecolor="white")
     grid = figure.subplots(2, 2, sharey="row", sharex="col")
-    for row, measure, name in zip(grid, ("eval_nll", "eval_error"), ("validation NLL", "validation error (%)"), strict=True):
+    for row, measure, name in zip(
+        grid, ("eval_nll", "eval_error"), ("validation NLL", "validation error (%)"), strict=True
+    ):
         for axes, varied, held in zip(row, ("inner_lr", "epsilon"), ("epsilon", "inner_lr"), strict=True):
             if SGD in sweep:
                 reference = values(sweep[SGD], measure)
                 axes.axhspan(min(reference), max(reference), color="0.6", alpha=0.3, linewidth=0)
                 axes.axhline(mean(reference), color="0.4", linestyle="--", label="SGD")
             for level, colour in zip(_levels(sweep, held), (_BLUE, _ORANGE), strict=False):
-                line = sorted((getattr(s, varied), runs) for s, runs in sweep.items() if s != SGD and getattr(s, held) == level)
+                line = sorted(
+                    (getattr(s, varied), runs) for s, runs in sweep.items() if s != SGD and getattr(s, held) == level
+                )
                 xs = [x for x, _ in line]
-                axes.plot(xs, [mean(values(runs, measure)) for _, runs in line], color=colour, label=f"AMP, {held} {level:g}")
+                axes.plot(
+                    xs, [mean(values(runs, measure)) for _, runs in line], color=colour, label=f"AMP, {held} {level:g}"
+                )
                 for x, runs in line:
                     ys = values(runs, measure)
                     axes.plot([x] * len(ys), ys, "o", color=colour, markersize=4, alpha=0.6)
@@ -153,7 +159,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ledger", type=Path, default=HERE / "ledger.jsonl", help="JSON Lines file of the runs.")
     parser.add_argument(
-        "--page", type=Path, default=HERE / "guides" / "CHOOSING_EPSILON.md", help="Markdown with the marks of the sweep."
+        "--page",
+        type=Path,
+        default=HERE / "guides" / "CHOOSING_EPSILON.md",
+        help="Markdown with the marks of the sweep.",
     )
     return parser.parse_args(argv)
 

@@ -79,7 +79,9 @@ def run(words: list[str], folder: Path) -> str:
         environment[name] = value
     modules = {"torchrun": ["torch.distributed.run"], "accelerate": ["accelerate.commands.accelerate_cli"]}
     words = [sys.executable, *(["-m", *modules[words[0]]] if words[0] in modules else []), *words[1:]]
-    ran = subprocess.run(words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    ran = subprocess.run(
+        words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     assert ran.returncode == 0, ran.stdout
     return ran.stdout
 

@@ -1,4 +1,4 @@
-"""The README and the guides: every snippet runs as it stands, every command's options exist, every link leads somewhere."""
+"""The README and the guides: snippets run as they stand, the options of commands exist, links lead somewhere."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Iterator[Training]:
 
 
 @pytest.fixture
-def one_process(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
-    """An empty folder, for scripts the environment of a launcher of one process, and compilation that takes little time."""
+def one_process(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty folder, for scripts what a launcher sets for one process, and compilation that takes little time."""
     monkeypatch.chdir(tmp_path)
     block = request.getfixturevalue("block")
     if block.script:
-        launches = [commands.launched(words) for other in pages.blocks(block.page, "bash") for words in other.commands()]
+        launches = [
+            commands.launched(words) for other in pages.blocks(block.page, "bash") for words in other.commands()
+        ]
         monkeypatch.setattr(sys, "argv", next([script, *words] for script, words in launches if script == block.script))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -151,7 +151,7 @@ def test_scripts_run_in_several_processes(block: Block, tmp_path: Path) -> None:
 @pytest.mark.skipif("AMP_PLUGIN_TIMM_TRAIN" not in os.environ, reason="needs timm's train.py in AMP_PLUGIN_TIMM_TRAIN")
 @pytest.mark.parametrize("block", [b for b in COMMANDS if "train.py --data-dir images" in b.code], ids=str)
 def test_timms_script_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For one epoch on the CPU, with the folder that a snippet of the page writes."""
+    """For one epoch in one process on the CPU, where it cannot use DDP, with the folder that a snippet writes."""
     monkeypatch.chdir(tmp_path)
     [folder] = [b for b in pages.blocks(block.page) if 'Path("images")' in b.code]
     namespace: dict[str, Any] = {}
@@ -160,5 +160,8 @@ def test_timms_script_runs(block: Block, tmp_path: Path, monkeypatch: pytest.Mon
         exec(part.compiled(), namespace)
     shutil.copy(os.environ["AMP_PLUGIN_TIMM_TRAIN"], tmp_path / "train.py")
     for words in block.commands():
+        words = [
+            "1" if before == "--nproc_per_node" else word for before, word in zip(["", *words], words, strict=False)
+        ]
         printed = commands.run([*words, "--epochs", "1", "--device", "cpu", "--workers", "0"], tmp_path)
         assert "Adversarial Model Perturbation is attached to ClassificationTask: AMP" in printed
