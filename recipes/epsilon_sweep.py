@@ -24,6 +24,7 @@ MARK = "epsilon-sweep"
 PICTURE = "epsilon_sweep.png"
 _VARIED = ("optim", "amp_epsilon", "amp_inner_lr", "seed")
 _MEASURES = ("eval_nll", "eval_error", "eval_ece", "loss", "sharpness", "clipped")
+_SHOWN = {"eval_nll": "validation NLL", "eval_error": "validation error (%)"}
 _BLUE, _ORANGE = "#0072B2", "#D55E00"
 
 Run = dict[str, Any]
@@ -112,30 +113,35 @@ def draw(sweep: Sweep) -> Any:
 
     figure = Figure(figsize=(9, 6.4), layout="constrained", facecolor="white")
     grid = figure.subplots(2, 2, sharey="row", sharex="col")
-    for row, measure, name in zip(
-        grid, ("eval_nll", "eval_error"), ("validation NLL", "validation error (%)"), strict=True
-    ):
-        for axes, varied, held in zip(row, ("inner_lr", "epsilon"), ("epsilon", "inner_lr"), strict=True):
-            if SGD in sweep:
-                reference = values(sweep[SGD], measure)
-                axes.axhspan(min(reference), max(reference), color="0.6", alpha=0.3, linewidth=0)
-                axes.axhline(mean(reference), color="0.4", linestyle="--", label="SGD")
-            for level, colour in zip(_levels(sweep, held), (_BLUE, _ORANGE), strict=False):
-                line = sorted(
-                    (getattr(s, varied), runs) for s, runs in sweep.items() if s != SGD and getattr(s, held) == level
-                )
-                xs = [x for x, _ in line]
-                axes.plot(
-                    xs, [mean(values(runs, measure)) for _, runs in line], color=colour, label=f"AMP, {held} {level:g}"
-                )
-                for x, runs in line:
-                    ys = values(runs, measure)
-                    axes.plot([x] * len(ys), ys, "o", color=colour, markersize=4, alpha=0.6)
-            axes.set(xscale="log", ylabel=name if axes is row[0] else None, xlabel=varied if row is grid[-1] else None)
-            axes.grid(alpha=0.3)
-            axes.legend(frameon=False, fontsize="small")
+    for row, (measure, name) in zip(grid, _SHOWN.items(), strict=True):
+        row[0].set_ylabel(name)
+        for axes, varied, held in zip(row, Setting._fields, reversed(Setting._fields), strict=True):
+            _lines(axes, sweep, measure, varied, held)
+    for axes, varied in zip(grid[-1], Setting._fields, strict=True):
+        axes.set_xlabel(varied)
+        axes.set_xscale("log")
+        tried = sorted({getattr(s, varied) for s in sweep if s != SGD})
+        axes.set_xticks(tried, [f"{x:g}" for x in tried])
+        axes.minorticks_off()
     figure.suptitle("Line: mean over seeds; points: the seeds; band: SGD, all seeds")
     return figure
+
+
+def _lines(axes: Any, sweep: Sweep, measure: str, varied: str, held: str) -> None:
+    """A measure against one setting, a line for each value of the other, and SGD's."""
+    if SGD in sweep:
+        reference = values(sweep[SGD], measure)
+        axes.axhspan(min(reference), max(reference), color="0.6", alpha=0.3, linewidth=0)
+        axes.axhline(mean(reference), color="0.4", linestyle="--", label="SGD")
+    for level, colour in zip(_levels(sweep, held), (_BLUE, _ORANGE), strict=False):
+        line = sorted(
+            (getattr(s, varied), values(runs, measure)) for s, runs in sweep.items() if getattr(s, held) == level
+        )
+        axes.plot([x for x, _ in line], [mean(ys) for _, ys in line], color=colour, label=f"AMP, {held} {level:g}")
+        for x, ys in line:
+            axes.plot([x] * len(ys), ys, "o", color=colour, markersize=4, alpha=0.6)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize="small")
 
 
 def _levels(sweep: Sweep, held: str) -> list[float]:

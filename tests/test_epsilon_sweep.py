@@ -49,7 +49,7 @@ def test_rows_are_means_over_seeds_of_the_held_out_images(ledger: Path) -> None:
 def test_the_picture_has_the_means(ledger: Path) -> None:
     pytest.importorskip("matplotlib", reason="draws")
     sweep = read(ledger)
-    axes = draw(sweep).axes[0]
+    axes = draw(sweep).axes[1]
     [line] = [line for line in axes.get_lines() if line.get_label() == "AMP, epsilon 0.2"]
     expected = [mean(r["metrics"]["eval_nll"] for r in sweep[Setting(0.2, s)]) for s in (0.1, 0.3, 1.0)]
     assert list(line.get_xdata()) == [0.1, 0.3, 1.0]
