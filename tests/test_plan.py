@@ -92,7 +92,8 @@ def test_costs_of_a_model_worked_out_by_hand(epsilon: float) -> None:
     _, _, args = options.parse(["--use_cpu", "--per_device_train_batch_size", "7"])
     model = Quadratic()
     before = [p.clone() for p in model.parameters()]
-    cost = plan.costs(model, lambda params: AMP(params, **{**SGD_ARGS, "epsilon": epsilon}), args, (2, 2))
+    batch = {"pixel_values": torch.zeros(7, 3, 2, 2), "labels": torch.zeros(7, dtype=torch.int64)}
+    cost = plan.costs(model, lambda params: AMP(params, **{**SGD_ARGS, "epsilon": epsilon}), args, batch)
     products, float32, parameters = 12 * 5, 4, 12 * 5 + 5
     assert cost.forward_flops == 2 * products
     assert cost.training_flops == 2 * cost.forward_flops, "the pixels need no gradient, only the weights"
