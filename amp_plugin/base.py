@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
+
+from amp_plugin.suggest import did_you_mean
 
 OptimizerFactory = Callable[..., Optimizer]
 
@@ -53,11 +54,9 @@ def _by_name(name: str, kwargs: dict[str, Any]) -> tuple[OptimizerFactory, dict[
         return native, kwargs
     known = [str(known) for known in list_optimizers(exclude_filters=["amp*"])]
     if name.lower() not in known:
-        near = difflib.get_close_matches(name.lower(), known, n=3)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise ValueError(
-            f"base_optimizer {name!r} is unknown; {hint}Use a class, a name in torch.optim (e.g. 'AdamW') or one"
-            f" of timm's: {', '.join(known)}"
+            f"base_optimizer {name!r} is unknown{did_you_mean(name.lower(), known, at_most=3)}; use a class, a name in"
+            f" torch.optim (e.g. 'AdamW') or one of timm's: {', '.join(known)}"
         )
     info = get_optimizer_info(name.lower())
     momentum = {"momentum": kwargs.get("momentum", 0.9)} if info.has_momentum else {}

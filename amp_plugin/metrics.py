@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -128,22 +129,55 @@ def classification_scores(logits: Any, labels: Any, *, n_bins: int = 15) -> dict
         ValueError: no samples, shapes other than those above, a logit that is not finite, a label that is not
             an integer in [0, K), or `n_bins` < 1.
     """
-    if n_bins < 1:
-        raise ValueError(f"n_bins must be at least 1, got {n_bins}")
+    bins = calibration_bins(logits, labels, n_bins=n_bins)
     logits, labels = _checked(logits, labels)
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    log_probs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     correct = logits.argmax(axis=1) == labels
-    confidence = np.exp(log_probs.max(axis=1))
-
-    bins = np.ceil(confidence * n_bins).astype(int)  # 1 to n_bins, a confidence being positive
-    gaps = np.bincount(bins, weights=correct - confidence)
     return {
         "accuracy": float(correct.mean()),
         "error": float(100 * (~correct).mean()),
-        "nll": float(-log_probs[np.arange(len(labels)), labels].mean()),
-        "ece": float(np.abs(gaps).sum() / len(labels)),
+        "nll": float(-_log_probabilities(logits)[np.arange(len(labels)), labels].mean()),
+        "ece": bins.ece,
     }
+
+
+@dataclass(frozen=True)
+class CalibrationBins:
+    """Predictions by their confidence, in bins of equal width: (0, 1/n] to (1 - 1/n, 1].
+
+    Attributes:
+        counts: (n,) number of predictions in each bin.
+        accuracy: (n,) fraction of them that is right; NaN in an empty bin.
+        confidence: (n,) their mean confidence, a fraction; NaN in an empty bin.
+    """
+
+    counts: npt.NDArray[np.int64]
+    accuracy: npt.NDArray[np.float64]
+    confidence: npt.NDArray[np.float64]
+
+    @property
+    def ece(self) -> float:
+        """The expected calibration error, a fraction: the mean over the predictions of |accuracy - confidence|."""
+        gaps = np.abs(self.accuracy - self.confidence)[self.counts > 0]
+        return float((gaps * self.counts[self.counts > 0]).sum() / self.counts.sum())
+
+
+def calibration_bins(logits: Any, labels: Any, *, n_bins: int = 15) -> CalibrationBins:
+    """The bins of the expected calibration error; arguments and errors as of `classification_scores`."""
+    if n_bins < 1:
+        raise ValueError(f"n_bins must be at least 1, got {n_bins}")
+    logits, labels = _checked(logits, labels)
+    confidence = np.exp(_log_probabilities(logits).max(axis=1))
+    bins = np.ceil(confidence * n_bins).astype(int) - 1  # a confidence is positive
+    counts = np.bincount(bins, minlength=n_bins)
+    with np.errstate(invalid="ignore"):
+        accuracy = np.bincount(bins, weights=logits.argmax(axis=1) == labels, minlength=n_bins) / counts
+        mean_confidence = np.bincount(bins, weights=confidence, minlength=n_bins) / counts
+    return CalibrationBins(counts, accuracy, mean_confidence)
+
+
+def _log_probabilities(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
 
 
 def _checked(logits: Any, labels: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:

@@ -246,11 +246,11 @@ class Perturbation:
         entering: dict[Tensor, int] = {}
         for param, grad, inner_lr, epsilon in ascents:
             _refuse_what_cannot_move(param, grad)
+            plain = _plain(param)
             if param not in self._displaced:
                 if grad is None:
                     continue
-                entering[param] = local_part(param)._version
-            plain = _plain(param)
+                entering[param] = plain._version
             split = split_of(param)
             delta = torch.zeros_like(plain) if grad is None else _plain(laid_out_like(grad, param))
             key = (plain.device, plain.dtype, delta.dtype, inner_lr, epsilon, split)
@@ -266,11 +266,7 @@ class Perturbation:
     def _backup(self, param: Tensor, like: Tensor) -> Tensor:
         """The buffer that keeps theta of this parameter; made when first needed or when the parameter changed."""
         backup = self._backups.get(param)
-        if backup is None or (backup.shape, backup.dtype, backup.device) != (
-            like.shape,
-            like.dtype,
-            like.device,
-        ):
+        if backup is None or backup.shape != like.shape or backup.dtype != like.dtype or backup.device != like.device:
             backup = self._backups[param] = torch.empty_like(like)
         return backup
 

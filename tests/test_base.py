@@ -32,7 +32,7 @@ def test_timm_names_come_with_timm_defaults_and_its_rule_for_momentum() -> None:
 
 def test_unusable_base_optimizers() -> None:
     params = list(small_net().parameters())
-    with pytest.raises(ValueError, match=r"base_optimizer 'addamw' is unknown; did you mean adamw"):
+    with pytest.raises(ValueError, match=r"base_optimizer 'addamw' is unknown, did you mean 'adamw'"):
         AMP(params, 0.1, base_optimizer="addamw")
     with pytest.raises(ValueError, match="'amp' is unknown"):
         AMP(params, 0.1, base_optimizer="amp")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import os
+import platform
 import sys
 import time
 from functools import partial
@@ -81,6 +83,17 @@ def test_a_loop_that_fails_or_ends_ends_the_benchmark() -> None:
 def test_each_has_a_peak_memory_of_its_own() -> None:
     small, large = (peak_memory(partial(allocate, megabytes=n), threads=1).process for n in (1, 257))
     assert abs(large - small - 2**28) < 2**26
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that gives the memory back")
+def test_fast_keeps_the_memory_that_a_step_frees() -> None:
+    given_back, kept = (
+        peak_memory(partial(allocate, megabytes=64), threads=1, steps=8, keep_freed=keep_freed).faults
+        for keep_freed in (False, True)
+    )
+    pages = 2**26 / os.sysconf("SC_PAGESIZE")
+    assert given_back > 0.9 * pages
+    assert kept < 0.3 * pages, "after the heap has grown once or twice"
 
 
 def test_a_row_is_the_median_of_the_rounds_ratios() -> None:

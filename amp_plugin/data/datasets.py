@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from dataclasses import replace
 
@@ -12,6 +11,7 @@ from amp_plugin.data.images import ImageData, ImageSplit
 from amp_plugin.data.labels import class_labels
 from amp_plugin.data.settings import SOURCES, DatasetSource, measured_settings
 from amp_plugin.data.splits import DatasetError
+from amp_plugin.suggest import did_you_mean
 
 
 def load_images(
@@ -86,11 +86,9 @@ def _source(name: str, image: str | None, label: str | None, config: str | None)
             label_column=label or known.label_column,
         )
     if image is None or label is None:
-        near = difflib.get_close_matches(name, SOURCES, n=1)
         raise DatasetError(
-            f"data set {name!r} is unknown{f', did you mean {near[0]!r}' if near else ''}; known are"
-            f" {', '.join(SOURCES)}; for any other that datasets.load_dataset can load, give image_column and"
-            " label_column"
+            f"data set {name!r} is unknown{did_you_mean(name, SOURCES)}; known are {', '.join(SOURCES)}; for any other"
+            " that datasets.load_dataset can load, give image_column and label_column"
         )
     return DatasetSource(name, config, image, label)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import timm
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+from transformers.utils import logging
+
+from amp_plugin.suggest import did_you_mean
 
 
 def image_classifier(
@@ -20,8 +24,9 @@ def image_classifier(
 ) -> TimmWrapperForImageClassification:
     """Build any registered timm architecture with timm's own initial weights.
 
-    What `save_pretrained` writes opens with `AutoModelForImageClassification`, `AutoImageProcessor` and
-    `pipeline("image-classification")` after ``import amp_plugin``.
+    What `save_pretrained` writes opens with `AutoModelForImageClassification`, `AutoImageProcessor`,
+    `pipeline("image-classification")` and `timm.create_model("local-dir:FOLDER", pretrained=True)` after
+    ``import amp_plugin``.
 
     Args:
         architecture: timm's name, e.g. ``preactresnet18``.
@@ -32,12 +37,11 @@ def image_classifier(
         **model_args: of the architecture, e.g. ``width=16``.
 
     Raises:
-        ValueError: timm has no such architecture (the message lists near ones), or it refuses an argument.
+        ValueError: timm has no such architecture (the message tells near ones), or it refuses an argument.
     """
     if not timm.is_model(architecture):
-        near = timm.list_models(f"*{architecture.lower()[:6]}*")
-        hint = f"; near ones: {', '.join(near[:8])}" if near else "; timm.list_models() lists them"
-        raise ValueError(f"model {architecture!r} is unknown to timm{hint}")
+        near = did_you_mean(architecture.lower(), timm.list_models(), at_most=3)
+        raise ValueError(f"model {architecture!r} is unknown to timm{near}; timm.list_models() lists them")
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     settings: dict[str, Any] = {
         "architecture": architecture,
@@ -58,7 +62,23 @@ def image_classifier(
         initial = timm.create_model(architecture, num_classes=len(class_names), **model_args)
     except TypeError as error:
         raise ValueError(f"model {architecture!r} does not take these arguments: {error}") from error
-    model = TimmWrapperForImageClassification(config)
-    # The wrapper has just redrawn every convolution from N(0, 0.02), taking it that a checkpoint will be loaded.
-    model.timm_model.load_state_dict(initial.state_dict())
+    # A wrapper that loads timm's weights saves them under timm's names again; one made from a configuration alone
+    # redraws them, and saves them under names that timm cannot read.
+    with _no_progress_bars():
+        model = TimmWrapperForImageClassification.from_pretrained(
+            None, config=config, state_dict=initial.state_dict(), dtype="auto"
+        )
+    config.name_or_path = ""  # transformers has put "None" there
+    model.train()
     return model
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()

@@ -12,6 +12,7 @@ from transformers.training_args import OptimizerNames
 
 from amp_plugin.hosts.elastic import rejoin
 from amp_plugin.passes import check_policies
+from amp_plugin.suggest import did_you_mean
 
 _PREFIX = "amp_"
 # The paper's base optimizer, and so the default of "amp" and, to be comparable, of "sgd".
@@ -67,8 +68,9 @@ class AMPTrainingArguments(TrainingArguments):
         optim = str(getattr(self.optim, "value", self.optim))
         base = "sgd" if optim == "amp" else optim.removeprefix(_PREFIX)
         if base not in (known := [o.value for o in OptimizerNames]):
+            near = did_you_mean(optim, ["amp", *known, *(_PREFIX + name for name in known)])
             raise ValueError(
-                f"optim {optim!r} is unknown; choose 'amp', a stock name, or 'amp_' and one: {', '.join(known)}"
+                f"optim {optim!r} is unknown{near}; choose 'amp', a stock name, or 'amp_' and one: {', '.join(known)}"
             )
         if base == "sgd" and self.optim_args is None:
             self.optim_args = _SGD_ARGS

@@ -23,6 +23,7 @@ from amp_plugin.distributed import share_overflow
 from amp_plugin.hosts.attach_callback import AttachCallback, release
 from amp_plugin.hosts.checkpoints import CheckpointingTrainer
 from amp_plugin.hosts.loss_scale import uses_num_items
+from amp_plugin.hosts.publishing import PublishingTrainer
 from amp_plugin.hosts.training_args import AMPTrainingArguments
 from amp_plugin.optimizer import AMP
 from amp_plugin.passes import ExtraPasses
@@ -30,7 +31,7 @@ from amp_plugin.passes import ExtraPasses
 logger = logging.get_logger(__name__)
 
 
-class AMPTrainer(CheckpointingTrainer):
+class AMPTrainer(CheckpointingTrainer, PublishingTrainer):
     """`transformers.Trainer` that trains with Adversarial Model Perturbation when ``args.optim`` asks for it.
 
     Logs ``loss``, the loss at the clean weights (comparable with other optimizers); ``amp_loss``, at the perturbed
@@ -40,6 +41,7 @@ class AMPTrainer(CheckpointingTrainer):
     Raises:
         ValueError: the host cannot run AMP exactly (DeepSpeed, FSDP, XLA, optimizers that step inside backward);
             the message names what to use instead.
+        HubError: ``push_to_hub`` is on, but the repository cannot be written to.
     """
 
     args: AMPTrainingArguments

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from typing import Any
 
 import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def fast_settings(*, use_cpu: bool) -> dict[str, Any]:
@@ -28,3 +32,15 @@ def fast_settings(*, use_cpu: bool) -> dict[str, Any]:
 def cpu_computes_in_bf16() -> bool:
     """Whether the processor has instructions for it that torch uses: AVX512-BF16 or AMX."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory that it frees, and use it again; whether that could be arranged.
+
+    glibc gives large blocks back to the system as soon as they are free, so every step has the same activations mapped
+    and cleared anew, page by page. The process then never shrinks. https://man7.org/linux/man-pages/man3/mallopt.3.html
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))

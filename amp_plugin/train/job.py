@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils.logging import disable_progress_bar
 
 import amp_plugin.train
 from amp_plugin.data import DatasetError, collate
 from amp_plugin.data.callback import EpochCallback
 from amp_plugin.hosts.checkpoints import SaveError, explained, require_writable
+from amp_plugin.hub import HubError
 from amp_plugin.metrics import compute_metrics
-from amp_plugin.report import append_to_ledger, plot_curves, table
+from amp_plugin.provenance import run_record
+from amp_plugin.report import append_to_ledger, table
+from amp_plugin.train.card import RECORD, card_details, compared_run
+from amp_plugin.train.config import write_config
+from amp_plugin.train.fast import keep_freed_memory
 from amp_plugin.train.options import parse, settings_of
+from amp_plugin.train.pictures import draw_pictures
+from amp_plugin.train.plan import plan
 from amp_plugin.train.progress import EpochLine
+from amp_plugin.train.records import RecordsFile
 from amp_plugin.train.tasks import make_task
+from amp_plugin.train.trackers import require_trackers
 from amp_plugin.train.trainer import RecipeTrainer
 
 
@@ -38,11 +49,21 @@ def main(argv: list[str]) -> None:
     """Train, test, save and report."""
     data_args, model_args, args = parse(argv, amp_plugin.train.__doc__)
     folder = Path(str(args.output_dir))
-    require_writable(folder)
+    settings = settings_of(data_args, model_args, args)
+    compared = None if args.compare_with is None else compared_run(args.compare_with, settings)
+    require_trackers(args.report_to)
+    if not args.dry_run:
+        require_writable(folder)
     threads = set_cpu_threads(args.cpu_threads)
     set_seed(args.seed)
+    if args.fast and args.device.type == "cpu":
+        keep_freed_memory()
     task = make_task(data_args, model_args, args)
     model = task.model
+    if args.dry_run:
+        if args.process_index == 0:
+            print(plan(data_args, model_args, args, task))
+        return
     trainer = RecipeTrainer(
         model=model,
         args=args,
@@ -51,12 +72,14 @@ def main(argv: list[str]) -> None:
         processing_class=task.processor,
         data_collator=collate,
         compute_metrics=compute_metrics,
-        callbacks=[EpochCallback()],
+        callbacks=[EpochCallback(), RecordsFile(folder / "metrics.jsonl")],
     )
+    disable_progress_bar()  # transformers' own, of writing a file
     for default in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(default)
     trainer.add_callback(EpochLine())
     if trainer.is_world_process_zero():
+        write_config(folder / "config.yaml", data_args, model_args, args)
         where = f"cpu, {threads} thread(s)" if args.device.type == "cpu" else str(args.device)
         where += f", {args.arithmetic()}" if args.arithmetic() else ""
         described = f"AMP, epsilon {args.amp_epsilon}, inner_lr {args.amp_inner_lr}, {args.amp_norm} ball"
@@ -71,28 +94,40 @@ def main(argv: list[str]) -> None:
     start = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=args.checkpoint_to_resume())
     seconds = time.perf_counter() - start
-    metrics = {**result.metrics, **trainer.evaluate()}
+    tested = trainer.final_test()
+    metrics = {**result.metrics, **(tested.metrics or {})}
     last = next((r for r in reversed(trainer.state.log_history) if "loss" in r), {})
     metrics.update({name: last[name] for name in ("loss", "amp_loss", "sharpness", "clipped") if name in last})
     metrics.setdefault("loss", metrics["train_loss"])  # the mean of the whole run, if none was logged
     metrics["seconds"] = seconds
     with explained("the results", folder):
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # or it would be pushed before there is a card
         trainer.save_state()
         trainer.save_metrics("all", metrics)
         if trainer.is_world_process_zero():
+            record = run_record(settings, metrics)
+            (folder / RECORD).write_text(json.dumps(record, default=str) + "\n")
             if args.ledger is not None:
-                append_to_ledger(Path(args.ledger), settings_of(data_args, model_args, args), metrics)
+                append_to_ledger(Path(args.ledger), record)
             where = "validation" if data_args.validation_images else "test"
-            report(metrics, where, folder, trainer.state.log_history, f"{model_args.name}, {args.optim}")
+            report(metrics, where, folder)
+            title = f"{model_args.name}, {args.optim} on {task.dataset}"
+            draw_pictures(folder, title, trainer.state.log_history, tested, task.class_names(), where)
+            trainer.card_details = card_details(argv, task, data_args, args, record=record, compared=compared)
+            trainer.create_model_card()
+            print(f"model card: {folder / 'README.md'}")
+    if args.push_to_hub:
+        pushed = trainer.push_to_hub()
+        if isinstance(pushed, CommitInfo):  # in the first process
+            print(f"published: {pushed.repo_url}")
     # Together, and in good order: a process whose group outlives it, or that leaves it alone, is aborted now and then
     # ("terminate called without an active exception"), and torchrun then calls the whole job failed.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 
-def report(metrics: dict[str, float], where: str, folder: Path, records: list[dict[str, Any]], title: str) -> None:
-    """Print the table and draw the curves."""
+def report(metrics: dict[str, float], where: str, folder: Path) -> None:
+    """Print the table."""
     rows = {
         "train loss": f"{metrics['loss']:.4f}",
         f"{where} error": f"{metrics['eval_error']:.2f} %",
@@ -103,12 +138,6 @@ def report(metrics: dict[str, float], where: str, folder: Path, records: list[di
     }
     print(table(rows))
     print(f"model: {folder}")
-    try:
-        plot_curves(records, folder / "curves.png", title)
-    except ImportError:
-        print('no curves drawn: matplotlib is missing (pip install "amp-plugin[plots]")')
-    else:
-        print(f"curves: {folder / 'curves.png'}")
 
 
 def run(argv: list[str]) -> None:
@@ -120,5 +149,5 @@ def run(argv: list[str]) -> None:
             time.sleep(5)
             sys.exit(1)
         sys.exit(f"\nerror: {error}")  # on a line of its own, below the bar
-    except (DatasetError, ValueError) as error:
+    except (DatasetError, HubError, ValueError) as error:
         sys.exit(f"error: {error}")

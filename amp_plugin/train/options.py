@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from argparse import Namespace
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-import yaml
-from transformers import HfArgumentParser
 
 from amp_plugin import AMPTrainingArguments
 from amp_plugin.data import Augmentation
 from amp_plugin.data.settings import BUNDLED
 from amp_plugin.data.splits import Split
+from amp_plugin.train.command_line import CommandLine
 from amp_plugin.train.fast import fast_settings
 from amp_plugin.train.finetune import fine_tuning_settings
 
@@ -162,7 +160,9 @@ class RecipeArguments(AMPTrainingArguments):
             " failure); 'true': the same, but there must be one; or the folder of a checkpoint."
         },
     )
-    report_to: str = field(default="none", metadata={"help": "Experiment trackers, e.g. tensorboard."})
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"], metadata={"help": "Experiment trackers, e.g. tensorboard."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The data set has what the model takes."})
     dataloader_pin_memory: bool = field(
         default_factory=torch.accelerator.is_available, metadata={"help": "Pin the batches' memory for an accelerator."}
@@ -174,14 +174,29 @@ class RecipeArguments(AMPTrainingArguments):
     fast: bool = field(
         default=False,
         metadata={
-            "help": "Use what is fast on this device: channels-last, bf16 autocast and, on CUDA, torch.compile. Any of"
-            " --channels_last, --bf16 and --torch_compile still wins."
+            "help": "Use what is fast on this device: channels-last, bf16 autocast and, on CUDA, torch.compile; on a"
+            " CPU, freed memory is kept. Any of --channels_last, --bf16 and --torch_compile still wins."
         },
     )
     channels_last: bool = field(default=False, metadata={"help": "Memory format of images and convolutions."})
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Print what would be done and what it would take, and exit. Nothing is trained or written; but a"
+            " data set that is not in the cache yet is fetched into it."
+        },
+    )
     ledger: str | None = field(
         default=None, metadata={"help": "JSON Lines file to append the finished run to: settings, commit, metrics."}
     )
+    compare_with: str | None = field(
+        default=None,
+        metadata={
+            "help": "Output folder of another run, e.g. with --optim sgd, to show beside this one in the model card; or"
+            " a ledger, for the last run in it with the same settings and another optimizer."
+        },
+    )
+    hub_license: str = field(default="mit", metadata={"help": "Licence of the weights, as the Hub calls it."})
 
     def __post_init__(self) -> None:
         """Check the schedule."""
@@ -217,29 +232,25 @@ def shown_name(name: str) -> str:
     return Path(name).resolve().name if Path(name).is_dir() else name
 
 
-_RECIPES = Path(__file__).parents[2] / "recipes"
-
-
 def parse(argv: list[str], description: str | None = None) -> tuple[DataArguments, ModelArguments, RecipeArguments]:
-    """The recipe file, if one is named first, then the command line, which wins."""
+    """The recipe, if one is named first, then the command line, which wins.
+
+    Raises:
+        ValueError: something is wrong with an option; the message names it.
+    """
     types: Any = (DataArguments, ModelArguments, RecipeArguments)
-    parser = HfArgumentParser(types, description=description)
-    settings: dict[str, Any] = {}
-    if argv and not argv[0].startswith("-"):
-        path, argv = Path(argv[0]), argv[1:]
-        known = {action.dest for action in parser._actions}
-        settings = read_recipe(path, known)
-        parser.set_defaults(**settings)
-    named, _ = parser.parse_known_args(argv, Namespace(optim=settings.get("optim")))  # None if nobody asks for one
+    parser = CommandLine(types, description)
+    argv = parser.with_recipe(argv)
+    named = parser.namespace(argv, optim=None)  # None if nobody asks for one
     if named.pretrained is not None:
-        parser.set_defaults(**{**fine_tuning_settings(named.optim), **settings})
+        parser.set_defaults(**fine_tuning_settings(named.optim))
     if named.fast:
         chosen = fast_settings(use_cpu=named.use_cpu)
         if named.fp16:
             chosen.pop("bf16", None)
         if named.text_column is not None:
             del chosen["channels_last"]
-        parser.set_defaults(**{**chosen, **settings})
+        parser.set_defaults(**chosen)
     data, model, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     if training.output_dir in (None, "trainer_output"):
         training.output_dir = "runs/" + (
@@ -248,41 +259,38 @@ def parse(argv: list[str], description: str | None = None) -> tuple[DataArgument
     return data, model, training
 
 
-def read_recipe(path: Path, known: set[str]) -> dict[str, Any]:
-    """Settings from a YAML file; refuses a name that no option has."""
-    if not path.is_file():
-        recipes = ", ".join(sorted(p.stem for p in _RECIPES.glob("*.yaml")))
-        raise ValueError(f"recipe {str(path)!r} does not exist; in recipes/ there are: {recipes}")
-    settings = yaml.safe_load(path.read_text())
-    if not isinstance(settings, dict):
-        raise ValueError(f"recipe {str(path)!r} must be a mapping of options to values")
-    for name in settings.keys() - known:
-        near = difflib.get_close_matches(name, known, n=1)
-        raise ValueError(f"recipe {str(path)!r}: no option {name!r}{f', did you mean {near[0]!r}?' if near else ''}")
-    return {k: json.dumps(v) if k == "model_kwargs" and isinstance(v, dict) else v for k, v in settings.items()}
-
-
-# What decides the outcome of a run beside the fields declared here and in AMPTrainingArguments, and what does not.
+# What is recorded of the stock fields even if it has its stock default, and what does not decide the outcome of a run.
 _STOCK = (
     "seed",
     "max_steps",
     "gradient_accumulation_steps",
     "world_size",
+    "warmup_steps",
     "bf16",
     "fp16",
     "torch_compile",
     "optim_args",
 )
-_ELSEWHERE = {
+ELSEWHERE = {
+    "compare_with",
     "data_root",
     "dataloader_pin_memory",
+    "debug",
+    "disable_tqdm",
+    "do_eval",
+    "dry_run",
     "fast",  # what it chose is there
+    "hub_license",
     "ledger",
+    "output_dir",
+    "project",
     "remove_unused_columns",
     "report_to",
     "resume_from_checkpoint",
+    "run_name",
     "save_total_limit",
 }
+_ELSEWHERE_PREFIXES = ("ddp_", "hub_", "log_", "push_to_hub", "trackio_")
 
 
 def settings_of(data: DataArguments, model: ModelArguments, training: RecipeArguments) -> dict[str, Any]:
@@ -293,4 +301,18 @@ def settings_of(data: DataArguments, model: ModelArguments, training: RecipeArgu
     for kind in (RecipeArguments, AMPTrainingArguments):
         settings.update({name: getattr(training, name) for name in kind.__annotations__})
     settings.update({name: getattr(training, name) for name in _STOCK})
-    return {name: value for name, value in settings.items() if name not in _ELSEWHERE}
+    settings.update({f.name: getattr(training, f.name) for f in fields(training) if _changed(f, training)})
+    return {
+        name: value.value if isinstance(value, Enum) else value
+        for name, value in settings.items()
+        if name not in ELSEWHERE and not name.startswith(_ELSEWHERE_PREFIXES)
+    }
+
+
+def _changed(option: Field[Any], training: RecipeArguments) -> bool:
+    """Whether an option has not its default, as far as that can be told after transformers has settled some."""
+    value = getattr(training, option.name)
+    default = option.default if option.default_factory is MISSING else option.default_factory()
+    if is_dataclass(value):  # made of the default None, or of a dict
+        return value != type(value)()  # type: ignore[misc]
+    return value != default and not (default is None and value is False)

@@ -2,24 +2,53 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers.trainer_callback import ProgressCallback
 
+_BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
+
 
 class EpochLine(ProgressCallback):
-    """A progress bar, and a line for every epoch instead of a dict for every log."""
+    """A progress bar, and a line for every epoch instead of a dict for every log.
+
+    Without a terminal, or with --disable_tqdm, there is no bar; the line then tells the rate and the time left.
+    """
 
     training_bar: Any
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the bar, unless --disable_tqdm."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        """Start the bar where the training starts."""
+        self.current_step = self._first_step = state.global_step
+        if not state.is_world_process_zero:
+            return
+        self._examples = len(train_dataloader.dataset)
+        self._start = time.monotonic()
+        self._mark(state)
+        self.training_bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            dynamic_ncols=True,
+            disable=args.disable_tqdm or None,  # None: where stderr is no terminal
+            smoothing=0,  # tests take their time too
+            bar_format=_BAR,
+        )
+        if state.global_step:
+            self._write(f"continues after step {state.global_step} of {state.max_steps}")
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Name the epoch on the bar."""
         if state.is_world_process_zero:
-            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=args.disable_tqdm)
-            if state.global_step:
-                self.training_bar.write(f"continues after step {state.global_step} of {state.max_steps}")
-        self.current_step = 0
+            self.training_bar.set_description(f"epoch {int(state.epoch or 0) + 1}/{state.num_train_epochs}")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        if state.is_world_process_zero:
+            self.training_bar.set_postfix_str(self._rate(state), refresh=False)
+        super().on_step_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
 
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
         """No second bar: a test takes a moment."""
@@ -31,5 +60,27 @@ class EpochLine(ProgressCallback):
         train: dict[str, Any] = next((r for r in reversed(state.log_history) if "loss" in r), {})
         shown = {**train, "eval_error_%": logs["eval_error"], "eval_nll": logs["eval_nll"]}
         names = ("loss", "amp_loss", "sharpness", "clipped", "eval_error_%", "eval_nll")
-        figures = "  ".join(f"{name} {shown[name]:.3f}" for name in names if name in shown)
-        self.training_bar.write(f"epoch {logs['epoch']:>5.1f}  {figures}")
+        figures = [f"{name} {shown[name]:.3f}" for name in names if name in shown]
+        if self.training_bar.disable:
+            figures += [self._rate(state, testing=logs.get("eval_runtime", 0.0)), f"{self._left(state)} left"]
+        self._write("  ".join([f"epoch {logs['epoch']:>5.1f}", *figures]))
+        self._mark(state)
+
+    def _mark(self, state: Any) -> None:
+        """Measure the rate from here."""
+        self._marked = time.monotonic(), state.epoch or 0.0
+
+    def _rate(self, state: Any, testing: float = 0.0) -> str:
+        """Training examples a second since the mark; `testing` are the seconds of it that a test took."""
+        since, epoch = self._marked
+        seconds = time.monotonic() - since - testing
+        return f"{(state.epoch - epoch) * self._examples / max(seconds, 1e-9):,.0f} images/s"
+
+    def _left(self, state: Any) -> str:
+        """The time that the steps left will take if they, and the tests among them, take as long as those before."""
+        share = (state.max_steps - state.global_step) / max(1, state.global_step - self._first_step)
+        return str(tqdm.format_interval(share * (time.monotonic() - self._start)))
+
+    def _write(self, line: str) -> None:
+        self.training_bar.write(line)
+        sys.stdout.flush()  # a file is otherwise written at the end

@@ -38,6 +38,11 @@ class Task:
     processor: Any = None
     new: list[str] | None = None
 
+    def class_names(self) -> list[str]:
+        """In the order of the model's outputs."""
+        names: Any = self.model.config.id2label
+        return [str(names[i]) for i in sorted(names)]
+
     def origin(self) -> str:
         """Where the parameters come from, and which are trained, if not all; empty from scratch."""
         if self.new is None:

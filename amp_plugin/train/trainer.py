@@ -1,10 +1,11 @@
-"""`AMPTrainer` with the paper's schedule."""
+"""`AMPTrainer` with the paper's schedule and a final test."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from transformers.trainer_utils import PredictionOutput
 
 from amp_plugin import AMPTrainer
 from amp_plugin.train.options import RecipeArguments
@@ -25,3 +26,14 @@ class RecipeTrainer(AMPTrainer):
             scheduler: Any = torch.optim.lr_scheduler.MultiStepLR(scheduled, milestones, self.args.lr_gamma)
             self.lr_scheduler = scheduler
         return self.lr_scheduler
+
+    def final_test(self) -> PredictionOutput:
+        """Predictions, labels and metrics (``eval_...``) of the evaluation data at the weights that will be saved.
+
+        The metrics are logged, unless the last evaluation of the training already logged them.
+        """
+        tested = self.predict(self.eval_dataset, metric_key_prefix="eval")  # type: ignore[arg-type]
+        logged = {r["step"] for r in self.state.log_history if "eval_error" in r}
+        if self.state.global_step not in logged:
+            self.log(dict(tested.metrics or {}))
+        return tested

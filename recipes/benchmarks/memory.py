@@ -1,4 +1,4 @@
-"""The peak memory of a loop, in a process of its own."""
+"""The peak memory of a loop and its page faults, in a process of its own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from amp_plugin.train.fast import keep_freed_memory
 from benchmarks.turns import Loop
 
 _WARM_UP = 2  # steps: buffers and allocators grow in them
@@ -18,37 +19,42 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Peak(NamedTuple):
-    """Of the steps after the first ones, in bytes.
+    """Of the steps after the first ones.
 
     Attributes:
-        process: resident set of the process.
-        allocator: torch's on the accelerator; 0 without one.
+        process: resident set of the process, in bytes.
+        allocator: torch's on the accelerator, in bytes; 0 without one.
+        faults: pages that the system had to provide, a step.
     """
 
     process: int
     allocator: int
+    faults: float
 
 
 class _Over(BaseException):
     """Ends a loop that never returns."""
 
 
-def peak_memory(loop: Loop, threads: int, steps: int = 2) -> Peak:
+def peak_memory(loop: Loop, threads: int, steps: int = 2, *, keep_freed: bool = False) -> Peak:
     """Run the loop, which must be picklable, in a fresh process; measure `steps` steps after the first two."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_measure, loop, threads, steps).result()
+        return pool.submit(_measure, loop, threads, steps, keep_freed).result()
 
 
-def _measure(loop: Loop, threads: int, steps: int) -> Peak:
+def _measure(loop: Loop, threads: int, steps: int, keep_freed: bool) -> Peak:
     torch.set_num_threads(threads)
-    turns, peaks = 0, []
+    if keep_freed:
+        keep_freed_memory()
+    turns, faults, peaks = 0, 0, []
 
     def turn() -> None:
-        nonlocal turns
+        nonlocal turns, faults
         if turns == _WARM_UP:
             _forget_peak()
+            faults = _faults()
         if turns == _WARM_UP + steps:
-            peaks.append(_peak())
+            peaks.append(_peak((_faults() - faults) / steps))
             raise _Over
         turns += 1
 
@@ -64,11 +70,15 @@ def _forget_peak() -> None:
         torch.accelerator.reset_peak_memory_stats()
 
 
-def _peak() -> Peak:
+def _faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def _peak(faults: float) -> Peak:
     allocated = torch.accelerator.max_memory_allocated() if torch.accelerator.is_available() else 0
     if _STATUS.exists():
         lines = _STATUS.read_text().splitlines()
         kibibytes = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     else:
         kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return Peak(1024 * kibibytes, allocated)
+    return Peak(1024 * kibibytes, allocated, faults)

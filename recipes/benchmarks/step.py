@@ -185,4 +185,8 @@ def memory(size: str, model_args: dict[str, Any], batch_size: int, threads: int)
             if baseline is not None and peaks[baseline][i]:
                 ours, theirs = (peaks[n][i] / 2**20 for n in (name, baseline))
                 rows.append(counted(f"Peak memory of the {where}", case, name, baseline, ours, theirs, "MiB"))
+    kept = peak_memory(partial(WAYS["SGD"][0], make=make), threads, keep_freed=True)
+    rows.append(
+        counted("Page faults", case, "SGD, as under --fast", "SGD", kept.faults, peaks["SGD"].faults, "pages a step")
+    )
     return rows

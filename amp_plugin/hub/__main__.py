@@ -1,0 +1,19 @@
+"""Push the folder of a finished run to the Hugging Face Hub: ``python -m amp_plugin.hub FOLDER OWNER/NAME``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from amp_plugin.hub import HubError, push_folder
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m amp_plugin.hub", description=__doc__)
+    parser.add_argument("folder", help="Output folder of a finished run.")
+    parser.add_argument("repo_id", help="OWNER/NAME, or NAME for the token's owner; made if it does not exist.")
+    parser.add_argument("--private", action="store_true", default=None, help="Make the repository private, if new.")
+    arguments = parser.parse_args()
+    try:
+        print(f"published: {push_folder(arguments.folder, arguments.repo_id, private=arguments.private).repo_url}")
+    except (FileNotFoundError, HubError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,188 @@
+"""The model card of a trained model: what it is, how good, how it was made, how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from amp_plugin.provenance import commit, versions
+
+PLACEHOLDER = "OWNER/NAME"  # of the repository, until there is one
+_TEMPLATE = Path(__file__).with_name("card.md.jinja")
+# Key, name in the metadata, name in a table, format. Accuracy is a fraction, error a percentage, as in `metrics`.
+_METRICS = (
+    ("accuracy", "Accuracy", "accuracy", "{:.4f}"),
+    ("error", "Error (%)", "error (%)", "{:.2f}"),
+    ("nll", "Negative log-likelihood (nats)", "NLL (nats)", "{:.4f}"),
+    ("ece", "Expected calibration error", "ECE", "{:.4f}"),
+)
+_CAPTIONS = {
+    "curves": "Training curves",
+    "confusion": "Confusion matrix",
+    "reliability": "Reliability diagram",
+    "landscape": "Loss landscape",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """The data that a model was trained and tested on.
+
+    Attributes:
+        name: for readers, e.g. ``CIFAR-10``.
+        id: of the data set, on the Hub if it is there.
+        on_hub: whether it is.
+        config: of that data set.
+        split: that the results are of.
+        described: number of images and the like, after the name.
+        note: a sentence on what results on these data mean.
+    """
+
+    name: str
+    id: str
+    on_hub: bool = True
+    config: str | None = None
+    split: str = "test"
+    described: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a card tells of a model and the training that made it; what is not given is left out.
+
+    Attributes:
+        name: the card's title.
+        architecture: timm's name, or the class of a transformers model.
+        library: that opens it: timm (then transformers does too), transformers or peft; None if neither does.
+        repo_id: on the Hub; filled in when the folder is pushed.
+        task: as the Hub calls it.
+        parameters: number of parameters.
+        data: what it was trained and tested on.
+        metrics: of the test, by name: as `amp_plugin.metrics` gives them, or any others.
+        optimizer: one phrase, e.g. "SGD".
+        uses_amp: whether it was trained with AMP.
+        from_scratch: whether its first weights were random; None if that is not known.
+        base_model: on the Hub, that it was fine-tuned from.
+        settings: of the training, by name.
+        command: that trains it again.
+        compared: rows of another run's results by its name, and a sentence on what else differs.
+        pictures: file names in the repository.
+        license: as the Hub calls it.
+        language: of the data.
+        tags: further ones.
+        metadata: further fields of the card's metadata.
+    """
+
+    name: str
+    architecture: str
+    library: str | None = None
+    repo_id: str = PLACEHOLDER
+    task: str | None = "image-classification"
+    parameters: int | None = None
+    data: RunData | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    optimizer: str | None = None
+    uses_amp: bool = False
+    from_scratch: bool | None = None
+    base_model: str | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
+    command: str | None = None
+    compared: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    compared_note: str = ""
+    pictures: Sequence[str] = ()
+    license: str | None = None
+    language: str | None = None
+    tags: Sequence[str] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs_plugin(self) -> bool:
+        """Whether the architecture is this package's, so that it must be imported before the model is opened."""
+        if self.library != "timm" or not timm.is_model(self.architecture):
+            return False
+        return timm.model_entrypoint(self.architecture).__module__.startswith("amp_plugin.")
+
+
+def model_card(run: Run) -> ModelCard:
+    """The card of a run, with metadata that the Hub accepts: model-index, data set, library, licence, tags."""
+    card: ModelCard = ModelCard.from_template(
+        _metadata(run),
+        template_path=str(_TEMPLATE),
+        run=run,
+        results=_results(run),
+        pictures={name: caption(name) for name in run.pictures},
+        versions=versions(),
+        commit=commit(),
+    )
+    return card
+
+
+def pictures_in(folder: Path) -> list[str]:
+    """Names of the pictures in a run's folder, the training curves first."""
+    return sorted((path.name for path in folder.glob("*.png")), key=lambda name: (name != "curves.png", name))
+
+
+def caption(picture: str) -> str:
+    """What to write below a picture."""
+    stem = Path(picture).stem
+    return _CAPTIONS.get(stem, stem.replace("_", " ").replace("-", " ").capitalize())
+
+
+def _metadata(run: Run) -> ModelCardData:
+    libraries = ["timm", "transformers"] if run.library == "timm" else [run.library] if run.library else []
+    amp = ["adversarial-model-perturbation"] if run.uses_amp else []
+    return ModelCardData(
+        model_name=run.name,
+        library_name=run.library,
+        pipeline_tag=run.task,
+        license=run.license,
+        language=run.language,
+        base_model=run.base_model,
+        datasets=[run.data.id] if run.data and run.data.on_hub else None,
+        metrics=[name for name in run.metrics if name == "accuracy"] or None,  # the Hub knows no other of ours
+        eval_results=_eval_results(run) or None,
+        tags=[*([run.task] if run.task else []), *libraries, *amp, "amp_plugin", *run.tags],
+        **run.metadata,
+    )
+
+
+def _eval_results(run: Run) -> list[EvalResult]:
+    if run.data is None or run.task is None:
+        return []
+    names = {key: name for key, name, _, _ in _METRICS}
+    return [
+        EvalResult(
+            task_type=run.task,
+            task_name=run.task.replace("-", " ").capitalize(),
+            dataset_type=run.data.id,
+            dataset_name=run.data.name,
+            dataset_config=run.data.config,
+            dataset_split=run.data.split,
+            metric_type=key,
+            metric_name=names.get(key, key),
+            metric_value=float(f"{value:.6g}"),
+        )
+        for key, value in run.metrics.items()
+    ]
+
+
+def _results(run: Run) -> list[list[str]]:
+    """A table: its heading, this run, and those it is compared with."""
+    if not run.metrics:
+        return []
+    known = {key: (name, form) for key, _, name, form in _METRICS}
+    shown = {key: known.get(key, (key.replace("_", " "), "{:.4g}")) for key in run.metrics}
+    rows = {f"**this model{f' ({run.optimizer})' if run.optimizer else ''}**": run.metrics, **run.compared}
+    return [
+        ["", *(name for name, _ in shown.values())],
+        *(
+            [label, *(form.format(row[key]) if key in row else "" for key, (_, form) in shown.items())]
+            for label, row in rows.items()
+        ),
+    ]

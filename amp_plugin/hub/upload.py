@@ -1,0 +1,209 @@
+"""Upload a run's folder, or a timm model, to the Hub: in one commit, without pickles, as often as it takes."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd
+from huggingface_hub.utils._paths import filter_repo_objects
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
+from torch import nn
+
+from amp_plugin.hub.access import explained, hub_api, require_write_access
+from amp_plugin.hub.card import PLACEHOLDER, Run, model_card
+
+WEIGHTS = "model.safetensors"
+_CARD = "README.md"
+_WRAPPER_PREFIX = "timm_model."  # of the parameters' names in transformers' wrapper of timm models
+# Pickles run code when they are opened. Folders of checkpoints and what begins with "_" are the Trainer's own.
+_PICKLES = ("*.bin", "*.ckpt", "*.pickle", "*.pkl", "*.pt", "*.pth")
+_LEFT_OUT = ("_*", ".*", "*/.*", "checkpoint-*", "*/checkpoint-*", *_PICKLES)
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload the model",
+) -> CommitInfo:
+    """Push the folder of a finished run: weights, configuration, card and pictures, but no pickles or checkpoints.
+
+    It is one commit, so the repository has all of it or what it had before; nothing in the folder is changed. After a
+    failure it can be repeated, and goes on with the large files that have not arrived yet.
+
+    Args:
+        folder: with ``model.safetensors`` (or its shards, or an adapter's), ``config.json`` and ``README.md``.
+        repo_id: ``OWNER/NAME``, or ``NAME`` for the token's owner; made if it does not exist.
+        token: with write permission; by default the one that is logged in.
+        private: of a repository that has to be made.
+        revision: the branch; by default ``main``.
+        commit_message: of the commit.
+
+    Returns:
+        The commit; its ``repo_url`` is the address of the repository.
+
+    Raises:
+        FileNotFoundError: there is nothing to push.
+        HubError: it cannot be pushed; the message names the command that repeats it.
+    """
+    _require_weights(Path(folder))
+    repo_id = require_write_access(repo_id, token=token, private=private)
+    return upload(Path(folder), repo_id, token=token, revision=revision, commit_message=commit_message)
+
+
+def push(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    class_names: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    run: Run | None = None,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload the model",
+) -> CommitInfo:
+    """Push a timm model, so that timm and transformers open it.
+
+    Args:
+        model: made by `timm.create_model`.
+        repo_id: ``OWNER/NAME``, or ``NAME`` for the token's owner; made if it does not exist.
+        class_names: one name a class.
+        mean: per channel, of pixels in [0, 1]; by default that of the model's ``pretrained_cfg``.
+        std: per channel, of pixels in [0, 1]; by default that of the model's ``pretrained_cfg``.
+        run: what the card shall tell: data, settings, results; by default only the architecture.
+        token: with write permission; by default the one that is logged in.
+        private: of a repository that has to be made.
+        revision: the branch; by default ``main``.
+        commit_message: of the commit.
+
+    Returns:
+        The commit; its ``repo_url`` is the address of the repository.
+
+    Raises:
+        ValueError: the model is not timm's, or the number of names is not that of its classes.
+        HubError: it cannot be pushed.
+    """
+    settings: Any = getattr(model, "pretrained_cfg", None)
+    if settings is None:
+        raise ValueError(
+            f"push takes a model of timm.create_model, not {type(model).__name__}; for others: push_folder"
+        )
+    classes = int(getattr(model, "num_classes", 0))
+    if class_names is not None and len(class_names) != classes:
+        raise ValueError(f"class_names has {len(class_names)} names, but the model {classes} classes")
+    repo_id = require_write_access(repo_id, token=token, private=private)
+    run = run or Run(name=repo_id.split("/")[-1], architecture=settings["architecture"], library="timm")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        config: dict[str, Any] = {} if class_names is None else {"label_names": list(class_names)}
+        save_for_hf(model, temporary, model_config=config, safe_serialization=True)
+        saved = json.loads((folder / "config.json").read_text())
+        saved.get("model_args", {}).pop("num_classes", None)  # transformers would pass it twice
+        saved["pretrained_cfg"].update({k: list(v) for k, v in {"mean": mean, "std": std}.items() if v is not None})
+        (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
+        model_card(run).save(folder / _CARD)
+        return upload(folder, repo_id, token=token, revision=revision, commit_message=commit_message, lasting=False)
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    token: str | None,
+    revision: str | None,
+    commit_message: str,
+    path_in_repo: str = "",
+    complete: bool = False,
+    lasting: bool = True,
+) -> CommitInfo:
+    """Upload a folder to a repository that is there and writable; see `push_folder`.
+
+    Args:
+        folder: what to upload.
+        repo_id: ``OWNER/NAME``.
+        token: with write permission.
+        revision: the branch.
+        commit_message: of the commit.
+        path_in_repo: folder to put it in.
+        complete: with the pickles, for a checkpoint to resume from.
+        lasting: whether the folder will still be there after a failure.
+
+    Returns:
+        The commit; its ``repo_url`` is the address of the repository.
+
+    Raises:
+        HubError: it cannot be pushed.
+    """
+    repeat = f"python -m amp_plugin.hub {shlex.quote(str(folder))} {repo_id}"
+    then = f". Nothing is lost: everything is in {str(folder)!r}; push it with: {repeat}" if lasting else ""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    chosen = filter_repo_objects(files, ignore_patterns=None if complete else list(_LEFT_OUT))
+    with tempfile.TemporaryDirectory() as temporary:
+        operations = [
+            CommitOperationAdd(f"{path_in_repo}/{name}".lstrip("/"), _content(files[name], repo_id, Path(temporary)))
+            for name in chosen
+        ]
+        with explained(f"could not push {str(folder)!r} to {repo_id!r} on the Hub", then):
+            return hub_api(token).create_commit(repo_id, operations, commit_message=commit_message, revision=revision)
+
+
+def upload_later(
+    folder: Path, repo_id: str, failed: Callable[[str], None], **settings: Any
+) -> Future[CommitInfo | None]:
+    """`upload` a copy of the folder as it is now, in the background; `failed` is told why if it cannot be done."""
+    copied = Path(tempfile.mkdtemp())
+    try:
+        shutil.copytree(folder, copied, dirs_exist_ok=True)
+    except BaseException:
+        shutil.rmtree(copied, ignore_errors=True)
+        raise
+
+    def work() -> CommitInfo | None:
+        try:
+            return upload(copied, repo_id, lasting=False, **settings)
+        except Exception as error:
+            failed(str(error))
+            return None
+        finally:
+            shutil.rmtree(copied, ignore_errors=True)
+
+    return hub_api(settings["token"]).run_as_future(work)
+
+
+def _require_weights(folder: Path) -> None:
+    if not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"there is no model to push in {str(folder)!r}: no {WEIGHTS}. Give the output folder of a finished run, or"
+            " one that save_pretrained wrote"
+        )
+
+
+def _content(path: Path, repo_id: str, temporary: Path) -> Path | bytes:
+    """What to upload for a file: itself, but the card with the repository's name, and weights that timm can read."""
+    if path.name == _CARD:
+        return path.read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id).encode()
+    if path.name == WEIGHTS and _is_wrapped(path):
+        weights = {name.removeprefix(_WRAPPER_PREFIX): tensor for name, tensor in load_file(path).items()}
+        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        return temporary / WEIGHTS
+    return path
+
+
+def _is_wrapped(weights: Path) -> bool:
+    """Whether the names are those of a wrapper that was made from a configuration; transformers reads either."""
+    with safe_open(weights, "pt") as file:
+        return all(name.startswith(_WRAPPER_PREFIX) for name in file.keys())  # noqa: SIM118

@@ -1,0 +1,45 @@
+"""Where a result comes from: the code, the versions and the settings that made it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("torch", "timm", "transformers", "accelerate", "datasets", "amp_plugin")
+
+
+def run_record(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """One finished run: commit, threads, versions, settings and metrics."""
+    return {
+        "commit": commit(),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "versions": versions(),
+        "settings": dict(settings),
+        "metrics": dict(metrics),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of those that a run's outcome depends on."""
+    return {name: importlib.import_module(name).__version__ for name in _PACKAGES}
+
+
+def commit() -> str | None:
+    """The checked-out commit, marked if files differ from it; None where this package is not in a repository."""
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:  # e.g. installed within another project's
+        return None
+    return _git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except OSError:  # there is no git
+        return None
+    return done.stdout.strip() or None
