@@ -3,7 +3,7 @@
     python recipes/epsilon_sweep.py                  # from recipes/ledger.jsonl into recipes/guides/CHOOSING_EPSILON.md
     python recipes/epsilon_sweep.py --ledger runs/ledger.jsonl --page my_page.md
 
-Takes the runs that report on held-out training images (`train.py --validation_images N --ledger FILE`).
+Takes the runs from scratch that report on held-out training images (`train.py --validation_images N --ledger FILE`).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def read(ledger: Path) -> Sweep:
             was run twice.
     """
     runs = [json.loads(line) for line in ledger.read_text().splitlines()]
-    runs = [run for run in runs if run["settings"].get("validation_images")]
+    runs = [run for run in runs if run["settings"].get("validation_images") and not run["settings"].get("pretrained")]
     common = [{k: v for k, v in run["settings"].items() if k not in _VARIED} for run in runs]
     for other in common:
         if differing := sorted(k for k in {*other, *common[0]} if other.get(k) != common[0].get(k)):

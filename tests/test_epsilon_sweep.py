@@ -36,7 +36,8 @@ def written(folder: Path, runs: list[dict[str, Any]]) -> Path:
 @pytest.fixture
 def ledger(tmp_path: Path) -> Path:
     runs = [run(s, seed, k + seed / 4) for k, s in enumerate([SGD, *GRID], 1) for seed in (1, 2)]
-    return written(tmp_path, [*runs, run(SGD, 1, 99.0, validation_images=None)])
+    others = [run(SGD, 1, 99.0, validation_images=None), run(SGD, 1, 99.0, pretrained="net", validation_images=7)]
+    return written(tmp_path, [*runs, *others])
 
 
 def test_rows_are_means_over_seeds_of_the_held_out_images(ledger: Path) -> None:
