@@ -24,7 +24,10 @@ def run(setting: Setting, seed: int, nll: float, **settings: Any) -> dict[str, A
     if optim == "amp":
         metrics |= {"sharpness": 0.25, "clipped": 0.0}
     chosen = {"optim": optim, "amp_epsilon": setting.epsilon, "amp_inner_lr": setting.inner_lr, "seed": seed}
-    return {"settings": {"validation_images": 5, "model": "net", **chosen, **settings}, "metrics": metrics}
+    return {
+        "settings": {"dataset": "cifar10_sample", "validation_images": 5, "model": "net", **chosen, **settings},
+        "metrics": metrics,
+    }
 
 
 def written(folder: Path, runs: list[dict[str, Any]]) -> Path:
@@ -36,7 +39,8 @@ def written(folder: Path, runs: list[dict[str, Any]]) -> Path:
 @pytest.fixture
 def ledger(tmp_path: Path) -> Path:
     runs = [run(s, seed, k + seed / 4) for k, s in enumerate([SGD, *GRID], 1) for seed in (1, 2)]
-    return written(tmp_path, [*runs, run(SGD, 1, 99.0, validation_images=None)])
+    others = [run(SGD, 1, 99.0, validation_images=None), run(SGD, 1, 99.0, dataset="cifar10")]
+    return written(tmp_path, [*runs, *others])
 
 
 def test_rows_are_means_over_seeds_of_the_held_out_images(ledger: Path) -> None:
