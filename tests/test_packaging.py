@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from test_recipe import ROOT
 
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-
 import amp_plugin
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
 def test_no_recipe_is_forgotten() -> None:
