@@ -3,7 +3,7 @@
     python recipes/epsilon_sweep.py                  # from recipes/ledger.jsonl into recipes/guides/CHOOSING_EPSILON.md
     python recipes/epsilon_sweep.py --ledger runs/ledger.jsonl --page my_page.md
 
-Takes the runs from scratch that report on held-out training images (`train.py --validation_images N --ledger FILE`).
+Takes the runs of one data set that report on held-out training images (`train.py --validation_images N --ledger FILE`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from guides.marked import replace
+
+from amp_plugin.data.settings import BUNDLED
 
 HERE = Path(__file__).resolve().parent
 MARK = "epsilon-sweep"
@@ -46,15 +48,19 @@ Sweep = dict[Setting, list[Run]]
 SGD = Setting(0.0, 0.0)
 
 
-def read(ledger: Path) -> Sweep:
+def read(ledger: Path, dataset: str = BUNDLED) -> Sweep:
     """The runs of the sweep in a ledger, by setting.
+
+    Args:
+        ledger: the JSON Lines file.
+        dataset: that they were trained on.
 
     Raises:
         ValueError: they differ in more than AMP's two settings and the seed, so that they cannot be compared; or one
             was run twice.
     """
     runs = [json.loads(line) for line in ledger.read_text().splitlines()]
-    runs = [run for run in runs if run["settings"].get("validation_images") and not run["settings"].get("pretrained")]
+    runs = [r for r in runs if r["settings"].get("validation_images") and r["settings"]["dataset"] == dataset]
     common = [{k: v for k, v in run["settings"].items() if k not in _VARIED} for run in runs]
     for other in common:
         if differing := sorted(k for k in {*other, *common[0]} if other.get(k) != common[0].get(k)):
@@ -164,6 +170,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ledger", type=Path, default=HERE / "ledger.jsonl", help="JSON Lines file of the runs.")
+    parser.add_argument("--dataset", default=BUNDLED, help="What the runs were trained on.")
     parser.add_argument(
         "--page",
         type=Path,
@@ -176,7 +183,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Render."""
     args = parse(argv)
-    sweep = read(args.ledger)
+    sweep = read(args.ledger, args.dataset)
     replace(args.page, MARK, section(sweep))
     print(f"{args.page}: {sum(map(len, sweep.values()))} runs of {len(sweep)} settings")
     if sweep:

@@ -72,6 +72,7 @@ def main(folder: Path, hub: Hub) -> None:
         str(folder / "trained"),
         push_to_hub=True,
         hub_model_id="trained",
+        hub_always_push=True,  # however long the first one takes to fail
         save_strategy="epoch",
         per_device_train_batch_size=4,
         num_train_epochs=2,

@@ -24,7 +24,10 @@ def run(setting: Setting, seed: int, nll: float, **settings: Any) -> dict[str, A
     if optim == "amp":
         metrics |= {"sharpness": 0.25, "clipped": 0.0}
     chosen = {"optim": optim, "amp_epsilon": setting.epsilon, "amp_inner_lr": setting.inner_lr, "seed": seed}
-    return {"settings": {"validation_images": 5, "model": "net", **chosen, **settings}, "metrics": metrics}
+    return {
+        "settings": {"dataset": "cifar10_sample", "validation_images": 5, "model": "net", **chosen, **settings},
+        "metrics": metrics,
+    }
 
 
 def written(folder: Path, runs: list[dict[str, Any]]) -> Path:
@@ -36,7 +39,7 @@ def written(folder: Path, runs: list[dict[str, Any]]) -> Path:
 @pytest.fixture
 def ledger(tmp_path: Path) -> Path:
     runs = [run(s, seed, k + seed / 4) for k, s in enumerate([SGD, *GRID], 1) for seed in (1, 2)]
-    others = [run(SGD, 1, 99.0, validation_images=None), run(SGD, 1, 99.0, pretrained="net", validation_images=7)]
+    others = [run(SGD, 1, 99.0, validation_images=None), run(SGD, 1, 99.0, dataset="cifar10")]
     return written(tmp_path, [*runs, *others])
 
 

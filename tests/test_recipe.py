@@ -167,7 +167,7 @@ def test_a_killed_run_continues_from_its_checkpoint(tmp_path: Path) -> None:
         (["--lr_milestones", "2"], "lr_milestones must be fractions of the training in (0, 1), got [2.0]"),
         (["--warmup_steps", "5"], "lr_scheduler_type 'steps' has no warmup"),
         (["--lr_scheduler_type", "cosin"], "cosin is not a valid SchedulerType"),
-        (["nothing.yaml"], "recipe 'nothing.yaml' does not exist; known by name are finetune_"),
+        (["nothing.yaml"], "recipe 'nothing.yaml' does not exist; known by name are finetune_distilbert_sst2"),
     ],
 )
 def test_a_mistake_is_named(

@@ -206,6 +206,7 @@ class RecipeArguments(AMPTrainingArguments):
             raise ValueError(f"lr_gamma must be positive, got {self.lr_gamma}")
         if self.cpu_threads is not None and self.cpu_threads < 1:
             raise ValueError(f"cpu_threads must be positive, got {self.cpu_threads}")
+        self.warmup_steps = float(self.warmup_steps)  # one type, whether it is the default or was given
         steps = self.lr_scheduler_type == "steps"
         if steps and self.warmup_steps:
             raise ValueError("lr_scheduler_type 'steps' has no warmup; leave warmup_steps at 0 or use e.g. cosine")

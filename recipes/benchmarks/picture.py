@@ -21,7 +21,7 @@ def draw(rows: Sequence[Row], path: Path, caption: str) -> None:
         return
     cases = {s: list(dict.fromkeys(r.case for r in rows if r.section == s)) for s in sections}
     names = {s: list(dict.fromkeys(r.name for r in rows if r.section == s)) for s in sections}
-    heights = [1.1 + 0.16 * sum(r.section == s for r in rows) + 0.12 * len(cases[s]) for s in sections]
+    heights = [1.6 + 0.16 * sum(r.section == s for r in rows) + 0.12 * len(cases[s]) for s in sections]
     figure = Figure(figsize=(9.0, sum(heights)), layout="constrained", facecolor="white")
     for section, axes in zip(
         sections, figure.subplots(len(sections), squeeze=False, height_ratios=heights)[:, 0], strict=True
@@ -41,11 +41,12 @@ def draw(rows: Sequence[Row], path: Path, caption: str) -> None:
             )
         axes.set_yticks(range(len(cases[section])), cases[section])
         axes.set_ylim(len(cases[section]) - 0.4, -0.6)
-        axes.set(title=section, xlabel="ratio to the baseline (median and quartiles)")
+        axes.set_xlabel("ratio to the baseline (median and quartiles)")
+        axes.set_title(section, loc="left", pad=8 + 14 * -(-len(names[section]) // 2), fontweight="bold")
         axes.axvline(1.0, color="0.4", linewidth=1.0)
         if axes.get_xlim()[1] > 1.7 and section == "Step":
             axes.axvline(2.0, color="0.4", linewidth=1.0, linestyle="--")  # two passes
         axes.grid(axis="x", alpha=0.3)
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, frameon=False, fontsize=8)
     figure.supxlabel(caption, fontsize=7)
     figure.savefig(path, dpi=110)

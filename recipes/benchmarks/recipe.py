@@ -26,12 +26,14 @@ BATCH_SIZE, TEST_IMAGES = 50, 500
 Arithmetic = dict[str, Any]
 
 
-def bare_loop(turn: Turn, model_of: Callable[[], nn.Module], steps: int, arithmetic: Arithmetic) -> None:
-    """The passes, the ascent and the base optimizer's step on a batch that is always there, and the test's passes."""
+def bare_loop(
+    turn: Turn, model_of: Callable[[], nn.Module], steps: int, arithmetic: Arithmetic, tests: bool = False
+) -> None:
+    """The passes, the ascent and the base optimizer's step on a batch that is always there; and a test's passes."""
     model = model_of()
     device = next(model.parameters()).device
     layout = torch.channels_last if arithmetic.get("channels_last") else torch.contiguous_format
-    images, tests = (
+    images, test_images = (
         torch.randn(n, 3, 32, 32, device=device).to(memory_format=layout) for n in (BATCH_SIZE, TEST_IMAGES)
     )
     labels = torch.randint(10, (BATCH_SIZE,), device=device)
@@ -54,9 +56,10 @@ def bare_loop(turn: Turn, model_of: Callable[[], nn.Module], steps: int, arithme
                 forward_and_backward()
             optimizer.step()
             optimizer.zero_grad()
-        model.eval()
-        with torch.no_grad(), autocast():
-            model(tests)
+        if tests:
+            model.eval()
+            with torch.no_grad(), autocast():
+                model(test_images)
 
 
 def recipe_loop(turn: Turn, options: list[str], steps: int, models: list[nn.Module]) -> None:
@@ -104,7 +107,9 @@ def overhead(size: str, model_args: dict[str, Any], threads: int, seconds: float
             name: partial(
                 recipe_loop, options=[*options, "--output_dir", folder, *more], steps=SIZES[size], models=models
             ),
-            "bare passes": partial(bare_loop, model_of=partial(models.pop), steps=SIZES[size], arithmetic=arithmetic),
+            "bare passes": partial(
+                bare_loop, model_of=partial(models.pop), steps=SIZES[size], arithmetic=arithmetic, tests=True
+            ),
         }
         rows.append(_row(size, SIZES[size], take_turns(loops, **_rounds(seconds)), name, "bare passes"))
     return rows
