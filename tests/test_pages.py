@@ -165,6 +165,9 @@ def test_timms_script_runs(block: Block, tmp_path: Path, monkeypatch: pytest.Mon
     for part in (pages.setup(folder), folder):
         assert part is not None
         exec(part.compiled(), namespace)
+    for image in list(Path("images").rglob("*.png")):
+        if int(image.stem) >= 200:  # some of every class are enough
+            image.unlink()
     shutil.copy(os.environ["AMP_PLUGIN_TIMM_TRAIN"], tmp_path / "train.py")
     for words in block.commands():
         words = [
