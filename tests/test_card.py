@@ -73,6 +73,14 @@ def test_pictures_in_the_folder_are_shown_the_curves_first(tmp_path: Path) -> No
     assert "![Loss along the gradient](loss_along_the_gradient.png)" in card
 
 
+def test_the_command_of_a_recipe_known_by_name_has_its_settings() -> None:
+    words = shlex.split(command_line(["preactresnet18_svhn", "--amp_epsilon", "0.3"], processes=1).replace("\\\n", ""))
+    assert words[:3] == ["python", "-m", "amp_plugin.train"]
+    assert words[words.index("--dataset") + 1] == "svhn"
+    assert words.count("--amp_epsilon") == 1
+    assert words[words.index("--amp_epsilon") + 1] == "0.3"
+
+
 def test_the_command_is_whole_and_tells_no_secret(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("model_kwargs: {width: 8}\nlr_milestones: [0.3, 0.6]\nseed: 3\ndata_root: /home/me\n")

@@ -16,7 +16,7 @@ from test_recipe import QUICK
 from torch import nn
 
 from amp_plugin import AMP
-from amp_plugin.train import job, options, plan
+from amp_plugin.train import costs, job, options
 
 
 @pytest.mark.parametrize(
@@ -67,13 +67,13 @@ def test_processes_share_the_batches() -> None:
         max_steps=-1,
         num_train_epochs=3,
     )
-    assert plan.counts(args, 100, 2) == plan.Counts(
+    assert costs.counts(args, 100, 2) == costs.Counts(
         steps=9, steps_per_epoch=3, passes_per_batch=2, passes=18, images=600
     )
     args.dataloader_drop_last = True
-    assert plan.counts(args, 100, 1).passes == 6
+    assert costs.counts(args, 100, 1).passes == 6
     with pytest.raises(ValueError, match="30 images do not make one batch of 20 for every process"):
-        plan.counts(args, 30, 1)
+        costs.counts(args, 30, 1)
 
 
 class Quadratic(nn.Module):
@@ -93,7 +93,7 @@ def test_costs_of_a_model_worked_out_by_hand(epsilon: float) -> None:
     model = Quadratic()
     before = [p.clone() for p in model.parameters()]
     batch = {"pixel_values": torch.zeros(7, 3, 2, 2), "labels": torch.zeros(7, dtype=torch.int64)}
-    cost = plan.costs(model, lambda params: AMP(params, **{**SGD_ARGS, "epsilon": epsilon}), args, batch)
+    cost = costs.costs(model, lambda params: AMP(params, **{**SGD_ARGS, "epsilon": epsilon}), args, batch)
     products, float32, parameters = 12 * 5, 4, 12 * 5 + 5
     assert cost.forward_flops == 2 * products
     assert cost.training_flops == 2 * cost.forward_flops, "the pixels need no gradient, only the weights"

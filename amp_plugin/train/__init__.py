@@ -4,7 +4,8 @@ AMP is short for that here, not for automatic mixed precision.
 
     train.py --optim amp           # a narrow PreActResNet on a bundled sample of CIFAR-10
     train.py --optim sgd           # the same job without AMP
-    train.py recipes/preactresnet18_cifar10.yaml --amp_epsilon 0.3   # a published setting, changed
+    train.py preactresnet18_cifar10 --amp_epsilon 0.3                # a published setting, changed
+    train.py preactresnet18_cifar10 --dry_run                        # what that would do and take
     train.py --pretrained resnet18.a1_in1k --dataset cifar10         # from pretrained weights
 
 Works the same under ``accelerate launch`` and ``torchrun``. Ends with a table, the saved model and a picture of the

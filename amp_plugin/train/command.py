@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-from pathlib import Path
-from typing import Any
-
-import yaml
 
 from amp_plugin.train.options import ELSEWHERE
+from amp_plugin.train.recipe_file import recipe_options
 
 # Beginnings of further options that do not decide the outcome; some hold a token, or folders of the machine.
 _PRIVATE = ("hub", "push_to_hub", "output_dir", "logging_dir", "run_name", "disable_tqdm")
@@ -20,14 +16,12 @@ def command_line(argv: list[str], processes: int) -> str:
     """A command that repeats a run anywhere: with the settings of its recipe file, without folders and tokens.
 
     Args:
-        argv: the job's arguments: perhaps a recipe file, then options.
+        argv: the job's arguments: perhaps a recipe, then options.
         processes: of the run.
     """
-    words: list[str] = []
     if argv and not argv[0].startswith("-"):
-        for name, value in yaml.safe_load(Path(argv[0]).read_text()).items():
-            words += [f"--{name}", *map(_word, value if isinstance(value, list) else [value])]
-        argv = argv[1:]
+        argv = [*recipe_options(argv[0]), *argv[1:]]
+    words: list[str] = []
     for word in argv:  # --name=value is --name value
         name, equals, value = word.partition("=")
         words += [name, value] if equals and name.startswith("--") else [word]
@@ -43,7 +37,3 @@ def command_line(argv: list[str], processes: int) -> str:
     parts = [[*launcher, "-m", "amp_plugin.train"], *([f"--{name}", *values] for name, values in kept.items())]
     whole = " ".join(map(shlex.join, parts))
     return whole if len(whole) <= _LINE else " \\\n    ".join(map(shlex.join, parts))
-
-
-def _word(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, dict) else str(value)

@@ -1,0 +1,157 @@
+"""What a run computes and holds: counted as the Trainer will, and measured on tensors without contents."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+from torch.utils.data import BatchSampler
+from torch.utils.flop_counter import FlopCounterMode
+
+from amp_plugin import AMP
+from amp_plugin.base import OptimizerFactory
+from amp_plugin.train.options import RecipeArguments
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How often a run does what.
+
+    Attributes:
+        steps: of the optimizer.
+        steps_per_epoch: of the optimizer.
+        passes_per_batch: forward and backward passes over a batch: the clean one and those AMP adds.
+        passes: forward and backward passes of a process in the whole run.
+        images: that go through them, with repetitions, in all processes.
+    """
+
+    steps: int
+    steps_per_epoch: int
+    passes_per_batch: int
+    passes: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one process computes and holds, without the kernels' work space and the framework itself.
+
+    Attributes:
+        forward_flops: of one image; a multiply-add counts as two.
+        training_flops: of one image's forward and backward pass.
+        weights: bytes of parameters and buffers.
+        gradients: bytes.
+        optimizer_state: bytes of the base optimizer's state; None if it cannot be told without a real step.
+        perturbation: bytes of AMP's copy of the weights.
+        activations: bytes that autograd keeps for the backward pass of a batch, weights cast for it included.
+    """
+
+    forward_flops: int
+    training_flops: int
+    weights: int
+    gradients: int
+    optimizer_state: int | None
+    perturbation: int
+    activations: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes held when the backward pass at the perturbed weights begins."""
+        return self.weights + self.gradients + (self.optimizer_state or 0) + self.perturbation + self.activations
+
+
+def counts(args: RecipeArguments, images: int, passes_per_batch: int) -> Counts:
+    """Count as the Trainer will.
+
+    Args:
+        args: of the run.
+        images: to train on.
+        passes_per_batch: 1 without AMP, else 1 + inner_iter.
+
+    Raises:
+        ValueError: there is not one whole batch.
+    """
+    sampler = BatchSampler(range(images), args.train_batch_size, args.dataloader_drop_last)
+    batches = len(BatchSamplerShard(sampler, num_processes=args.world_size))
+    if batches == 0:
+        raise ValueError(f"{images} images do not make one batch of {args.train_batch_size} for every process")
+    window = args.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(batches / window)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    epochs, rest = divmod(steps, steps_per_epoch)
+    passes = (epochs * batches + min(rest * window, batches)) * passes_per_batch
+    full = args.train_batch_size * args.world_size
+    seen = epochs * min(images, batches * full) + min(rest * window * full, images)
+    return Counts(steps, steps_per_epoch, passes_per_batch, passes, seen * passes_per_batch)
+
+
+def costs(
+    model: nn.Module, make_optimizer: OptimizerFactory, args: RecipeArguments, batch: Mapping[str, Tensor]
+) -> Costs:
+    """Run a training step on tensors that have shapes but no contents.
+
+    Args:
+        model: takes the batch and returns its loss; stays as it is.
+        make_optimizer: called with its parameters.
+        args: of the run.
+        batch: tensors by name, with the examples along their first dimension; stays as it is.
+    """
+    size, device = len(batch["labels"]), args.device
+    precision = torch.bfloat16 if args.bf16 else torch.float16
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with FakeTensorMode() as mode:
+        # A copy for which these stand in place of the model's own tensors.
+        fakes: dict[int, Any] = {id(b): mode.from_tensor(b).to(device) for b in model.buffers()}
+        for p in model.parameters():
+            fakes[id(p)] = nn.Parameter(mode.from_tensor(p).detach().to(device), p.requires_grad)
+        twin = copy.deepcopy(model, fakes).train()
+        optimizer = make_optimizer(twin.parameters())
+        own = {t.untyped_storage()._cdata for t in (*twin.parameters(), *twin.buffers())}
+        inputs = {name: mode.from_tensor(t).to(device) for name, t in batch.items()}
+        with FlopCounterMode(display=False) as counter:
+            with (
+                torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+                torch.autocast(device.type, precision, enabled=args.bf16 or args.fp16),
+            ):
+                loss = twin(**inputs).loss
+            forward = counter.get_total_flops()
+            loss.backward()
+        state = _state_of(optimizer)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    perturbs = isinstance(optimizer, AMP) and optimizer.perturbs
+    return Costs(
+        forward_flops=forward // size,
+        training_flops=counter.get_total_flops() // size,
+        weights=_bytes([*model.parameters(), *model.buffers()]),
+        gradients=_bytes(trained) * (2 if args.world_size > 1 else 1),  # DDP's buckets beside them
+        optimizer_state=state,
+        perturbation=_bytes(trained) if perturbs else 0,
+        activations=sum(s.nbytes() for key, s in kept.items() if key not in own),
+    )
+
+
+def _state_of(optimizer: Optimizer) -> int | None:
+    base = optimizer.base_optimizer if isinstance(optimizer, AMP) else optimizer
+    try:
+        base.step()
+    except Exception:  # of an optimizer that looks at its values, or needs a kernel for them
+        return None
+    return _bytes([v for state in base.state.values() for v in state.values() if isinstance(v, Tensor)])
+
+
+def _bytes(tensors: list[Any]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
