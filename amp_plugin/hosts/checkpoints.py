@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import traceback
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort
 LAST = "last"
 # Begins with "_", which the Trainer's uploads to the Hub leave out.
 _INCOMPLETE = "_incomplete"
+_STATES = ("optimizer", "scheduler", "scaler")  # and the random numbers: what torch.save writes
 _REPLACED = ".replaced"
 _MEBIBYTE = 2**20
 
@@ -200,12 +202,20 @@ def require_writable(folder: Path) -> None:
 def _complete(folder: Path, name: str) -> None:
     """Give what was written its final name; a checkpoint of that name makes way and stays until then."""
     incomplete = folder / _INCOMPLETE
+    _require_whole(incomplete / name)
     _sync(incomplete / name)
     if (folder / name).exists():
         (folder / name).rename(incomplete / f"{name}{_REPLACED}")
     (incomplete / name).rename(folder / name)
     _sync(folder, deep=False)
     shutil.rmtree(incomplete, ignore_errors=True)
+
+
+def _require_whole(checkpoint: Path) -> None:
+    """Refuse files without their end: torch 2.9 does not tell that it could not write the last bytes of one."""
+    for path in (*checkpoint.glob("rng_state*.pth"), *(checkpoint / f"{n}.pt" for n in _STATES)):
+        if path.exists() and not zipfile.is_zipfile(path):
+            raise OSError(f"{path.name} could not be written whole")
 
 
 def _clean_up(folder: Path) -> None:

@@ -326,9 +326,11 @@ def small_files(size: int) -> Iterator[None]:
 def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_stays(tmp_path: Path, name: str | None) -> None:
     class Full(AMPTrainer):
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-            # A byte too few for this file; or for any.
-            size = 0 if name is None else (tmp_path / "out" / "checkpoint-2" / name).stat().st_size - 1
-            with small_files(size) if self.state.global_step == 4 else nullcontext():
+            limit: Any = nullcontext()
+            if self.state.global_step == 4:  # a byte too few for this file, or for any
+                same = tmp_path / "out" / "checkpoint-2" / str(name)
+                limit = small_files(same.stat().st_size - 1 if name else 0)
+            with limit:
                 super()._save_checkpoint(*args, **kwargs)
 
     with pytest.raises(SaveError) as raised:

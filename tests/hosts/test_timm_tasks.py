@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm.task
 import torch
 from doors import by_closure, plain_loop
 from launch import run_processes
@@ -19,7 +18,7 @@ from problems import assert_same_parameters, parameters_of, small_batches, small
 from reference import Tensors
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.optim import create_optimizer_v2
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm_cases import (
     BALL,
     CLIP,
@@ -171,8 +170,6 @@ def test_replicas_are_the_same_to_the_bit_and_equal_the_reference(name: str, of_
 def test_a_run_continued_from_a_checkpoint_is_the_uninterrupted_one_to_the_bit(
     opt: str, kind: Any, tmp_path: Path
 ) -> None:
-    if not hasattr(timm.task, "resume_task_checkpoint"):
-        pytest.skip(f"timm {timm.__version__} has no checkpoints of tasks")
     case = Case(kind, **FLOAT32, scaled=True, accumulation=2)
     windows = 2 * windows_of(case, 0)  # timm's Lookahead first looks back after twelve steps
     uninterrupted = Training(case, opt).train(windows)
@@ -180,8 +177,8 @@ def test_a_run_continued_from_a_checkpoint_is_the_uninterrupted_one_to_the_bit(
     first.train(windows[:13])
     first.saver(tmp_path).save_checkpoint(epoch=0)
     second, last = Training(case, opt), str(tmp_path / "last.pth.tar")
-    assert timm.task.resume_task_checkpoint(second.task, last, second.optimizer, second.scaler, log_info=False) == 1
-    timm.task.load_task_ema_checkpoint(second.task, last)
+    assert resume_task_checkpoint(second.task, last, second.optimizer, second.scaler, log_info=False) == 1
+    load_task_ema_checkpoint(second.task, last)
     for name, seen in second.train(windows[13:]).items():
         for a, b in zip(seen, uninterrupted[name][13:], strict=True):
             assert a == b if name == "scales" else all(torch.equal(a[p], b[p]) for p in b)
