@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_map_only
 
 from amp_plugin.base import OptimizerFactory, check_not_negative, make_base
 from amp_plugin.compilation import not_compiled
+from amp_plugin.norms import LOW_PRECISION
 from amp_plugin.passes import ExtraPasses
-from amp_plugin.perturbation import LOW_PRECISION, Ascent, Displacement, Norm, Perturbation
+from amp_plugin.perturbation import Ascent, Displacement, Norm, Perturbation
 from amp_plugin.sharding import is_distributed
 from amp_plugin.wrapper import OptimizerWrapper
 

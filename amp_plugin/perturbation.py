@@ -7,13 +7,15 @@ https://arxiv.org/abs/2010.04925, section 4 (Algorithm 1).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from amp_plugin.compilation import not_compiled
+from amp_plugin.host_flag import HostFlag
+from amp_plugin.norms import all_finite, norms_of, overall_norm, plain_part
 from amp_plugin.sharding import Split, laid_out_like, local_part, split_of, whole_norms
 
 Norm = Literal["tensor", "global"]
@@ -21,7 +23,6 @@ NORMS: tuple[str, ...] = get_args(Norm)
 
 # A float of that many bytes, read as an integer: multiplying the bits by 0 clears even NaN and inf.
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 # Autograd's version counters of displaced weights: out of reach of the small numbers that ordinary changes count to,
 # and with room for the changes that a module makes to its own weights (nn.Embedding's max_norm).
@@ -61,7 +62,7 @@ class Displacement(NamedTuple):
     theta_versions: list[int]
     moved_versions: list[int]
     finite: Tensor | None
-    flag: _HostFlag | None
+    flag: HostFlag | None
 
     def was_finite(self) -> bool:
         """Whether all gradients of the ascent were finite; waits for the device if that is not known yet."""
@@ -105,7 +106,7 @@ class Perturbation:
         self.disturbed = False  # whether a gradient hook changed displaced weights, which restore() has undone
         self._ratios: list[tuple[Tensor, float]] = []
         self._finite: Tensor | None = None
-        self._flag: _HostFlag | None = None
+        self._flag: HostFlag | None = None
 
     @property
     def active(self) -> bool:
@@ -143,12 +144,12 @@ class Perturbation:
                 torch._foreach_add_(b.deltas, b.params)
                 torch._foreach_sub_(b.deltas, b.backups)
             scales, reaches = [1.0 for _ in buckets], [1.0 / b.epsilon for b in buckets]
-        norms = [whole_norms(_norms(b.deltas), b.split) for b in buckets]
+        norms = [whole_norms(norms_of(b.deltas), b.split) for b in buckets]
         ratios = [n * reach for n, reach in zip(norms, reaches, strict=True)]
-        finite = _all_finite(ratios)
+        finite = all_finite(ratios)
         if again and self._finite is not None:
             finite = finite & self._finite
-        overall = _combine(ratios) if self.norm == "global" else None
+        overall = overall_norm(ratios) if self.norm == "global" else None
         for b, scale, ratio in zip(buckets, scales, ratios, strict=True):
             shrink = (ratio if overall is None else overall.to(ratio.device)).reciprocal().clamp_(max=1.0).mul_(scale)
             ok = finite.to(ratio.device)
@@ -167,7 +168,7 @@ class Perturbation:
         torch.clear_autocast_cache()
         self._ratios = [(ratio, b.epsilon) for b, ratio in zip(buckets, ratios, strict=True)]
         self._finite = finite
-        self._flag = _HostFlag(finite)
+        self._flag = HostFlag(finite)
 
     @not_compiled
     @torch.no_grad()
@@ -177,7 +178,7 @@ class Perturbation:
             return
         versions = zip(self._displaced, self._moved_versions, strict=False)  # not all, if an ascent failed
         self.disturbed |= any(local_part(p)._version != version and _is_hooked(p) for p, version in versions)
-        params = [_plain(p) for p in self._displaced]
+        params = [plain_part(p) for p in self._displaced]
         torch._foreach_copy_(params, [self._backups[p] for p in self._displaced])
         # The first to be displaced comes last: tensors in the same memory share a counter, and its is theta's.
         _set_versions(reversed(self._displaced), reversed(self._displaced.values()))
@@ -189,7 +190,7 @@ class Perturbation:
     def suspend(self) -> Displacement:
         """Like :meth:`restore`, but keeps theta + delta, so that :meth:`resume` can go back there."""
         params = list(self._displaced)
-        plain = [_plain(p) for p in params]
+        plain = [plain_part(p) for p in params]
         moved = [torch.empty_like(p) for p in plain]
         if params:
             torch._foreach_copy_(moved, plain)
@@ -213,7 +214,7 @@ class Perturbation:
             raise RuntimeError("the weights have changed since they were perturbed")
         self._displaced = dict(zip(params, theta_versions, strict=True))
         if params:
-            torch._foreach_copy_([_plain(p) for p in params], moved)
+            torch._foreach_copy_([plain_part(p) for p in params], moved)
         self._moved_versions = moved_versions
         _set_versions(params, moved_versions)
         torch.clear_autocast_cache()
@@ -246,20 +247,20 @@ class Perturbation:
         entering: dict[Tensor, int] = {}
         for param, grad, inner_lr, epsilon in ascents:
             _refuse_what_cannot_move(param, grad)
-            plain = _plain(param)
+            plain = plain_part(param)
             if param not in self._displaced:
                 if grad is None:
                     continue
                 entering[param] = plain._version
             split = split_of(param)
-            delta = torch.zeros_like(plain) if grad is None else _plain(laid_out_like(grad, param))
+            delta = torch.zeros_like(plain) if grad is None else plain_part(laid_out_like(grad, param))
             key = (plain.device, plain.dtype, delta.dtype, inner_lr, epsilon, split)
             bucket = buckets.setdefault(key, _Bucket(inner_lr, epsilon, split, [], [], []))
             bucket.params.append(plain)
             bucket.backups.append(self._backup(param, plain))
             bucket.deltas.append(delta)
         if entering:
-            torch._foreach_copy_([self._backups[p] for p in entering], [_plain(p) for p in entering])
+            torch._foreach_copy_([self._backups[p] for p in entering], [plain_part(p) for p in entering])
             self._displaced.update(entering)  # only now: restore() must never meet a backup that is not filled
         return list(buckets.values())
 
@@ -269,25 +270,6 @@ class Perturbation:
         if backup is None or backup.shape != like.shape or backup.dtype != like.dtype or backup.device != like.device:
             backup = self._backups[param] = torch.empty_like(like)
         return backup
-
-
-class _HostFlag:
-    """A device flag on its way to the host: copied without waiting, read when it has long arrived."""
-
-    def __init__(self, flag: Tensor) -> None:
-        self._event: torch.Event | None = None
-        if flag.device.type == "cpu":
-            self._host = flag
-        else:
-            self._host = torch.empty((), dtype=torch.bool, pin_memory=True)
-            self._host.copy_(flag, non_blocking=True)
-            self._event = torch.Event(flag.device)
-            self._event.record()
-
-    def value(self) -> bool:
-        if self._event is not None:
-            self._event.synchronize()
-        return bool(self._host.tolist())
 
 
 def _refuse_what_cannot_move(param: Tensor, grad: Tensor | None) -> None:
@@ -315,30 +297,3 @@ def _beside(bucket: _Bucket, grad_scale: float | Tensor) -> float | Tensor:
 
 def _set_versions(params: Iterable[Tensor], versions: Iterable[int]) -> None:
     torch._C._autograd._unsafe_set_version_counter(tuple(map(local_part, params)), tuple(versions))
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, in the same storage, as a real tensor."""
-    tensor = local_part(tensor)
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def _norms(tensors: list[Tensor]) -> Tensor:
-    """L2 norm of each tensor, as one vector; half precision is summed in float32, which cannot overflow."""
-    dtype = torch.float32 if tensors[0].dtype in LOW_PRECISION else None
-    return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
-
-
-def _combine(norms: Sequence[Tensor]) -> Tensor:
-    """L2 norm over all vectors, which may live on several devices; on the first one's device."""
-    device = norms[0].device
-    together = torch.cat([n.to(device) for n in norms]) if len(norms) > 1 else norms[0]
-    norm: Tensor = torch.linalg.vector_norm(together)
-    return norm
-
-
-def _all_finite(norms: Sequence[Tensor]) -> Tensor:
-    """0-d bool: no NaN and no infinity in any vector (each entry is >= 0, so one sum tells)."""
-    device = norms[0].device
-    finite: Tensor = sum((n.sum().to(device) for n in norms[1:]), norms[0].sum()) < torch.inf
-    return finite

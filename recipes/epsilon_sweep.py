@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from guides.marked import replace
 
 from amp_plugin.data.settings import BUNDLED
+from amp_plugin.report.style import BLUE, VERMILION
 
 HERE = Path(__file__).resolve().parent
 MARK = "epsilon-sweep"
@@ -27,7 +28,6 @@ PICTURE = "epsilon_sweep.png"
 _VARIED = ("optim", "amp_epsilon", "amp_inner_lr", "seed")
 _MEASURES = ("eval_nll", "eval_error", "eval_ece", "loss", "sharpness", "clipped")
 _SHOWN = {"eval_nll": "validation NLL", "eval_error": "validation error (%)"}
-_BLUE, _ORANGE = "#0072B2", "#D55E00"
 
 Run = dict[str, Any]
 
@@ -139,7 +139,7 @@ def _lines(axes: Any, sweep: Sweep, measure: str, varied: str, held: str) -> Non
         reference = values(sweep[SGD], measure)
         axes.axhspan(min(reference), max(reference), color="0.6", alpha=0.3, linewidth=0)
         axes.axhline(mean(reference), color="0.4", linestyle="--", label="SGD")
-    for level, colour in zip(_levels(sweep, held), (_BLUE, _ORANGE), strict=False):
+    for level, colour in zip(_levels(sweep, held), (BLUE, VERMILION), strict=False):
         line = sorted(
             (getattr(s, varied), values(runs, measure)) for s, runs in sweep.items() if getattr(s, held) == level
         )

@@ -115,8 +115,8 @@ PITFALLS = [
         "a NaN in the ascent's gradient makes the weights NaN",
         "two packages, by running them",
         "perturbation.py",
-        "        finite = _all_finite(ratios)\n",
-        "        finite = _all_finite(ratios).logical_or(torch.tensor(True))\n",
+        "        finite = all_finite(ratios)\n",
+        "        finite = all_finite(ratios).logical_or(torch.tensor(True))\n",
         "test_perturbation.py::test_non_finite_gradients_leave_every_tensor_alone",
     ),
     Pitfall(
@@ -179,8 +179,8 @@ PITFALLS = [
         "under FSDP2 the norm is that of one process's part",
         "by running rivals",
         "perturbation.py",
-        "whole_norms(_norms(b.deltas), b.split)",
-        "_norms(b.deltas)",
+        "whole_norms(norms_of(b.deltas), b.split)",
+        "norms_of(b.deltas)",
         "test_fsdp.py::test_two_processes_equal_one",
     ),
     Pitfall(

@@ -25,7 +25,7 @@ from amp_plugin.hosts.checkpoints import CheckpointingTrainer
 from amp_plugin.hosts.loss_scale import uses_num_items
 from amp_plugin.hosts.publishing import PublishingTrainer
 from amp_plugin.hosts.training_args import AMPTrainingArguments
-from amp_plugin.optimizer import AMP
+from amp_plugin.optimizer import AMP, find_amp
 from amp_plugin.passes import ExtraPasses
 
 logger = logging.get_logger(__name__)
@@ -65,10 +65,7 @@ class AMPTrainer(CheckpointingTrainer, PublishingTrainer):
     @property
     def amp(self) -> AMP | None:
         """The AMP optimizer inside whatever accelerate wrapped around it; None when training without."""
-        optimizer = self.optimizer
-        while optimizer is not None and not isinstance(optimizer, AMP):
-            optimizer = getattr(optimizer, "optimizer", None)
-        return optimizer
+        return find_amp(self.optimizer)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:

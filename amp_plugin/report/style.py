@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours (https://jfly.uni-koeln.de/color), which the colour-blind tell apart.
-BLUE, SKY, VERMILION, GREEN = "#0072B2", "#56B4E9", "#D55E00", "#009E73"
+BLUE, SKY, VERMILION, GREEN, PINK, AMBER = "#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
 
 _STYLE = {
     "axes.axisbelow": True,

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from amp_plugin.report.style import AMBER, BLUE, GREEN, PINK, SKY, VERMILION
 from benchmarks.rows import Row
 
-# Okabe and Ito's colours, which the colour-blind tell apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_COLOURS = (BLUE, VERMILION, GREEN, PINK, AMBER, SKY)
 _MARKS = "osD^vP"
 
 
