@@ -1,10 +1,11 @@
-"""Processes that torchrun has started again find one another."""
+"""Processes that a launcher has started together, or again, find one another."""
 
 from __future__ import annotations
 
 import os
 from datetime import timedelta
 
+import torch
 from torch import distributed
 
 
@@ -32,3 +33,22 @@ def rejoin(timeout: timedelta, backend: str | None = None) -> None:
         world_size=int(env["WORLD_SIZE"]),
         timeout=timeout,
     )
+
+
+def refuse_processes_without_group() -> None:
+    """Refuse to let processes that were launched together train each for itself, and save over one another.
+
+    Where there is no accelerator, transformers joins the processes only if it is told ``use_cpu``, and else just warns.
+
+    Raises:
+        ValueError: that is the case.
+    """
+    env = os.environ
+    launched = int(env.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in env else 1
+    device = torch.accelerator.current_accelerator(check_available=True)
+    on_cpu = env.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")  # as accelerate launch --cpu says
+    if launched > 1 and not on_cpu and (device is None or device.type == "mps"):
+        raise ValueError(
+            f"{launched} processes were launched on a machine without accelerators, and each would train alone; to"
+            " train together on CPUs, add --use_cpu true (use_cpu=True)"
+        )

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from amp_plugin.hosts.elastic import rejoin
+from amp_plugin.hosts.elastic import refuse_processes_without_group, rejoin
 from amp_plugin.passes import check_policies
 from amp_plugin.suggest import did_you_mean
 
@@ -24,7 +24,8 @@ class AMPTrainingArguments(TrainingArguments):
     """Arguments of :class:`amp_plugin.AMPTrainer`. AMP here is Adversarial Model Perturbation, not mixed precision.
 
     Raises:
-        ValueError: unknown base optimizer or policy; the optimizer itself checks its hyper-parameters.
+        ValueError: unknown base optimizer or policy, or several processes that would each train alone; the optimizer
+            itself checks its hyper-parameters.
     """
 
     optim: str = field(
@@ -76,6 +77,8 @@ class AMPTrainingArguments(TrainingArguments):
             self.optim_args = _SGD_ARGS
         check_policies(self.amp_batch_norm, self.amp_rng)
         self.optim = base
+        if not self.use_cpu:
+            refuse_processes_without_group()
         rejoin(timedelta(seconds=self.ddp_timeout), self.ddp_backend)
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.optim = optim

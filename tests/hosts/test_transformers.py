@@ -445,6 +445,15 @@ def test_an_unknown_policy_is_refused_by_the_arguments(tmp_path: Path, wrong: di
         arguments(tmp_path, **wrong)
 
 
+def test_processes_that_would_each_train_alone_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    AMPTrainingArguments(output_dir=str(tmp_path))  # a cluster's variable alone launches nothing
+    monkeypatch.setenv("LOCAL_RANK", "0")  # as torchrun says
+    with pytest.raises(ValueError, match=r"2 processes were launched.*--use_cpu true"):
+        AMPTrainingArguments(output_dir=str(tmp_path))
+
+
 def test_optim_args_replace_the_defaults_for_sgd(tmp_path: Path) -> None:
     trainer = InOrder(model=Net(), args=arguments(tmp_path, optim_args="momentum=0.5"), train_dataset=Images())
     group = trainer.create_optimizer().param_groups[0]
