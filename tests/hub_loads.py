@@ -1,6 +1,6 @@
 """Opens published models in a fresh process, every way there is: ``hub_loads.py FOLDER OWNER/NAME...``.
 
-Their logits go to FOLDER/OWNER/NAME/logits.pt. The code blocks of the cards are run as they stand.
+The classifiers' logits go to FOLDER/OWNER/NAME/logits.pt. The code blocks of the cards are run as they stand.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -15,12 +16,18 @@ from huggingface_hub import hf_hub_download
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
+
+def code_blocks(name: str) -> list[str]:
+    """The Python in the card."""
+    card = Path(hf_hub_download(name, "README.md")).read_text()
+    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+
+
 folder = Path(sys.argv[1])
 image = Image.effect_noise((32, 32), 80).convert("RGB")
 image.save("image.png")
 for name in sys.argv[2:]:
-    card = Path(hf_hub_download(name, "README.md")).read_text()
-    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    blocks = code_blocks(name)
     assert len(blocks) == 2, blocks
     variables: dict[str, object] = {}
     for block in blocks:  # the first imports what registers the architecture
@@ -43,3 +50,8 @@ for name in sys.argv[2:]:
     found["data"] = timm.data.resolve_model_data_config(by_timm)
     (folder / name).mkdir(parents=True, exist_ok=True)
     torch.save(found, folder / name / "logits.pt")
+
+(block,) = code_blocks("ann/adapted")
+adapted: dict[str, Any] = {}
+exec(block, adapted)
+torch.save(adapted["model"].eval()(torch.arange(8)[None]).logits.detach(), folder / "ann" / "adapted" / "logits.pt")

@@ -36,7 +36,13 @@ def main(folder: Path, hub: Hub) -> None:
     import timm
     import torch
     from huggingface_hub.utils import _http
-    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+    from peft import LoraConfig, get_peft_model
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        TimmWrapperConfig,
+        TimmWrapperForImageClassification,
+    )
 
     from amp_plugin import AMPTrainer, AMPTrainingArguments
     from amp_plugin.hub import HubError, push, push_folder, require_write_access
@@ -90,6 +96,20 @@ def main(folder: Path, hub: Hub) -> None:
     trainer.push_to_hub()
     torch.save(wrapper.eval()(torch.ones(2, 3, 32, 32)).logits.detach(), folder / "trained.pt")
 
+    # Adapters of a language model from the Hub.
+    torch.manual_seed(2)
+    language = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16, n_positions=8))
+    language.save_pretrained(folder / "ann" / "base")
+    language.name_or_path = language.config._name_or_path = "ann/base"  # as if it had been loaded from there
+    adapters = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(language, adapters)
+    tokens = torch.arange(8)
+    args = dataclasses.replace(args, output_dir=str(folder / "adapted"), hub_model_id="adapted", eval_strategy="no")
+    trainer = AMPTrainer(model=adapted, args=args, train_dataset=[{"input_ids": tokens, "labels": tokens}] * 8)
+    trainer.train()
+    trainer.push_to_hub()
+    torch.save(adapted.eval()(tokens[None]).logits.detach(), folder / "adapted.pt")
+
     # What is known before a training.
     calls: list[str] = []
     RecipeTrainer.train = lambda *args, **kwargs: calls.append("trained")  # type: ignore[method-assign]
@@ -135,7 +155,7 @@ def main(folder: Path, hub: Hub) -> None:
         happened[case]["published"] = sorted(hub.model(name).files)
         happened[case]["weights"] = hashlib.sha256(hub.model(name).files["model.safetensors"]).hexdigest()
     (folder / "happened.json").write_text(json.dumps(happened))
-    for name in ("ann/plain", "ann/trained"):
+    for name in ("ann/plain", "ann/trained", "ann/adapted"):
         for path, content in hub.model(name).files.items():
             (folder / name).mkdir(parents=True, exist_ok=True)
             (folder / name / path).write_bytes(content)

@@ -28,8 +28,17 @@ JOB = [
     *("--compare_with", "other"),
 ]
 
+OTHER = {
+    "commit": None,
+    "versions": {},
+    "settings": {"optim": "sgd", "seed": 3, "weight_decay": 1e-4},
+    "metrics": {"eval_accuracy": 0.25, "eval_error": 75.0, "eval_nll": 2.125, "eval_ece": 0.0625},
+}
 
-def run(folder: Path, variables: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
+
+def run(
+    folder: Path, variables: dict[str, str], *command: str, fails: bool = False
+) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environ = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     done = subprocess.run(
@@ -41,7 +50,7 @@ def run(folder: Path, variables: dict[str, str], *command: str) -> subprocess.Co
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode != 0) == fails, done.stderr
     return done
 
 
@@ -60,13 +69,7 @@ def hub() -> Iterator[Hub]:
 def job(hub: Hub, folder: Path) -> subprocess.CompletedProcess[str]:
     """The main job, publishing its model beside the record of another run."""
     (folder / "other").mkdir()
-    record = {
-        "commit": None,
-        "versions": {},
-        "settings": {"optim": "sgd", "seed": 3, "weight_decay": 1e-4},
-        "metrics": {"eval_accuracy": 0.25, "eval_error": 75.0, "eval_nll": 2.125, "eval_ece": 0.0625},
-    }
-    (folder / "other" / "run.json").write_text(json.dumps(record))
+    (folder / "other" / "run.json").write_text(json.dumps(OTHER))
     return run(folder, environment(hub, folder / "home", token=None), str(ROOT / "recipes" / "train.py"), *JOB)
 
 
@@ -80,7 +83,7 @@ def happened(folder: Path) -> dict[str, Any]:
 def opened(hub: Hub, folder: Path, job: Any, happened: Any) -> Path:
     """What a fresh process with empty caches makes of the published models."""
     names = ["ann/plain", "ann/trained"]
-    for name in names:
+    for name in [*names, "ann/base", "ann/adapted"]:
         files = {path.name: path.read_bytes() for path in (folder / name).iterdir()}
         hub.repositories["models", name] = Repository(files)
     run(folder, environment(hub, folder / "fresh", token=None), str(ROOT / "tests" / "hub_loads.py"), ".", *names, NAME)
@@ -96,6 +99,25 @@ def test_the_main_job_publishes_its_model_without_pickles(hub: Hub, folder: Path
     assert hub.large.keys() == hub.verified
     assert not any(b"hf_writer" in content for content in files.values()), "a token is published"
     assert hub.model(NAME).commits == ["End of training"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("token", ["hf_writer", "hf_reader"])
+def test_several_processes_publish_once_or_all_end_before_the_training(hub: Hub, tmp_path: Path, token: str) -> None:
+    name = f"ann/two-{token.replace('_', '-')}"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "run.json").write_text(json.dumps(OTHER))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, str(ROOT / "recipes" / "train.py"), *JOB, "--hub_model_id", name, "--hub_token", token]
+    done = run(tmp_path, environment(hub, tmp_path / "home", token=None), *command, fails=token == "hf_reader")
+    if token == "hf_reader":
+        assert "the token of 'ann' may only read" in done.stderr
+        assert ("models", name) not in hub.repositories
+        assert "epoch" not in done.stdout
+    else:
+        assert hub.model(name).commits == ["End of training"]
+        assert done.stdout.count("published: ") == 1
+        assert {"README.md", "config.json", "model.safetensors"} <= hub.model(name).files.keys()
 
 
 def test_the_published_card_is_valid_and_true(hub: Hub, folder: Path, job: Any) -> None:
@@ -133,6 +155,14 @@ def test_a_published_model_opens_everywhere_with_the_same_logits(opened: Path, n
     torch.testing.assert_close(found["scores of the pipeline"], found["scores of transformers"])
     assert found["names"][0] == found["names"][1]
     assert len(found["names"][0]) == classes
+
+
+def test_published_adapters_open_on_their_base_model_as_their_card_says(opened: Path) -> None:
+    published = {path.name for path in (opened / "ann" / "adapted").iterdir()} - {"logits.pt"}
+    assert published == {"README.md", "adapter_config.json", "adapter_model.safetensors", "trainer_state.json"}
+    torch.testing.assert_close(
+        torch.load(opened / "ann" / "adapted" / "logits.pt"), torch.load(opened / "adapted.pt"), rtol=0, atol=0
+    )
 
 
 def test_a_timm_model_keeps_its_class_names_and_normalisation(opened: Path) -> None:
