@@ -24,7 +24,7 @@ def measure(output_dir: str) -> Iterator[list[Row]]:
         "--eval_strategy",
         "no",
         "--output_dir",
-        output_dir,
+        f"{output_dir}/first_step",
         "--disable_tqdm",
         "true",
     ]
