@@ -42,11 +42,13 @@ def draw(rows: Sequence[Row], path: Path, caption: str) -> None:
         axes.set_yticks(range(len(cases[section])), cases[section])
         axes.set_ylim(len(cases[section]) - 0.4, -0.6)
         axes.set_xlabel("ratio to the baseline (median and quartiles)")
-        axes.set_title(section, loc="left", pad=8 + 14 * -(-len(names[section]) // 2), fontweight="bold")
+        labels = axes.get_legend_handles_labels()[1]
+        columns = 1 if any(len(label) > 60 for label in labels) else 2
+        axes.set_title(section, loc="left", pad=8 + 14 * -(-len(labels) // columns), fontweight="bold")
         axes.axvline(1.0, color="0.4", linewidth=1.0)
         if axes.get_xlim()[1] > 1.7 and section == "Step":
             axes.axvline(2.0, color="0.4", linewidth=1.0, linestyle="--")  # two passes
         axes.grid(axis="x", alpha=0.3)
-        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, frameon=False, fontsize=8)
+        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, frameon=False, fontsize=8)
     figure.supxlabel(caption, fontsize=7)
     figure.savefig(path, dpi=110)
