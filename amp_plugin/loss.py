@@ -28,8 +28,24 @@ class LossModule(nn.Module):
         return {"loss": self.criterion(output, targets), "output": output}
 
 
-def loss_of(output: Any, module: nn.Module) -> Tensor:
-    """The loss in what the module returned; TypeError if there is none, or if it is not a scalar."""
+_FOR_ATTACH = (
+    "attach() needs the mean loss in training mode",
+    "For a model and a criterion attach to amp_plugin.LossModule(model, criterion); for label smoothing or"
+    " compute_loss_func in transformers use amp_plugin.AMPTrainer",
+)
+
+
+def loss_of(output: Any, module: nn.Module, needed: tuple[str, str] = _FOR_ATTACH) -> Tensor:
+    """The loss in what the module returned.
+
+    Args:
+        output: of the module.
+        module: whose it is.
+        needed: for the error, who needs what, and what else to do.
+
+    Raises:
+        TypeError: there is none, or it is not a scalar.
+    """
     if isinstance(output, Tensor):
         loss: Any = output
     else:
@@ -40,10 +56,8 @@ def loss_of(output: Any, module: nn.Module) -> Tensor:
         f"a loss of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(output).__name__} with no loss"
     )
     raise TypeError(
-        f"{type(module).__name__} returned {found}, but attach() needs the mean loss in training mode: a scalar tensor,"
-        " an object with .loss, or a mapping with 'loss'. For a model and a criterion attach to"
-        " amp_plugin.LossModule(model, criterion); for label smoothing or compute_loss_func in transformers use"
-        " amp_plugin.AMPTrainer"
+        f"{type(module).__name__} returned {found}, but {needed[0]}: a scalar tensor, an object with .loss, or a"
+        f" mapping with 'loss'. {needed[1]}"
     )
 
 

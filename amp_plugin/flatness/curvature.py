@@ -1,0 +1,120 @@
+"""The Hessian of the loss: its largest eigenvalues and its trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amp_plugin.flatness.objective import Objective
+
+
+@dataclass(frozen=True)
+class Eigenvalues:
+    """The largest eigenvalues of a Hessian.
+
+    Attributes:
+        values: (k,), the largest first.
+        residuals: (k,), each bounds the distance of the value from an eigenvalue of the Hessian.
+        products: Hessian-vector products that were made.
+    """
+
+    values: tuple[float, ...]
+    residuals: tuple[float, ...]
+    products: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The trace of a Hessian, the sum of its eigenvalues.
+
+    Attributes:
+        value: the estimate.
+        standard_error: of it, over the probes.
+        probes: random vectors, each of which took one Hessian-vector product.
+    """
+
+    value: float
+    standard_error: float
+    probes: int
+
+
+def hessian_eigenvalues(objective: Objective, k: int = 5, *, products: int = 40, seed: int = 0) -> Eigenvalues:
+    """The largest eigenvalues of the loss's Hessian, by the Lanczos method with full reorthogonalisation.
+
+    Eigenvalues that are exactly equal count once. The vectors of all products are kept: ``products`` times the memory
+    of the weights.
+
+    Args:
+        objective: the loss.
+        k: how many.
+        products: Hessian-vector products over all batches, at most; more make the residuals smaller.
+        seed: of the first vector.
+
+    Raises:
+        ImportError: hessian-eigenthings is missing (``pip install "amp-plugin[flatness]"``).
+        ValueError: k is not in [1, number of weights], or products less than k.
+    """
+    library = _library()
+    with _operator(objective, library, "Hessian eigenvalues", products) as operator:
+        if not 1 <= k <= operator.size or products < k:
+            raise ValueError(
+                f"k must be from 1 to the number of weights, {operator.size}, and products at least k; got k={k},"
+                f" products={products}"
+            )
+        found = library.lanczos(
+            operator, k=k, max_iter=min(products, operator.size), reorthogonalize=True, which="LA", seed=seed
+        )
+    return Eigenvalues(tuple(found.eigenvalues.tolist()), tuple(found.residuals.tolist()), found.iterations)
+
+
+def hessian_trace(objective: Objective, *, probes: int = 20, seed: int = 0) -> Trace:
+    """The trace of the loss's Hessian, by Hutchinson's estimator with vectors of random signs.
+
+    Args:
+        objective: the loss.
+        probes: random vectors, each a Hessian-vector product over all batches; at least 2.
+        seed: of them.
+
+    Raises:
+        ImportError: hessian-eigenthings is missing (``pip install "amp-plugin[flatness]"``).
+        ValueError: fewer than 2 probes, which tell no standard error.
+    """
+    if probes < 2:
+        raise ValueError(f"probes must be at least 2, got {probes}")
+    library = _library()
+    with _operator(objective, library, "Hessian trace", probes) as operator:
+        found = library.trace(operator, num_matvecs=probes, method="hutchinson", seed=seed)
+    return Trace(found.estimate, found.stderr, probes)
+
+
+def _library() -> ModuleType:
+    try:
+        import hessian_eigenthings
+    except ImportError as error:
+        raise ImportError(
+            'the Hessian needs hessian-eigenthings: pip install "amp-plugin[flatness]"', name="hessian_eigenthings"
+        ) from error
+    return hessian_eigenthings
+
+
+@contextmanager
+def _operator(objective: Objective, library: ModuleType, what: str, products: int) -> Iterator[Any]:
+    """The Hessian as what the library takes: a function of one flat vector."""
+    parameters = objective.parameters
+    first = parameters[0]
+    sizes = [p.numel() for p in parameters]
+
+    def product(vector: Tensor) -> Tensor:
+        pieces = zip(vector.split(sizes), parameters, strict=True)
+        result = objective.hessian_product([piece.view_as(p).to(p) for piece, p in pieces])
+        bar.update()
+        return torch.cat([r.flatten().to(first) for r in result])
+
+    with objective.bar(None, what, total=products) as bar:
+        yield library.LambdaOperator(product, sum(sizes), first.device, first.dtype)

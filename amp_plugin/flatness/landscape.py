@@ -1,0 +1,126 @@
+"""The loss along random directions through the weights.
+
+Source: Li, Xu, Taylor, Studer, Goldstein, "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018,
+https://arxiv.org/abs/1712.09913, section 4, and its released code.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from amp_plugin.flatness.objective import Objective
+
+Array = npt.NDArray[np.float64]
+Vectors = Literal["fixed", "scaled"]
+
+
+@dataclass(frozen=True, eq=False)
+class Landscape:
+    """Loss and error on a grid of points ``theta + a * first direction (+ b * second direction)``.
+
+    Attributes:
+        steps: (n,) values of a, and of b; the middle one is 0, the weights themselves.
+        loss: (n,) or (n, n), indexed by a, then b; not finite where the network overflows.
+        error: the same of the share of wrong predictions in per cent; None if the model is no classifier.
+    """
+
+    steps: Array
+    loss: Array
+    error: Array | None
+
+
+def filter_normalised_direction(parameters: Sequence[Tensor], seed: int, *, vectors: Vectors = "fixed") -> list[Tensor]:
+    """A random direction, every filter of which is as long as that of the weights.
+
+    So a step of 1 is a change of 100% in every filter, and networks whose weights differ in scale can be compared
+    (with BatchNorm, a network does not change when its filters grow, but a plain random direction's effect does).
+    A filter is a slice along the first dimension: of a convolution an output channel, of a linear layer an output.
+
+    Args:
+        parameters: the weights, e.g. ``objective.parameters``.
+        seed: of the direction; the same for every model of one architecture.
+        vectors: what becomes of parameters of at most one dimension, biases and those of norm layers: "fixed", they
+            stay as they are (the paper's figures), or "scaled", they move along themselves (the released code's other
+            choice).
+
+    Raises:
+        ValueError: unknown ``vectors``.
+    """
+    if vectors not in get_args(Vectors):
+        raise ValueError(f"vectors must be one of {', '.join(map(repr, get_args(Vectors)))}, got {vectors!r}")
+    generator = torch.Generator().manual_seed(seed)
+    direction = []
+    for p in parameters:
+        weights = p.detach()
+        drawn = torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
+        if p.ndim <= 1:
+            direction.append(weights.clone() if vectors == "scaled" else torch.zeros_like(weights))
+        else:
+            direction.append(drawn * _filter_norms(weights) / _filter_norms(drawn))
+    return direction
+
+
+def loss_landscape(
+    objective: Objective, directions: Sequence[Sequence[Tensor]], *, span: float = 1.0, points: int = 21
+) -> Landscape:
+    """Loss and error at evenly spaced points from the weights along one direction, or in the plane of two.
+
+    Costs a forward pass over the batches at each of ``points`` or ``points ** 2`` points. The weights are put back to
+    the exact bits, whatever happens.
+
+    Args:
+        objective: the loss.
+        directions: one or two, each a tensor for each of ``objective.parameters``.
+        span: the farthest step along each, both ways.
+        points: along each, an odd number, so that the middle one is the weights.
+
+    Raises:
+        ValueError: not one or two directions, or points not odd, or span not positive.
+    """
+    if len(directions) not in (1, 2):
+        raise ValueError(f"a landscape has one direction or two, got {len(directions)}")
+    if points < 3 or points % 2 == 0 or not span > 0:
+        raise ValueError(f"points must be odd and at least 3, span positive; got points={points}, span={span}")
+    steps = span * np.arange(-(points // 2), points // 2 + 1) / (points // 2)
+    shape = (points,) * len(directions)
+    loss, error = np.empty(shape), np.empty(shape)
+    classifies = True
+    indices = list(itertools.product(range(points), repeat=len(directions)))
+    with _kept(objective.parameters) as weights:
+        for index in objective.bar(indices, f"loss landscape, {len(directions)}-D"):
+            for p, theta, *moves in zip(objective.parameters, weights, *directions, strict=True):
+                moved = sum((float(steps[i]) * move for i, move in zip(index, moves, strict=True)), theta)
+                with torch.no_grad():
+                    p.copy_(moved)
+            loss[index], wrong = objective.evaluate()
+            classifies = classifies and wrong is not None
+            error[index] = np.nan if wrong is None else wrong
+    return Landscape(steps, loss, error if classifies else None)
+
+
+def _filter_norms(tensor: Tensor) -> Tensor:
+    """(n, 1, ...), of the n slices along the first dimension."""
+    dims = tuple(range(1, tensor.ndim))
+    norms: Tensor = torch.linalg.vector_norm(tensor, dim=dims, keepdim=True)
+    return norms
+
+
+@contextmanager
+def _kept(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """A copy of the weights, which are put back at the end."""
+    weights = [p.detach().clone() for p in parameters]
+    try:
+        yield weights
+    finally:
+        with torch.no_grad():
+            for p, theta in zip(parameters, weights, strict=True):
+                p.copy_(theta)

@@ -1,0 +1,195 @@
+"""The mean loss over fixed batches as a function of a model's weights: what every measure of flatness looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import find_batch_size, send_to_device
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from amp_plugin.loss import loss_of
+from amp_plugin.passes import ExtraPasses
+from amp_plugin.sharding import is_distributed
+
+_NEEDED = (
+    "without a criterion its mean loss is needed",
+    "Give a criterion, or labels in the batches of a model of transformers",
+)
+_TARGETS = ("labels", "label")  # of a batch that is a mapping
+_SCORES = ("logits", "output")  # of an output that is one
+
+
+class Evaluation(NamedTuple):
+    """How good a model is on the batches.
+
+    Attributes:
+        loss: mean over the examples, in the units of the criterion.
+        error: of a classifier, the share of wrong predictions in per cent; None for others.
+    """
+
+    loss: float
+    error: float | None
+
+
+class Objective:
+    """The mean loss of a model over fixed batches, as a function of its weights.
+
+    The batches are read once and kept, so that a loader that shuffles or augments gives every measure the same ones.
+    Nothing is left in the model: not in its weights, its ``.grad``, its buffers (BatchNorm statistics), its training
+    mode, nor in the random number generators.
+
+    By default the model is in eval mode: that is the network that is used later, its loss is a function of the weights
+    alone (no dropout, and no example's loss depends on the others of its batch), and so it is deterministic.
+
+    Args:
+        model: takes the inputs of a batch, on one device or several.
+        loader: the batches, e.g. a `DataLoader`: sequences of inputs with the targets last, or mappings of named inputs
+            with the targets under "labels" or "label". Examples are counted by the first dimension; each weighs the
+            same, whatever the size of its batch.
+        criterion: mean loss of a batch, called as ``criterion(outputs, targets)``, where outputs with ``.logits`` are
+            those. None: the model returns its loss, as those of transformers do when they are given labels.
+        training: use training mode instead: BatchNorm normalises with the statistics of each batch, and dropout draws
+            the same masks in every pass.
+        progress: show progress bars, if the output is a terminal.
+
+    Attributes:
+        parameters: those of the model that require a gradient, which the measures move.
+        examples: number of examples.
+
+    Raises:
+        ValueError: there are no batches, no trainable parameters, or parameters that are sharded over processes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        criterion: Callable[[Any, Any], Tensor] | None = None,
+        *,
+        training: bool = False,
+        progress: bool = True,
+    ) -> None:
+        self.model = model
+        self.criterion = criterion
+        self.training = training
+        self.progress = progress
+        self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient, so no loss landscape")
+        if any(is_distributed(p) for p in self.parameters):
+            raise ValueError("the parameters are sharded over processes; measure a model that is whole in one process")
+        self._batches = list(loader)
+        sizes = [find_batch_size(batch) for batch in self._batches]
+        if not all(sizes):
+            raise ValueError("every batch must hold at least one tensor, with an example in each row")
+        self.examples = sum(sizes)
+        if not self.examples:
+            raise ValueError("the loader gave no batches; an iterator can be read only once, so give a fresh one")
+        self._shares = [size / self.examples for size in sizes]
+        self._passes = ExtraPasses(model, rng="fresh")
+
+    @torch.no_grad()
+    def evaluate(self) -> Evaluation:
+        """The loss and the error at the present weights: one forward pass over all batches."""
+        loss, error = 0.0, 0.0
+        classifies = True
+        with self._undisturbed():
+            for share, (batch_loss, scores, targets) in self._forward():
+                loss += share * float(batch_loss)
+                wrong = _wrong(scores, targets)
+                classifies = classifies and wrong is not None
+                error += share * 100 * (wrong or 0.0)
+        return Evaluation(loss, error if classifies else None)
+
+    def gradient(self) -> tuple[float, list[Tensor | None]]:
+        """The loss and its gradient at the present weights; None for parameters that have no part in it."""
+        loss = 0.0
+        total: list[Tensor | None] = [None] * len(self.parameters)
+        with self._undisturbed():
+            for share, (batch_loss, _, _) in self._forward():
+                loss += share * float(batch_loss.detach())
+                grads = torch.autograd.grad(share * batch_loss, self.parameters, allow_unused=True)
+                total = [g if t is None else t if g is None else t + g for t, g in zip(total, grads, strict=True)]
+        return loss, total
+
+    def hessian_product(self, vector: Sequence[Tensor]) -> list[Tensor]:
+        """The Hessian of the loss at the present weights times a vector, given and returned by parameter."""
+        total = [torch.zeros_like(p) for p in self.parameters]
+        with self._undisturbed(), sdpa_kernel(SDPBackend.MATH):  # no other attention kernel has a second derivative
+            for share, (batch_loss, _, _) in self._forward():
+                for t, product in zip(total, _product(batch_loss, self.parameters, vector), strict=True):
+                    t.add_(product, alpha=share)
+        return total
+
+    def bar(self, steps: Iterable[Any] | None, what: str, **options: Any) -> Any:
+        """A progress bar around an iterable."""
+        return tqdm(steps, desc=what, disable=None if self.progress else True, leave=False, **options)
+
+    def _forward(self) -> Iterator[tuple[float, tuple[Tensor, Any, Any]]]:
+        """Loss, outputs and targets of each batch, with its share of the examples."""
+        device = self.parameters[0].device
+        for share, batch in zip(self._shares, self._batches, strict=True):
+            yield share, self._call(send_to_device(batch, device))
+
+    def _call(self, batch: Any) -> tuple[Tensor, Any, Any]:
+        named = dict(batch) if isinstance(batch, Mapping) else {}
+        unnamed = [] if named else list(batch) if isinstance(batch, list | tuple) else [batch]
+        key = next((name for name in _TARGETS if name in named), None)
+        if self.criterion is None:
+            targets = named[key] if key else unnamed[-1] if unnamed else None
+            output = self.model(*unnamed, **named)
+            return loss_of(output, self.model, _NEEDED), _scores(output), targets
+        if named and key is None:
+            raise ValueError(f"a batch has {', '.join(named)}, but no targets under {' or '.join(_TARGETS)}")
+        targets = named.pop(key) if key else unnamed.pop()
+        scores = _scores(self.model(*unnamed, **named))
+        loss = self.criterion(scores, targets)
+        if loss.numel() != 1:
+            raise ValueError(f"the criterion must return the mean loss of the batch, got shape {tuple(loss.shape)}")
+        return loss, scores, targets
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Around a pass: the chosen mode, the same random numbers every time, and nothing of it left behind."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        devices = {p.device for p in self.parameters if p.device.type == "cuda"}
+        try:
+            self.model.train(self.training)
+            with self._passes.extra(), torch.random.fork_rng(devices):
+                torch.manual_seed(0)
+                yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+def _product(loss: Tensor, parameters: Sequence[Tensor], vector: Sequence[Tensor]) -> Sequence[Tensor]:
+    grads = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True, materialize_grads=True)
+    curved = [(g, v) for g, v in zip(grads, vector, strict=True) if g.requires_grad]
+    if not curved:  # a linear loss
+        return [torch.zeros_like(p) for p in parameters]
+    outputs, weights = zip(*curved, strict=True)
+    return torch.autograd.grad(outputs, parameters, weights, allow_unused=True, materialize_grads=True)
+
+
+def _scores(output: Any) -> Any:
+    """What the criterion takes of the output: the logits if it has some."""
+    for name in _SCORES:
+        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(found, Tensor):
+            return found
+    return output
+
+
+def _wrong(scores: Any, targets: Any) -> float | None:
+    """The fraction of wrong predictions, if these are scores of classes (n, K) and classes (n,)."""
+    if not (isinstance(scores, Tensor) and isinstance(targets, Tensor)):
+        return None
+    if scores.ndim != 2 or targets.shape != scores.shape[:1] or targets.is_floating_point():
+        return None
+    return float((scores.argmax(dim=1) != targets).float().mean())

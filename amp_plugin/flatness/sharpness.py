@@ -1,0 +1,121 @@
+"""How much the loss can rise within the ball: the quantity that AMP minimises.
+
+Source: Zheng, Zhang, Mao, "Regularizing Neural Networks via Adversarial Model Perturbation", CVPR 2021,
+https://arxiv.org/abs/2010.04925, section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from amp_plugin.flatness.objective import Objective
+from amp_plugin.norms import norms_of, overall_norm
+from amp_plugin.perturbation import Ascent, Norm, Perturbation
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """What :func:`epsilon_sharpness` found.
+
+    Attributes:
+        epsilon: radius of the ball, in the units of the weights.
+        norm: of the ball, see `amp_plugin.AMP`.
+        losses: at the weights, then after each step of the ascent.
+    """
+
+    epsilon: float
+    norm: Norm
+    losses: tuple[float, ...]
+
+    @property
+    def loss(self) -> float:
+        """At the weights."""
+        return self.losses[0]
+
+    @property
+    def worst_loss(self) -> float:
+        """The highest that the ascent has met in the ball."""
+        return max(self.losses)
+
+    @property
+    def sharpness(self) -> float:
+        """``worst_loss - loss``, at least 0."""
+        return self.worst_loss - self.loss
+
+
+def epsilon_sharpness(
+    objective: Objective,
+    epsilon: float,
+    *,
+    norm: Norm = "tensor",
+    steps: int = 20,
+    step_length: float = 0.25,
+    seed: int = 0,
+) -> Sharpness:
+    """Climb from the weights to the worst loss in the ball around them, with the gradient over all batches.
+
+    Projected gradient ascent. AMP's own step is ``inner_lr`` times the gradient; here each step has the same length
+    relative to the ball, so that models are compared at the same distance, however small their gradients have become.
+    The weights are put back to the exact bits, whatever happens.
+
+    Costs ``steps`` forward and backward passes over the batches and a forward pass. The result is a lower bound of the
+    worst loss; more steps can only raise it.
+
+    Args:
+        objective: the loss.
+        epsilon: radius of the ball, in the units of the weights.
+        norm: "tensor": every parameter tensor has a ball of its own; "global": one ball for all of them together.
+        steps: of the ascent.
+        step_length: of each step, in units of epsilon.
+        seed: of the direction that is taken where the gradient is exactly zero.
+
+    Raises:
+        ValueError: an argument is out of range, or the loss or its gradient is not finite.
+    """
+    for name, value in {"epsilon": epsilon, "steps": steps, "step_length": step_length}.items():
+        if not value > 0 or not math.isfinite(value):
+            raise ValueError(f"{name} must be positive, got {value}")
+    ball = Perturbation(norm)
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    try:
+        for _ in objective.bar(range(steps), "sharpness"):
+            loss, grads = objective.gradient()
+            losses.append(_finite(loss, len(losses), epsilon))
+            pairs = zip(objective.parameters, _directions(grads, norm, generator), strict=True)
+            ball.ascend(Ascent(p, direction, step_length * epsilon, epsilon) for p, direction in pairs)
+            if not ball.was_finite():
+                raise ValueError(f"the gradient after {len(losses) - 1} steps of the ascent is not finite")
+        losses.append(_finite(objective.evaluate().loss, steps, epsilon))
+    finally:
+        ball.restore()
+    return Sharpness(epsilon, norm, tuple(losses))
+
+
+def _finite(loss: float, step: int, epsilon: float) -> float:
+    if not math.isfinite(loss):
+        where = f"after {step} steps of the ascent: try an epsilon below {epsilon}" if step else "at the weights"
+        raise ValueError(f"the loss is {loss} {where}")
+    return loss
+
+
+def _directions(grads: list[Tensor | None], norm: Norm, generator: torch.Generator) -> list[Tensor | None]:
+    """The gradients as unit vectors: each of them, or together if the ball is one for all."""
+    present = [g for g in grads if g is not None]
+    balls = [present] if norm == "global" else [[g] for g in present]
+    units = iter([unit for ball in balls if ball for unit in _unit(ball, generator)])
+    return [None if g is None else next(units) for g in grads]
+
+
+def _unit(vector: list[Tensor], generator: torch.Generator) -> list[Tensor]:
+    largest = max(float(v.abs().max()) for v in vector)
+    if largest == 0:
+        vector = [torch.randn(v.shape, dtype=v.dtype, generator=generator).to(v.device) for v in vector]
+        largest = 1.0
+    vector = [v / largest for v in vector]  # or the squares of tiny numbers would be 0
+    size = overall_norm([norms_of([v]) for v in vector])
+    return [v / size.to(v.device) for v in vector]
