@@ -36,7 +36,11 @@ class LabelledSplit:
         Raises:
             DatasetError: there are too few examples of some class.
         """
-        return self._take(np.sort(self._balanced(n, seed)[:n]))
+        return self._take(self.subset_indices(n, seed))
+
+    def subset_indices(self, n: int, seed: int = 0) -> npt.NDArray[np.intp]:
+        """Where in this split the examples of ``subset(n, seed)`` are, in ascending order."""
+        return np.sort(self._balanced(n, seed)[:n])
 
     def split(self: Split, n: int, seed: int = 0) -> tuple[Split, Split]:
         """Hold out what ``subset(n, seed)`` takes, for validation.

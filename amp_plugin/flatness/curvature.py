@@ -60,7 +60,7 @@ def hessian_eigenvalues(objective: Objective, k: int = 5, *, products: int = 40,
         ImportError: hessian-eigenthings is missing (``pip install "amp-plugin[flatness]"``).
         ValueError: k is not in [1, number of weights], or products less than k.
     """
-    library = _library()
+    library = require_library()
     with _operator(objective, library, "Hessian eigenvalues", products) as operator:
         if not 1 <= k <= operator.size or products < k:
             raise ValueError(
@@ -87,13 +87,14 @@ def hessian_trace(objective: Objective, *, probes: int = 20, seed: int = 0) -> T
     """
     if probes < 2:
         raise ValueError(f"probes must be at least 2, got {probes}")
-    library = _library()
+    library = require_library()
     with _operator(objective, library, "Hessian trace", probes) as operator:
         found = library.trace(operator, num_matvecs=probes, method="hutchinson", seed=seed)
     return Trace(found.estimate, found.stderr, probes)
 
 
-def _library() -> ModuleType:
+def require_library() -> ModuleType:
+    """The library that multiplies and iterates; ImportError with the command that installs it if it is missing."""
     try:
         import hessian_eigenthings
     except ImportError as error:

@@ -1,0 +1,200 @@
+"""How flat are the minima of finished runs of the main job, side by side on the same training images.
+
+Measures the worst loss in the ball around the weights, the largest eigenvalues and the trace of the loss's Hessian, and
+the loss along random filter-normalised directions. Give a run with AMP and one without, on the same data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from amp_plugin.flatness.curvature import require_library
+from amp_plugin.flatness.measures import MEASURES, Measures, MeasureSettings, measure, measures_table
+from amp_plugin.flatness.objective import Objective
+from amp_plugin.flatness.pictures import plot_lines, plot_planes
+from amp_plugin.perturbation import NORMS
+from amp_plugin.train.saved import SavedRun, open_run
+
+# Options of the runs that must be the same, or the models would be measured on different data.
+_DATA = (
+    "dataset",
+    "dataset_config_name",
+    "image_column",
+    "text_column",
+    "text_pair_column",
+    "label_column",
+    "train_split",
+    "train_images",
+    "validation_images",
+    "image_size",
+)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m amp_plugin.flatness",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    defaults = {f.name: f.default for f in fields(MeasureSettings)}
+    add = parser.add_argument
+    add("folders", nargs="+", metavar="FOLDER", help="Output folders of finished runs.")
+    add("--names", nargs="+", metavar="NAME", help="What to call them. Default: the folders' names.")
+    add("--output_dir", default="flatness", type=Path, help="Folder of the results. [flatness]")
+    add("--measures", nargs="+", choices=MEASURES, default=list(MEASURES), help="What to measure. [all]")
+    add("--images", type=int, metavar="N", help="Training images (or texts) to measure on. Default: 500, or all.")
+    add("--batch_size", type=int, default=250, help="Of a pass; for the memory only. [250]")
+    add("--data_root", help="Folder in the layout of the Hub to load the data from, instead of the Hub.")
+    add("--dataset", help="Instead of the recorded one, where that was a folder.")
+    add("--training_mode", action="store_true", help="BatchNorm uses the statistics of each batch, and dropout is on.")
+    add("--epsilon", type=float, help="Radius of the ball. Default: the first run's --amp_epsilon.")
+    add("--norm", choices=NORMS, help="Of the ball. Default: the first run's --amp_norm.")
+    for name, what in {
+        "steps": "Steps of the ascent in the ball.",
+        "eigenvalues": "How many of the largest.",
+        "products": "Hessian-vector products for them.",
+        "probes": "Random vectors for the trace, each a Hessian-vector product.",
+        "span": "Farthest step along a direction; 1 is as long as the weights.",
+        "line_points": "Points along the line.",
+        "plane_points": "Points along each side of the plane.",
+        "seed": "Of the directions and all that is drawn.",
+    }.items():
+        add(f"--{name}", type=type(defaults[name]), default=defaults[name], help=f"{what} [{defaults[name]}]")
+    arguments = parser.parse_args(argv)
+    if arguments.names and len(set(arguments.names)) != len(arguments.folders):
+        parser.error(f"--names: give {len(arguments.folders)} different names, one a folder")
+    return arguments
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure, write and print."""
+    arguments = parse(argv)
+    if "hessian" in arguments.measures:
+        require_library()
+    import matplotlib  # noqa: F401  # missing: now, not after an hour
+
+    runs = {}
+    for name, folder in zip(arguments.names or _names(arguments.folders), arguments.folders, strict=True):
+        runs[name] = open_run(folder, dataset=arguments.dataset, data_root=arguments.data_root)
+    first = next(iter(runs.values()))
+    for run in runs.values():
+        _require_same_data(first, run)
+    settings = _settings(arguments, first)
+    out: Path = arguments.output_dir
+    out.mkdir(parents=True, exist_ok=True)
+    examples = arguments.images or min(500, len(first.task.train))
+    measured = {}
+    for name, run in runs.items():
+        print(f"measuring {name}", flush=True)
+        batches = run.training_batches(examples, arguments.batch_size)
+        objective = Objective(run.task.model, batches, training=arguments.training_mode)
+        measured[name] = measure(objective, settings, tuple(arguments.measures))
+    where = f"{examples:,} training {first.task.train.split.kind} of {first.task.dataset}"
+    pictures = _draw(measured, out, where)
+    page = _page(measured, runs, settings, where, pictures, training=arguments.training_mode)
+    (out / "flatness.md").write_text(page)
+    record = {
+        "measured_on": where,
+        "training_mode": arguments.training_mode,
+        "settings": asdict(settings),
+        "models": {name: found.as_dict() for name, found in measured.items()},
+    }
+    (out / "flatness.json").write_text(json.dumps(record, allow_nan=False) + "\n")
+    print(page)
+    print(f"results: {out}")
+
+
+def _names(folders: Sequence[str]) -> list[str]:
+    names = [Path(folder).resolve().name for folder in folders]
+    if len(set(names)) == len(names):
+        return names
+    if len(set(folders)) != len(folders):
+        raise ValueError("a folder is given twice")
+    return list(folders)
+
+
+def _settings(arguments: argparse.Namespace, first: SavedRun) -> MeasureSettings:
+    given = {f.name: getattr(arguments, f.name) for f in fields(MeasureSettings)}
+    if given["epsilon"] is None:
+        given["epsilon"] = first.settings["amp_epsilon"]
+    given["norm"] = given["norm"] or first.settings["amp_norm"]
+    return MeasureSettings(**given)
+
+
+def _require_same_data(first: SavedRun, run: SavedRun) -> None:
+    differ = [name for name in _DATA if first.settings.get(name) != run.settings.get(name)]
+    if differ:
+        told = "; ".join(f"{n} {first.settings.get(n)!r} and {run.settings.get(n)!r}" for n in differ)
+        raise ValueError(f"{first.folder} and {run.folder} were trained on different data, so not comparable: {told}")
+
+
+def _draw(measured: Mapping[str, Measures], out: Path, where: str) -> list[str]:
+    """The pictures' names."""
+    lines = {name: found.line for name, found in measured.items() if found.line is not None}
+    planes = {name: found.plane for name, found in measured.items() if found.plane is not None}
+    if lines:
+        plot_lines(lines, out / "line.png", f"Loss along a line through the weights: {where}")
+    if planes:
+        plot_planes(planes, out / "plane.png", f"Loss in a plane through the weights:\n{where}")
+    return [name for name, drawn in (("line.png", lines), ("plane.png", planes)) if drawn]
+
+
+def _page(
+    measured: Mapping[str, Measures],
+    runs: Mapping[str, SavedRun],
+    settings: MeasureSettings,
+    where: str,
+    pictures: Sequence[str],
+    *,
+    training: bool,
+) -> str:
+    of_run: dict[str, dict[str, str]] = {
+        "test error, from the run (%)": {n: f"{run.metrics['eval_error']:.2f}" for n, run in runs.items()},
+        "trained with": {n: str(run.settings["optim"]) for n, run in runs.items()},
+    }
+    found = next(iter(measured.values()))
+    notes = [f"Measured on {where}, without augmentation, in {'training' if training else 'eval'} mode."]
+    if found.sharpness is not None:
+        ball = "around every tensor" if settings.norm == "tensor" else "around all weights together"
+        notes.append(
+            f"Sharpness: the highest rise of the loss that {settings.steps} steps of projected gradient ascent find in"
+            f" the ball of radius {settings.epsilon:g} {ball}."
+        )
+    if found.eigenvalues is not None and found.trace is not None:
+        notes.append(
+            f"Eigenvalues: Lanczos, {found.eigenvalues.products} Hessian-vector products, ± residual. Trace:"
+            f" Hutchinson, {found.trace.probes} probes, ± standard error."
+        )
+    if pictures:
+        notes.append(
+            f"Landscapes: random directions of seeds {settings.seed} and {settings.seed + 1}, filter-normalised, biases"
+            " and norm layers fixed."
+        )
+    images = [f"![loss landscape]({name})" for name in pictures]
+    return "\n\n".join(["# Flatness", measures_table(measured, of_run), " ".join(notes), *images]) + "\n"
+
+
+def run(argv: Sequence[str]) -> Any:
+    """`main`; what the user can mend ends the process with one line instead of a traceback."""
+    try:
+        main(argv)
+    except (ValueError, OSError) as error:
+        return f"error: {error}"
+    except ImportError as error:
+        hint = "" if "pip install" in str(error) else ' (pip install "amp-plugin[flatness]")'
+        return f"error: {error}{hint}"
+    return None
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    sys.exit(run(sys.argv[1:]))

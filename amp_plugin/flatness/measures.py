@@ -1,0 +1,133 @@
+"""All measures of one model, and of several side by side as a table and as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from amp_plugin.flatness.curvature import Eigenvalues, Trace, hessian_eigenvalues, hessian_trace
+from amp_plugin.flatness.landscape import Landscape, filter_normalised_direction, loss_landscape
+from amp_plugin.flatness.objective import Evaluation, Objective
+from amp_plugin.flatness.sharpness import Sharpness, epsilon_sharpness
+from amp_plugin.perturbation import Norm
+
+MEASURES = ("sharpness", "hessian", "line", "plane")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureSettings:
+    """Arguments of the measures, see there.
+
+    Attributes:
+        epsilon: of the ball.
+        norm: of the ball.
+        steps: of the ascent.
+        eigenvalues: how many.
+        products: Hessian-vector products for the eigenvalues.
+        probes: for the trace.
+        span: of the landscapes.
+        line_points: along the line.
+        plane_points: along each direction of the plane.
+        seed: of everything that is drawn; the plane's second direction has the next one.
+    """
+
+    epsilon: float
+    norm: Norm = "tensor"
+    steps: int = 20
+    eigenvalues: int = 5
+    products: int = 40
+    probes: int = 20
+    span: float = 1.0
+    line_points: int = 41
+    plane_points: int = 21
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """What was measured of one model; None for what was not asked for."""
+
+    evaluation: Evaluation
+    sharpness: Sharpness | None = None
+    eigenvalues: Eigenvalues | None = None
+    trace: Trace | None = None
+    line: Landscape | None = None
+    plane: Landscape | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same for JSON: what is not finite is None."""
+        values = {name: value for name, value in vars(self).items() if value is not None}
+        values["evaluation"] = self.evaluation._asdict()
+        found: dict[str, Any] = {n: _plain(v if isinstance(v, dict) else asdict(v)) for n, v in values.items()}
+        if self.sharpness is not None:
+            found["sharpness"] |= {"sharpness": self.sharpness.sharpness, "worst_loss": self.sharpness.worst_loss}
+        return found
+
+
+def measure(objective: Objective, settings: MeasureSettings, which: tuple[str, ...] = MEASURES) -> Measures:
+    """Measure one model.
+
+    Args:
+        objective: its loss.
+        settings: of the measures.
+        which: of `MEASURES`.
+    """
+    found: dict[str, Any] = {}
+    seed = settings.seed
+    if "sharpness" in which:
+        ball = {"norm": settings.norm, "steps": settings.steps, "seed": seed}
+        found["sharpness"] = epsilon_sharpness(objective, settings.epsilon, **ball)  # type: ignore[arg-type]
+    if "hessian" in which:
+        k = settings.eigenvalues
+        found["eigenvalues"] = hessian_eigenvalues(objective, k, products=settings.products, seed=seed)
+        found["trace"] = hessian_trace(objective, probes=settings.probes, seed=seed)
+    directions = [filter_normalised_direction(objective.parameters, seed + i) for i in (0, 1)]
+    for name, count, points in (("line", 1, settings.line_points), ("plane", 2, settings.plane_points)):
+        if name in which:
+            found[name] = loss_landscape(objective, directions[:count], span=settings.span, points=points)
+    return Measures(evaluation=objective.evaluate(), **found)
+
+
+def measures_table(measured: Mapping[str, Measures], more: Mapping[str, Mapping[str, str]]) -> str:
+    """Models side by side, as a Markdown table.
+
+    Args:
+        measured: by the name of the model.
+        more: further rows: by what they tell, the cell of each model.
+    """
+    rows: dict[str, dict[str, str]] = {}
+
+    def tell(row: str, model: str, cell: str) -> None:
+        rows.setdefault(row, {})[model] = cell
+
+    for name, found in measured.items():
+        tell("training loss (nats)", name, f"{found.evaluation.loss:.4g}")
+        if found.evaluation.error is not None:
+            tell("training error (%)", name, f"{found.evaluation.error:.2f}")
+        if found.sharpness is not None:
+            tell("worst loss in the ball (nats)", name, f"{found.sharpness.worst_loss:.4g}")
+            tell("**sharpness** (nats)", name, f"**{found.sharpness.sharpness:.4g}**")
+        if found.eigenvalues is not None:
+            pairs = zip(found.eigenvalues.values, found.eigenvalues.residuals, strict=True)
+            for i, (value, residual) in enumerate(pairs, 1):
+                tell(f"Hessian eigenvalue {i}", name, f"{value:.4g} ± {residual:.1g}")
+        if found.trace is not None:
+            tell("Hessian trace", name, f"{found.trace.value:.4g} ± {found.trace.standard_error:.1g}")
+    names = list(measured)
+    lines = [["", *names], ["---"] + ["---:"] * len(names)]
+    lines += [[row, *(cells.get(name, "") for name in names)] for row, cells in {**rows, **more}.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(v) for name, v in value.items()}
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

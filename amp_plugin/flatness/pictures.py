@@ -1,0 +1,142 @@
+"""Loss landscapes as pictures, several models on one scale."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from amp_plugin.flatness.landscape import Array, Landscape
+from amp_plugin.report.style import AMBER, BLUE, GREEN, PINK, SKY, VERMILION, picture
+
+_LINES = tuple(
+    zip((BLUE, VERMILION, GREEN, PINK, SKY, AMBER), ("-", "--", "-.", ":", "-", "--"), "os^vDX", strict=True)
+)
+_LOGARITHMIC = 20  # ratio of the largest to the smallest loss from which the scale is logarithmic
+_LEVELS = 12  # contours, about
+_ERROR = "error (%)"  # never logarithmic: a classifier may make none
+_STEP = "step along {} random direction\n(1: as long as the weights, filter by filter)"
+
+
+def plot_lines(landscapes: Mapping[str, Landscape], path: Path, title: str, *, unit: str = "nats") -> None:
+    """Draw loss and error along one direction to a PNG, a line for each model.
+
+    Args:
+        landscapes: one-dimensional, by the name of the model.
+        path: the PNG to write.
+        title: above the picture.
+        unit: of the loss.
+
+    Raises:
+        ImportError: matplotlib is missing (``pip install "amp-plugin[flatness]"``).
+        ValueError: a landscape is not one-dimensional, or there is no finite loss.
+    """
+    panels = _panels(landscapes, 1, unit)
+    with picture(path, title, (0.4 + 4.6 * len(panels), 4.6)) as figure:
+        for axes, (label, values) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+        ):
+            for (name, heights), (colour, style, marker) in zip(values.items(), itertools.cycle(_LINES), strict=False):
+                steps = landscapes[name].steps
+                axes.plot(
+                    steps,
+                    np.where(np.isfinite(heights), heights, np.nan),
+                    linestyle=style,
+                    color=colour,
+                    label=name,
+                    marker=marker,
+                    markersize=4,
+                    markevery=[len(steps) // 2],  # the weights themselves
+                    linewidth=1.6,
+                )
+            axes.set(xlabel=_STEP.format("a"), ylabel=label)
+            if label != _ERROR and _spans_decades(values):
+                axes.set_yscale("log")
+            elif _finite(values).min() >= 0:
+                axes.set_ylim(bottom=0)
+        handles, names = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 3), frameon=False)
+
+
+def plot_planes(landscapes: Mapping[str, Landscape], path: Path, title: str, *, unit: str = "nats") -> None:
+    """Draw loss and error in the plane of two directions to a PNG, a column for each model, on one scale.
+
+    Args:
+        landscapes: two-dimensional, by the name of the model.
+        path: the PNG to write.
+        title: above the picture.
+        unit: of the loss.
+
+    Raises:
+        ImportError: matplotlib is missing (``pip install "amp-plugin[flatness]"``).
+        ValueError: a landscape is not two-dimensional, or there is no finite loss.
+    """
+    panels = _panels(landscapes, 2, unit)
+    with picture(path, title, (1.6 + 3.6 * len(landscapes), 0.9 + 3.7 * len(panels))) as figure:
+        rows = figure.subplots(len(panels), len(landscapes), squeeze=False, sharex=True, sharey=True)
+        for row, (label, values) in zip(rows, panels.items(), strict=True):
+            scale = _scale(values, logarithmic=label != _ERROR and _spans_decades(values))
+            for axes, (name, heights) in zip(row, values.items(), strict=True):
+                filled = _draw_plane(axes, landscapes[name].steps, heights, scale)
+                middle = len(heights) // 2
+                axes.set_title(f"{name}\n{label}, at the weights: {heights[middle, middle]:.3g}", fontsize=9)
+            figure.colorbar(filled, ax=list(row), label=label, ticks=scale["levels"], format="%.3g", shrink=0.9)
+            row[0].set(ylabel=_STEP.format("another"))
+        for axes in rows[-1]:
+            axes.set(xlabel=_STEP.format("a"))
+
+
+def _panels(landscapes: Mapping[str, Landscape], dimensions: int, unit: str) -> dict[str, dict[str, Array]]:
+    """Loss, and error where all have it, of each model, by what is written on the axis."""
+    if not landscapes or any(scape.loss.ndim != dimensions for scape in landscapes.values()):
+        raise ValueError(f"this picture is of {dimensions}-dimensional landscapes, one at least")
+    if not any(np.isfinite(scape.loss).any() for scape in landscapes.values()):
+        raise ValueError("no loss in the landscapes is finite")
+    panels = {f"loss ({unit})": {name: scape.loss for name, scape in landscapes.items()}}
+    errors = {name: scape.error for name, scape in landscapes.items() if scape.error is not None}
+    if len(errors) == len(landscapes):
+        panels[_ERROR] = errors
+    return panels
+
+
+def _finite(values: Mapping[str, Array]) -> Array:
+    together = np.concatenate([heights.ravel() for heights in values.values()])
+    return together[np.isfinite(together)]
+
+
+def _spans_decades(values: Mapping[str, Array]) -> bool:
+    finite = _finite(values)
+    return bool(0 < finite.min() * _LOGARITHMIC <= finite.max())
+
+
+def _scale(values: Mapping[str, Array], *, logarithmic: bool) -> dict[str, Any]:
+    """Contour levels at round numbers, and the colours between them, for all models alike."""
+    from matplotlib.colors import BoundaryNorm
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    finite = _finite(values)
+    low, high = float(finite.min()), float(finite.max())
+    levels: Array
+    if logarithmic:
+        steps = (1.0, 2.0, 5.0) if high < 10 ** (_LEVELS / 3) * low else (1.0,)
+        levels = LogLocator(subs=steps, numticks=99).tick_values(low, high)
+    else:
+        levels = MaxNLocator(_LEVELS).tick_values(low, high if high > low else low + 1)
+    # The nearest round numbers around all of it, and no more.
+    first, last = np.searchsorted(levels, low, "right") - 1, np.searchsorted(levels, high)
+    levels = levels[max(first, 0) : last + 1]
+    return {"levels": levels, "norm": BoundaryNorm(levels, 256), "cmap": "viridis"}
+
+
+def _draw_plane(axes: Any, steps: Array, heights: Array, scale: Mapping[str, Any]) -> Any:
+    axes.grid(False)
+    axes.set_aspect("equal")
+    axes.set_facecolor("lightgrey")  # where the network overflows
+    shown = np.ma.masked_invalid(heights.T)  # the first direction to the right
+    filled = axes.contourf(steps, steps, shown, **scale)
+    axes.contour(steps, steps, shown, levels=scale["levels"], colors="black", linewidths=0.6, alpha=0.5)
+    axes.plot(0, 0, "+", color="white", markersize=9, markeredgewidth=1.6)
+    return filled
