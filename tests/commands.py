@@ -39,6 +39,8 @@ def check(words: list[str], scripts: set[str]) -> None:
         _check_timm(arguments)
     elif script in ("recipes/train.py", "amp_plugin.train"):
         parse(arguments)
+    elif script == "amp_plugin.flatness":
+        importlib.import_module("amp_plugin.flatness.__main__").parse(arguments)
     else:
         assert (ROOT / script).is_file(), f"{script} is neither in the repository nor on the page"
         importlib.import_module(Path(script).stem).parse(arguments)

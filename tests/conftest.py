@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,3 +37,19 @@ def data_root() -> Path:
     if not (root / "uoft-cs" / "cifar10").is_dir():
         pytest.skip("needs the real CIFAR-10: set AMP_PLUGIN_DATA_ROOT to a folder in the layout of the Hub")
     return root
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The figures that were saved, to ask them what they show."""
+    figure_module = pytest.importorskip("matplotlib.figure", reason="draws pictures")
+    figures: list[Any] = []
+    save = figure_module.Figure.savefig
+
+    def remember(figure: Any, *args: Any, **kwargs: Any) -> None:
+        figures.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(figure_module.Figure, "savefig", remember)
+    yield figures
+    assert figures, "nothing was saved"

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +19,6 @@ RECORDS = [
     {"epoch": 2.0, "eval_loss": 1.5, "eval_error": 50.0},
 ]
 WITHOUT_AMP = [{k: v for k, v in r.items() if k not in ("amp_loss", "sharpness")} for r in RECORDS]
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """The figures that were saved, to ask them what they show."""
-    figure_module = pytest.importorskip("matplotlib.figure", reason="draws pictures")
-    figures: list[Any] = []
-    save = figure_module.Figure.savefig
-
-    def remember(figure: Any, *args: Any, **kwargs: Any) -> None:
-        figures.append(figure)
-        save(figure, *args, **kwargs)
-
-    monkeypatch.setattr(figure_module.Figure, "savefig", remember)
-    yield figures
-    assert figures, "nothing was saved"
 
 
 def logits_of(classes: int, samples: int) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ Of any model and loader, however it was trained: `Objective` is the loss, and ev
 from amp_plugin.flatness.curvature import Eigenvalues, Trace, hessian_eigenvalues, hessian_trace
 from amp_plugin.flatness.landscape import Landscape, filter_normalised_direction, loss_landscape
 from amp_plugin.flatness.objective import Evaluation, Objective
+from amp_plugin.flatness.pictures import plot_landscapes
 from amp_plugin.flatness.sharpness import Sharpness, epsilon_sharpness
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "hessian_eigenvalues",
     "hessian_trace",
     "loss_landscape",
+    "plot_landscapes",
 ]

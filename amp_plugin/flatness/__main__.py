@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from amp_plugin.flatness.curvature import require_library
 from amp_plugin.flatness.measures import MEASURES, Measures, MeasureSettings, measure, measures_table
 from amp_plugin.flatness.objective import Objective
-from amp_plugin.flatness.pictures import plot_lines, plot_planes
+from amp_plugin.flatness.pictures import plot_landscapes
 from amp_plugin.perturbation import NORMS
 from amp_plugin.train.saved import SavedRun, open_run
 
@@ -80,8 +81,10 @@ def main(argv: Sequence[str]) -> None:
     arguments = parse(argv)
     if "hessian" in arguments.measures:
         require_library()
-    import matplotlib  # noqa: F401  # missing: now, not after an hour
+    import matplotlib  # noqa: F401  # if it is missing, now and not after an hour
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # of reading a file
     runs = {}
     for name, folder in zip(arguments.names or _names(arguments.folders), arguments.folders, strict=True):
         runs[name] = open_run(folder, dataset=arguments.dataset, data_root=arguments.data_root)
@@ -139,13 +142,13 @@ def _require_same_data(first: SavedRun, run: SavedRun) -> None:
 
 def _draw(measured: Mapping[str, Measures], out: Path, where: str) -> list[str]:
     """The pictures' names."""
-    lines = {name: found.line for name, found in measured.items() if found.line is not None}
-    planes = {name: found.plane for name, found in measured.items() if found.plane is not None}
-    if lines:
-        plot_lines(lines, out / "line.png", f"Loss along a line through the weights: {where}")
-    if planes:
-        plot_planes(planes, out / "plane.png", f"Loss in a plane through the weights:\n{where}")
-    return [name for name, drawn in (("line.png", lines), ("plane.png", planes)) if drawn]
+    drawn = []
+    for kind, through in (("line", "along a line"), ("plane", "in a plane")):
+        scapes = {name: getattr(found, kind) for name, found in measured.items()}
+        if all(scapes.values()):
+            plot_landscapes(scapes, out / f"{kind}.png", f"Loss {through} through the weights:\n{where}")
+            drawn.append(f"{kind}.png")
+    return drawn
 
 
 def _page(
@@ -196,5 +199,4 @@ def run(argv: Sequence[str]) -> Any:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     sys.exit(run(sys.argv[1:]))

@@ -110,7 +110,7 @@ def measures_table(measured: Mapping[str, Measures], more: Mapping[str, Mapping[
             tell("training error (%)", name, f"{found.evaluation.error:.2f}")
         if found.sharpness is not None:
             tell("worst loss in the ball (nats)", name, f"{found.sharpness.worst_loss:.4g}")
-            tell("**sharpness** (nats)", name, f"**{found.sharpness.sharpness:.4g}**")
+            tell("**sharpness (nats)**", name, f"**{found.sharpness.sharpness:.4g}**")
         if found.eigenvalues is not None:
             pairs = zip(found.eigenvalues.values, found.eigenvalues.residuals, strict=True)
             for i, (value, residual) in enumerate(pairs, 1):

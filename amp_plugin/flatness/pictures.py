@@ -15,30 +15,42 @@ from amp_plugin.report.style import AMBER, BLUE, GREEN, PINK, SKY, VERMILION, pi
 _LINES = tuple(
     zip((BLUE, VERMILION, GREEN, PINK, SKY, AMBER), ("-", "--", "-.", ":", "-", "--"), "os^vDX", strict=True)
 )
-_LOGARITHMIC = 20  # ratio of the largest to the smallest loss from which the scale is logarithmic
+_RATIO = 20  # ratio of the largest to the smallest loss from which the scale is logarithmic
 _LEVELS = 12  # contours, about
 _ERROR = "error (%)"  # never logarithmic: a classifier may make none
+# Loss, and error where all models have it, of each model, by what is written on the axis.
+_Panels = dict[str, dict[str, Array]]
 _STEP = "step along {} random direction\n(1: as long as the weights, filter by filter)"
 
 
-def plot_lines(landscapes: Mapping[str, Landscape], path: Path, title: str, *, unit: str = "nats") -> None:
-    """Draw loss and error along one direction to a PNG, a line for each model.
+def plot_landscapes(landscapes: Mapping[str, Landscape], path: Path, title: str, *, unit: str = "nats") -> None:
+    """Draw loss and error to a PNG, for several models on one scale.
+
+    Along one direction, a line for each model; in the plane of two, contours, a column for each model. It is grey where
+    the loss is not finite. The scale of the loss is logarithmic where the losses differ much.
 
     Args:
-        landscapes: one-dimensional, by the name of the model.
+        landscapes: by the name of the model, all along as many directions.
         path: the PNG to write.
         title: above the picture.
         unit: of the loss.
 
     Raises:
         ImportError: matplotlib is missing (``pip install "amp-plugin[flatness]"``).
-        ValueError: a landscape is not one-dimensional, or there is no finite loss.
+        ValueError: there are none, or of one and of two directions, or no loss is finite.
     """
-    panels = _panels(landscapes, 1, unit)
+    dimensions = {scape.loss.ndim for scape in landscapes.values()}
+    if len(dimensions) != 1:
+        raise ValueError("give landscapes that all have as many directions, one at least")
+    if not any(np.isfinite(scape.loss).any() for scape in landscapes.values()):
+        raise ValueError("no loss in the landscapes is finite")
+    (_draw_lines if dimensions == {1} else _draw_planes)(landscapes, path, title, _panels(landscapes, unit))
+
+
+def _draw_lines(landscapes: Mapping[str, Landscape], path: Path, title: str, panels: _Panels) -> None:
     with picture(path, title, (0.4 + 4.6 * len(panels), 4.6)) as figure:
-        for axes, (label, values) in zip(
-            figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-        ):
+        row = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (label, values) in zip(row, panels.items(), strict=True):
             for (name, heights), (colour, style, marker) in zip(values.items(), itertools.cycle(_LINES), strict=False):
                 steps = landscapes[name].steps
                 axes.plot(
@@ -53,7 +65,7 @@ def plot_lines(landscapes: Mapping[str, Landscape], path: Path, title: str, *, u
                     linewidth=1.6,
                 )
             axes.set(xlabel=_STEP.format("a"), ylabel=label)
-            if label != _ERROR and _spans_decades(values):
+            if _logarithmic(label, values):
                 axes.set_yscale("log")
             elif _finite(values).min() >= 0:
                 axes.set_ylim(bottom=0)
@@ -61,24 +73,11 @@ def plot_lines(landscapes: Mapping[str, Landscape], path: Path, title: str, *, u
         figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 3), frameon=False)
 
 
-def plot_planes(landscapes: Mapping[str, Landscape], path: Path, title: str, *, unit: str = "nats") -> None:
-    """Draw loss and error in the plane of two directions to a PNG, a column for each model, on one scale.
-
-    Args:
-        landscapes: two-dimensional, by the name of the model.
-        path: the PNG to write.
-        title: above the picture.
-        unit: of the loss.
-
-    Raises:
-        ImportError: matplotlib is missing (``pip install "amp-plugin[flatness]"``).
-        ValueError: a landscape is not two-dimensional, or there is no finite loss.
-    """
-    panels = _panels(landscapes, 2, unit)
+def _draw_planes(landscapes: Mapping[str, Landscape], path: Path, title: str, panels: _Panels) -> None:
     with picture(path, title, (1.6 + 3.6 * len(landscapes), 0.9 + 3.7 * len(panels))) as figure:
         rows = figure.subplots(len(panels), len(landscapes), squeeze=False, sharex=True, sharey=True)
         for row, (label, values) in zip(rows, panels.items(), strict=True):
-            scale = _scale(values, logarithmic=label != _ERROR and _spans_decades(values))
+            scale = _scale(values, logarithmic=_logarithmic(label, values))
             for axes, (name, heights) in zip(row, values.items(), strict=True):
                 filled = _draw_plane(axes, landscapes[name].steps, heights, scale)
                 middle = len(heights) // 2
@@ -89,17 +88,10 @@ def plot_planes(landscapes: Mapping[str, Landscape], path: Path, title: str, *, 
             axes.set(xlabel=_STEP.format("a"))
 
 
-def _panels(landscapes: Mapping[str, Landscape], dimensions: int, unit: str) -> dict[str, dict[str, Array]]:
-    """Loss, and error where all have it, of each model, by what is written on the axis."""
-    if not landscapes or any(scape.loss.ndim != dimensions for scape in landscapes.values()):
-        raise ValueError(f"this picture is of {dimensions}-dimensional landscapes, one at least")
-    if not any(np.isfinite(scape.loss).any() for scape in landscapes.values()):
-        raise ValueError("no loss in the landscapes is finite")
+def _panels(landscapes: Mapping[str, Landscape], unit: str) -> _Panels:
     panels = {f"loss ({unit})": {name: scape.loss for name, scape in landscapes.items()}}
     errors = {name: scape.error for name, scape in landscapes.items() if scape.error is not None}
-    if len(errors) == len(landscapes):
-        panels[_ERROR] = errors
-    return panels
+    return {**panels, _ERROR: errors} if len(errors) == len(landscapes) else panels
 
 
 def _finite(values: Mapping[str, Array]) -> Array:
@@ -107,9 +99,9 @@ def _finite(values: Mapping[str, Array]) -> Array:
     return together[np.isfinite(together)]
 
 
-def _spans_decades(values: Mapping[str, Array]) -> bool:
-    finite = _finite(values)
-    return bool(0 < finite.min() * _LOGARITHMIC <= finite.max())
+def _logarithmic(label: str, values: Mapping[str, Array]) -> bool:
+    low, high = _finite(values).min(), _finite(values).max()
+    return label != _ERROR and bool(0 < low * _RATIO <= high)
 
 
 def _scale(values: Mapping[str, Array], *, logarithmic: bool) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from timm.optim import get_optimizer_info, list_optimizers
 import amp_plugin
 
 PAGE = Path(__file__).with_name("REFERENCE.md")
-MODULES = ("amp_plugin", "amp_plugin.data", "amp_plugin.hub")
+MODULES = ("amp_plugin", "amp_plugin.data", "amp_plugin.flatness", "amp_plugin.hub")
 HEAD = """\
 # Reference
 
