@@ -83,6 +83,13 @@ def test_the_steps_climb_by_their_length_until_the_ball_holds_them_back() -> Non
     np.testing.assert_allclose(found.losses, [0, 0.5, 1, 1.5, 2, 2, 2])
 
 
+def test_steps_that_overshoot_never_tell_less_than_no_rise() -> None:
+    """A hill with its top at 1; the first step of 2.5 ends below where it began."""
+    found = epsilon_sharpness(quadratic([[0.0]], [[-1.0]], [[1.0]]), 10.0, steps=1)
+    assert found.losses == pytest.approx((0, 2.5 - 0.5 * 2.5**2))
+    assert found.sharpness == 0
+
+
 @needs_eigenthings
 def test_eigenvalues_and_trace_of_a_diagonal_hessian() -> None:
     objective = quadratic([[1.0, 1.0, 1.0], [1.0, 1.0]], [[4.0, -3.0, 0.5], [7.0, 1.0]])

@@ -160,8 +160,11 @@ def _page(
     *,
     training: bool,
 ) -> str:
+    held_out = next(iter(runs.values())).settings.get("validation_images") is not None
     of_run: dict[str, dict[str, str]] = {
-        "test error, from the run (%)": {n: f"{run.metrics['eval_error']:.2f}" for n, run in runs.items()},
+        f"{'validation' if held_out else 'test'} error, from the run (%)": {
+            n: f"{run.metrics['eval_error']:.2f}" for n, run in runs.items()
+        },
         "trained with": {n: str(run.settings["optim"]) for n, run in runs.items()},
     }
     found = next(iter(measured.values()))

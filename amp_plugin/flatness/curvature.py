@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amp_plugin.flatness.objective import Objective
+from amp_plugin.flatness.objective import Objective, progress_bar
 
 
 @dataclass(frozen=True)
@@ -117,5 +117,5 @@ def _operator(objective: Objective, library: ModuleType, what: str, products: in
         bar.update()
         return torch.cat([r.flatten().to(first) for r in result])
 
-    with objective.bar(None, what, total=products) as bar:
+    with progress_bar(objective, None, what, total=products) as bar:
         yield library.LambdaOperator(product, sum(sizes), first.device, first.dtype)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from amp_plugin.flatness.objective import Objective
+from amp_plugin.flatness.objective import Objective, progress_bar
 
 Array = npt.NDArray[np.float64]
 Vectors = Literal["fixed", "scaled"]
@@ -96,7 +96,7 @@ def loss_landscape(
     classifies = True
     indices = list(itertools.product(range(points), repeat=len(directions)))
     with _kept(objective.parameters) as weights:
-        for index in objective.bar(indices, f"loss landscape, {len(directions)}-D"):
+        for index in progress_bar(objective, indices, f"loss landscape, {len(directions)}-D"):
             for p, theta, *moves in zip(objective.parameters, weights, *directions, strict=True):
                 moved = sum((float(steps[i]) * move for i, move in zip(index, moves, strict=True)), theta)
                 with torch.no_grad():

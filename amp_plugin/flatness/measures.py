@@ -85,10 +85,10 @@ def measure(objective: Objective, settings: MeasureSettings, which: tuple[str, .
         k = settings.eigenvalues
         found["eigenvalues"] = hessian_eigenvalues(objective, k, products=settings.products, seed=seed)
         found["trace"] = hessian_trace(objective, probes=settings.probes, seed=seed)
-    directions = [filter_normalised_direction(objective.parameters, seed + i) for i in (0, 1)]
     for name, count, points in (("line", 1, settings.line_points), ("plane", 2, settings.plane_points)):
         if name in which:
-            found[name] = loss_landscape(objective, directions[:count], span=settings.span, points=points)
+            directions = [filter_normalised_direction(objective.parameters, seed + i) for i in range(count)]
+            found[name] = loss_landscape(objective, directions, span=settings.span, points=points)
     return Measures(evaluation=objective.evaluate(), **found)
 
 

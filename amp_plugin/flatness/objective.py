@@ -126,10 +126,6 @@ class Objective:
                     t.add_(product, alpha=share)
         return total
 
-    def bar(self, steps: Iterable[Any] | None, what: str, **options: Any) -> Any:
-        """A progress bar around an iterable."""
-        return tqdm(steps, desc=what, disable=None if self.progress else True, leave=False, **options)
-
     def _forward(self) -> Iterator[tuple[float, tuple[Tensor, Any, Any]]]:
         """Loss, outputs and targets of each batch, with its share of the examples."""
         device = self.parameters[0].device
@@ -166,6 +162,11 @@ class Objective:
         finally:
             for module, mode in modes:
                 module.training = mode
+
+
+def progress_bar(objective: Objective, steps: Iterable[Any] | None, what: str, total: int | None = None) -> Any:
+    """A bar around the steps, which goes away at the end; none where the output is no terminal."""
+    return tqdm(steps, desc=what, total=total, disable=None if objective.progress else True, leave=False)
 
 
 def _product(loss: Tensor, parameters: Sequence[Tensor], vector: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amp_plugin.flatness.objective import Objective
+from amp_plugin.flatness.objective import Objective, progress_bar
 from amp_plugin.norms import norms_of, overall_norm
 from amp_plugin.perturbation import Ascent, Norm, Perturbation
 
@@ -83,7 +83,7 @@ def epsilon_sharpness(
     generator = torch.Generator().manual_seed(seed)
     losses = []
     try:
-        for _ in objective.bar(range(steps), "sharpness"):
+        for _ in progress_bar(objective, range(steps), "sharpness"):
             loss, grads = objective.gradient()
             losses.append(_finite(loss, len(losses), epsilon))
             pairs = zip(objective.parameters, _directions(grads, norm, generator), strict=True)
