@@ -18,6 +18,7 @@ from checkpoints import bert_checkpoint, reviews, timm_checkpoint, vit_checkpoin
 from PIL import Image
 from safetensors.torch import load_file
 from test_recipe import SCRIPT, run
+from torch.utils.data import DataLoader
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -31,11 +32,13 @@ from transformers import (
 )
 from transformers.models.convnext import ConvNextImageProcessor
 
-from amp_plugin.data import ImageBatches, load_images
+from amp_plugin.data import ImageBatches, collate, load_images
+from amp_plugin.flatness import Objective
 from amp_plugin.hosts.pretrained import freeze_backbone
 from amp_plugin.hosts.pretrained_images import image_checkpoint
 from amp_plugin.train import job, options
 from amp_plugin.train.finetune import fine_tuning_settings
+from amp_plugin.train.saved import open_run
 
 ON_CPU = ["--use_cpu", "true", "--cpu_threads", "1", "--disable_tqdm", "true"]
 IMAGES = ["--train_images", "40", "--per_device_train_batch_size", "20", "--num_train_epochs", "1", *ON_CPU]
@@ -152,6 +155,10 @@ def test_texts(folders: dict[str, Path], tmp_path: Path) -> None:
         error = error_of(tmp_path / optim, "text-classification", [r["text"] for r in rows], [r["mood"] for r in rows])
         assert error == pytest.approx(metrics_of(tmp_path / optim)["eval_error"])
         assert error < 25.0, "a word decides"
+    opened = open_run(tmp_path / optim, dataset=str(folders["reviews"])).task
+    assert Objective(opened.model, DataLoader(opened.test, 7, collate_fn=collate)).evaluate().error == pytest.approx(
+        error
+    )
 
     shutil.rmtree(tmp_path / "amp_adamw_torch" / "checkpoint-15")
     command += ["--output_dir", str(tmp_path / "amp_adamw_torch"), "--save_strategy", "epoch"]

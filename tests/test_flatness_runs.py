@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from torch.utils.data import DataLoader
 
-from amp_plugin.flatness import Landscape, plot_landscapes
+from amp_plugin.data import collate
+from amp_plugin.flatness import Landscape, Objective, plot_landscapes
 from amp_plugin.train import job
 from amp_plugin.train.saved import open_run
 
@@ -62,13 +63,8 @@ def results(runs: Path) -> tuple[Path, str]:
 def test_a_run_opens_with_its_weights_and_its_own_training_images(runs: Path) -> None:
     run = open_run(runs / "amp")
     assert len(run.task.train) == 60
-    predicted, labels = [], []
-    with torch.no_grad():
-        for batch in torch.utils.data.DataLoader(run.task.test, 100, collate_fn=lambda samples: samples):
-            predicted.append(run.task.model.eval()(batch["pixel_values"]).logits.argmax(1))
-            labels.append(batch["labels"])
-    error = 100 * float((torch.cat(predicted) != torch.cat(labels)).float().mean())
-    assert error == pytest.approx(run.metrics["eval_error"])
+    test = Objective(run.task.model, DataLoader(run.task.test, 100, collate_fn=collate))
+    assert test.evaluate().error == pytest.approx(run.metrics["eval_error"])
     assert len(list(run.training_batches(None, 25))) == 3
 
 
