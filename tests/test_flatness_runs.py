@@ -82,6 +82,7 @@ def test_the_table_has_the_models_side_by_side(results: tuple[Path, str]) -> Non
         "Hessian eigenvalue 1",
         "Hessian eigenvalue 2",
         "Hessian trace",
+        "norm of the weights",
         "test error, from the run (%)",
         "trained with",
     ]
@@ -124,6 +125,7 @@ def test_only_what_is_asked_for_is_measured(runs: Path, tmp_path: Path, monkeypa
     assert "Hessian" not in printed
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["flatness.json", "flatness.md"]
     refused = command.run([str(runs / "sgd")])
+    assert refused is not None
     assert 'pip install "amp-plugin[flatness]"' in refused
 
 
@@ -140,6 +142,7 @@ def of_other_data(runs: Path) -> None:
         (None, ["nothing"], r"'.*nothing' has no run\.json: give the output folder of a finished run"),
         (None, ["sgd", "sgd"], "a folder is given twice"),
         (None, ["sgd", "--images", 61], "cannot take 61 of 60 images; ask for 1 to 60"),
+        (None, ["sgd", "--plane_points", 4], "points must be odd"),
         (of_other_data, ["sgd", "other"], "trained on different data.*train_images 60 and 50"),
     ],
 )

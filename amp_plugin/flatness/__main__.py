@@ -51,7 +51,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("folders", nargs="+", metavar="FOLDER", help="Output folders of finished runs.")
     add("--names", nargs="+", metavar="NAME", help="What to call them. Default: the folders' names.")
     add("--output_dir", default="flatness", type=Path, help="Folder of the results. [flatness]")
-    add("--measures", nargs="+", choices=MEASURES, default=list(MEASURES), help="What to measure. [all]")
+    measures = f"What to measure: {', '.join(MEASURES)}. [all]"
+    add("--measures", nargs="+", metavar="MEASURE", choices=MEASURES, default=list(MEASURES), help=measures)
     add("--images", type=int, metavar="N", help="Training images (or texts) to measure on. Default: 500, or all.")
     add("--batch_size", type=int, default=250, help="Of a pass; for the memory only. [250]")
     add("--data_root", help="Folder in the layout of the Hub to load the data from, instead of the Hub.")
@@ -94,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
     settings = _settings(arguments, first)
     out: Path = arguments.output_dir
     out.mkdir(parents=True, exist_ok=True)
-    examples = arguments.images or min(500, len(first.task.train))
+    examples = min(500, len(first.task.train)) if arguments.images is None else arguments.images
     measured = {}
     for name, run in runs.items():
         print(f"measuring {name}", flush=True)
@@ -127,9 +128,9 @@ def _names(folders: Sequence[str]) -> list[str]:
 
 def _settings(arguments: argparse.Namespace, first: SavedRun) -> MeasureSettings:
     given = {f.name: getattr(arguments, f.name) for f in fields(MeasureSettings)}
-    if given["epsilon"] is None:
-        given["epsilon"] = first.settings["amp_epsilon"]
-    given["norm"] = given["norm"] or first.settings["amp_norm"]
+    for name in ("epsilon", "norm"):
+        if given[name] is None:
+            given[name] = first.settings[f"amp_{name}"]
     return MeasureSettings(**given)
 
 
@@ -185,6 +186,9 @@ def _page(
             f"Landscapes: random directions of seeds {settings.seed} and {settings.seed + 1}, filter-normalised, biases"
             " and norm layers fixed."
         )
+    notes.append(
+        "Sharpness and the Hessian depend on the scale of the weights, the landscapes' steps are relative to it."
+    )
     images = [f"![loss landscape]({name})" for name in pictures]
     return "\n\n".join(["# Flatness", measures_table(measured, of_run), " ".join(notes), *images]) + "\n"
 

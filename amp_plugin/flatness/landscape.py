@@ -88,9 +88,7 @@ def loss_landscape(
     """
     if len(directions) not in (1, 2):
         raise ValueError(f"a landscape has one direction or two, got {len(directions)}")
-    if points < 3 or points % 2 == 0 or not span > 0:
-        raise ValueError(f"points must be odd and at least 3, span positive; got points={points}, span={span}")
-    steps = span * np.arange(-(points // 2), points // 2 + 1) / (points // 2)
+    steps = grid_steps(span, points)
     shape = (points,) * len(directions)
     loss, error = np.empty(shape), np.empty(shape)
     classifies = True
@@ -105,6 +103,13 @@ def loss_landscape(
             classifies = classifies and wrong is not None
             error[index] = np.nan if wrong is None else wrong
     return Landscape(steps, loss, error if classifies else None)
+
+
+def grid_steps(span: float, points: int) -> Array:
+    """Steps (points,) from -span to span; ValueError unless 0 is in the middle."""
+    if points < 3 or points % 2 == 0 or not span > 0:
+        raise ValueError(f"points must be odd and at least 3, span positive; got points={points}, span={span}")
+    return span * np.arange(-(points // 2), points // 2 + 1) / (points // 2)
 
 
 def _filter_norms(tensor: Tensor) -> Tensor:

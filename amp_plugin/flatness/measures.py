@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
 import numpy as np
 
 from amp_plugin.flatness.curvature import Eigenvalues, Trace, hessian_eigenvalues, hessian_trace
-from amp_plugin.flatness.landscape import Landscape, filter_normalised_direction, loss_landscape
+from amp_plugin.flatness.landscape import Landscape, filter_normalised_direction, grid_steps, loss_landscape
 from amp_plugin.flatness.objective import Evaluation, Objective
 from amp_plugin.flatness.sharpness import Sharpness, epsilon_sharpness
+from amp_plugin.norms import norms_of, overall_norm
 from amp_plugin.perturbation import Norm
 
 MEASURES = ("sharpness", "hessian", "line", "plane")
@@ -33,6 +34,9 @@ class MeasureSettings:
         line_points: along the line.
         plane_points: along each direction of the plane.
         seed: of everything that is drawn; the plane's second direction has the next one.
+
+    Raises:
+        ValueError: there is no such grid.
     """
 
     epsilon: float
@@ -46,12 +50,27 @@ class MeasureSettings:
     plane_points: int = 21
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for points in (self.line_points, self.plane_points):  # they are needed last, long after the start
+            grid_steps(self.span, points)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """What was measured of one model; None for what was not asked for."""
+    """What was measured of one model; None for what was not asked for.
+
+    Attributes:
+        evaluation: at the weights.
+        weight_norm: L2 norm of the weights, the scale that sharpness and curvature depend on.
+        sharpness: in the ball.
+        eigenvalues: of the Hessian.
+        trace: of the Hessian.
+        line: along one direction.
+        plane: of two directions.
+    """
 
     evaluation: Evaluation
+    weight_norm: float
     sharpness: Sharpness | None = None
     eigenvalues: Eigenvalues | None = None
     trace: Trace | None = None
@@ -62,7 +81,7 @@ class Measures:
         """The same for JSON: what is not finite is None."""
         values = {name: value for name, value in vars(self).items() if value is not None}
         values["evaluation"] = self.evaluation._asdict()
-        found: dict[str, Any] = {n: _plain(v if isinstance(v, dict) else asdict(v)) for n, v in values.items()}
+        found: dict[str, Any] = {n: _plain(asdict(v) if is_dataclass(v) else v) for n, v in values.items()}
         if self.sharpness is not None:
             found["sharpness"] |= {"sharpness": self.sharpness.sharpness, "worst_loss": self.sharpness.worst_loss}
         return found
@@ -89,7 +108,8 @@ def measure(objective: Objective, settings: MeasureSettings, which: tuple[str, .
         if name in which:
             directions = [filter_normalised_direction(objective.parameters, seed + i) for i in range(count)]
             found[name] = loss_landscape(objective, directions, span=settings.span, points=points)
-    return Measures(evaluation=objective.evaluate(), **found)
+    norm = overall_norm([norms_of([p.detach()]) for p in objective.parameters])
+    return Measures(evaluation=objective.evaluate(), weight_norm=float(norm), **found)
 
 
 def measures_table(measured: Mapping[str, Measures], more: Mapping[str, Mapping[str, str]]) -> str:
@@ -117,6 +137,7 @@ def measures_table(measured: Mapping[str, Measures], more: Mapping[str, Mapping[
                 tell(f"Hessian eigenvalue {i}", name, f"{value:.4g} ± {residual:.1g}")
         if found.trace is not None:
             tell("Hessian trace", name, f"{found.trace.value:.4g} ± {found.trace.standard_error:.1g}")
+        tell("norm of the weights", name, f"{found.weight_norm:.4g}")
     names = list(measured)
     lines = [["", *names], ["---"] + ["---:"] * len(names)]
     lines += [[row, *(cells.get(name, "") for name in names)] for row, cells in {**rows, **more}.items()]
