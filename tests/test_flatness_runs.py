@@ -111,7 +111,7 @@ def test_the_pictures_are_linked(results: tuple[Path, str]) -> None:
     from PIL import Image
 
     page = (results[0] / "flatness.md").read_text()
-    for name in ("line.png", "plane.png"):
+    for name in ("landscape_line.png", "landscape.png"):
         assert f"({name})" in page
         with Image.open(results[0] / name) as picture:
             picture.verify()

@@ -144,11 +144,14 @@ def _require_same_data(first: SavedRun, run: SavedRun) -> None:
 def _draw(measured: Mapping[str, Measures], out: Path, where: str) -> list[str]:
     """The pictures' names."""
     drawn = []
-    for kind, through in (("line", "along a line"), ("plane", "in a plane")):
+    for kind, through, file in (
+        ("line", "along a line", "landscape_line.png"),
+        ("plane", "in a plane", "landscape.png"),
+    ):
         scapes = {name: getattr(found, kind) for name, found in measured.items()}
         if all(scapes.values()):
-            plot_landscapes(scapes, out / f"{kind}.png", f"Loss {through} through the weights:\n{where}")
-            drawn.append(f"{kind}.png")
+            plot_landscapes(scapes, out / file, f"Loss {through} through the weights:\n{where}")
+            drawn.append(file)
     return drawn
 
 
