@@ -189,9 +189,10 @@ def _page(
             f"Landscapes: random directions of seeds {settings.seed} and {settings.seed + 1}, filter-normalised, biases"
             " and norm layers fixed."
         )
-    notes.append(
-        "Sharpness and the Hessian depend on the scale of the weights, the landscapes' steps are relative to it."
-    )
+    if found.sharpness is not None or found.trace is not None:
+        notes.append(
+            "Sharpness and curvature depend on the scale of the weights, while the landscapes' steps are relative to it."
+        )
     images = [f"![loss landscape]({name})" for name in pictures]
     return "\n\n".join(["# Flatness", measures_table(measured, of_run), " ".join(notes), *images]) + "\n"
 

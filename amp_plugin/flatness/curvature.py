@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -93,7 +92,7 @@ def hessian_trace(objective: Objective, *, probes: int = 20, seed: int = 0) -> T
     return Trace(found.estimate, found.stderr, probes)
 
 
-def require_library() -> ModuleType:
+def require_library() -> Any:
     """The library that multiplies and iterates; ImportError with the command that installs it if it is missing."""
     try:
         import hessian_eigenthings
@@ -105,14 +104,14 @@ def require_library() -> ModuleType:
 
 
 @contextmanager
-def _operator(objective: Objective, library: ModuleType, what: str, products: int) -> Iterator[Any]:
+def _operator(objective: Objective, library: Any, what: str, products: int) -> Iterator[Any]:
     """The Hessian as what the library takes: a function of one flat vector."""
     parameters = objective.parameters
     first = parameters[0]
     sizes = [p.numel() for p in parameters]
 
     def product(vector: Tensor) -> Tensor:
-        pieces = zip(vector.split(sizes), parameters, strict=True)
+        pieces = zip(torch.split(vector, sizes), parameters, strict=True)
         result = objective.hessian_product([piece.view_as(p).to(p) for piece, p in pieces])
         bar.update()
         return torch.cat([r.flatten().to(first) for r in result])

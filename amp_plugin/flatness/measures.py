@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,7 @@ class Measures:
         """The same for JSON: what is not finite is None."""
         values = {name: value for name, value in vars(self).items() if value is not None}
         values["evaluation"] = self.evaluation._asdict()
-        found: dict[str, Any] = {n: _plain(asdict(v) if is_dataclass(v) else v) for n, v in values.items()}
+        found: dict[str, Any] = {n: _plain(v if isinstance(v, float | dict) else asdict(v)) for n, v in values.items()}
         if self.sharpness is not None:
             found["sharpness"] |= {"sharpness": self.sharpness.sharpness, "worst_loss": self.sharpness.worst_loss}
         return found

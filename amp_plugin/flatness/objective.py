@@ -54,7 +54,7 @@ class Objective:
         criterion: mean loss of a batch, called as ``criterion(outputs, targets)``, where outputs with ``.logits`` are
             those. None: the model returns its loss, as those of transformers do when they are given labels.
         training: use training mode instead: BatchNorm normalises with the statistics of each batch, and dropout draws
-            the same masks in every pass.
+            the same masks in every pass. First `amp_plugin.detach` a model that is attached: it would perturb itself.
         progress: show progress bars, if the output is a terminal.
 
     Attributes:

@@ -96,7 +96,8 @@ def _panels(landscapes: Mapping[str, Landscape], unit: str) -> _Panels:
 
 def _finite(values: Mapping[str, Array]) -> Array:
     together = np.concatenate([heights.ravel() for heights in values.values()])
-    return together[np.isfinite(together)]
+    finite: Array = together[np.isfinite(together)]
+    return finite
 
 
 def _logarithmic(label: str, values: Mapping[str, Array]) -> bool:
@@ -114,9 +115,9 @@ def _scale(values: Mapping[str, Array], *, logarithmic: bool) -> dict[str, Any]:
     levels: Array
     if logarithmic:
         steps = (1.0, 2.0, 5.0) if high < 10 ** (_LEVELS / 3) * low else (1.0,)
-        levels = LogLocator(subs=steps, numticks=99).tick_values(low, high)
+        levels = np.asarray(LogLocator(subs=steps, numticks=99).tick_values(low, high))
     else:
-        levels = MaxNLocator(_LEVELS).tick_values(low, high if high > low else low + 1)
+        levels = np.asarray(MaxNLocator(_LEVELS).tick_values(low, high if high > low else low + 1))
     # The nearest round numbers around all of it, and no more.
     first, last = np.searchsorted(levels, low, "right") - 1, np.searchsorted(levels, high)
     levels = levels[max(first, 0) : last + 1]

@@ -81,7 +81,7 @@ def epsilon_sharpness(
             raise ValueError(f"{name} must be positive, got {value}")
     ball = Perturbation(norm)
     generator = torch.Generator().manual_seed(seed)
-    losses = []
+    losses: list[float] = []
     try:
         for _ in progress_bar(objective, range(steps), "sharpness"):
             loss, grads = objective.gradient()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Subset
 
 from amp_plugin.data import collate
@@ -77,5 +78,5 @@ def open_run(folder: str | Path, *, dataset: str | None = None, data_root: str |
     task = make_task(DataArguments(**recorded), model, args)
     if task.new:
         raise ValueError(f"{str(folder)!r} does not hold the weights of {', '.join(task.new)} for {task.dataset}")
-    task.model.to(args.device)
+    torch.nn.Module.to(task.model, args.device)  # transformers hides the signature
     return SavedRun(folder, settings, metrics, task)
