@@ -191,7 +191,7 @@ def _page(
         )
     if found.sharpness is not None or found.trace is not None:
         notes.append(
-            "Sharpness and curvature depend on the scale of the weights, while the landscapes' steps are relative to it."
+            "Sharpness and curvature depend on the scale of the weights; the landscapes' steps are relative to it."
         )
     images = [f"![loss landscape]({name})" for name in pictures]
     return "\n\n".join(["# Flatness", measures_table(measured, of_run), " ".join(notes), *images]) + "\n"
