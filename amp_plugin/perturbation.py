@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from amp_plugin.compilation import not_compiled
-from amp_plugin.host_flag import HostFlag
+from amp_plugin.host_value import HostValue
 from amp_plugin.norms import all_finite, norms_of, overall_norm, plain_part
 from amp_plugin.sharding import Split, laid_out_like, local_part, split_of, whole_norms
 
@@ -62,11 +62,11 @@ class Displacement(NamedTuple):
     theta_versions: list[int]
     moved_versions: list[int]
     finite: Tensor | None
-    flag: HostFlag | None
+    flag: HostValue | None
 
     def was_finite(self) -> bool:
         """Whether all gradients of the ascent were finite; waits for the device if that is not known yet."""
-        return self.flag is None or self.flag.value()
+        return self.flag is None or bool(self.flag.value())
 
 
 class _Bucket(NamedTuple):
@@ -106,7 +106,7 @@ class Perturbation:
         self.disturbed = False  # whether a gradient hook changed displaced weights, which restore() has undone
         self._ratios: list[tuple[Tensor, float]] = []
         self._finite: Tensor | None = None
-        self._flag: HostFlag | None = None
+        self._flag: HostValue | None = None
 
     @property
     def active(self) -> bool:
@@ -168,7 +168,7 @@ class Perturbation:
         torch.clear_autocast_cache()
         self._ratios = [(ratio, b.epsilon) for b, ratio in zip(buckets, ratios, strict=True)]
         self._finite = finite
-        self._flag = HostFlag(finite)
+        self._flag = HostValue(finite)
 
     @not_compiled
     @torch.no_grad()
@@ -221,7 +221,7 @@ class Perturbation:
 
     def was_finite(self) -> bool:
         """Whether all gradients since theta were finite, or none was seen."""
-        return self._flag is None or self._flag.value()
+        return self._flag is None or bool(self._flag.value())
 
     def statistics(self) -> dict[str, Tensor]:
         """Measures of the last ascent step, as 0-d tensors on the device; empty before the first.

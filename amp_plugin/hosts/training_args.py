@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from amp_plugin.ascent import make_policy
 from amp_plugin.hosts.elastic import rejoin
 from amp_plugin.passes import check_policies
 from amp_plugin.suggest import did_you_mean
@@ -44,6 +45,20 @@ class AMPTrainingArguments(TrainingArguments):
         default="tensor",
         metadata={"help": "'tensor': one ball per parameter tensor (the published numbers); 'global': one for all."},
     )
+    amp_ascent: str = field(
+        default="full",
+        metadata={
+            "help": "Which steps ascend and along what, for fewer passes: 'full' (the paper), 'subset(0.5)',"
+            " 'every(2)', 'window(0.5, 1.0)', 'stale', 'momentum', 'adaptive(0.0)', or several, separated by commas."
+        },
+    )
+    amp_parameters: str | None = field(
+        default=None,
+        metadata={
+            "help": "Parameters to perturb: 'norm', those of normalisation layers, or a regular expression to be found"
+            " in their names. Default: all."
+        },
+    )
     amp_batch_norm: str = field(
         default="clean",
         metadata={"help": "BatchNorm running statistics: from the 'clean' pass only, or from 'all' passes."},
@@ -75,6 +90,7 @@ class AMPTrainingArguments(TrainingArguments):
         if base == "sgd" and self.optim_args is None:
             self.optim_args = _SGD_ARGS
         check_policies(self.amp_batch_norm, self.amp_rng)
+        make_policy(self.amp_ascent)
         self.optim = base
         rejoin(timedelta(seconds=self.ddp_timeout), self.ddp_backend)
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -93,4 +109,5 @@ class AMPTrainingArguments(TrainingArguments):
 
     def optimizer_kwargs(self) -> dict[str, Any]:
         """The AMP hyper-parameters, as :class:`amp_plugin.AMP` names them."""
-        return {name: getattr(self, _PREFIX + name) for name in ("epsilon", "inner_lr", "inner_iter", "norm")}
+        names = ("epsilon", "inner_lr", "inner_iter", "norm", "ascent", "parameters")
+        return {name: getattr(self, _PREFIX + name) for name in names}
