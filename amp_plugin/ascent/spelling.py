@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+from dataclasses import fields
 
 from amp_plugin.ascent.adaptive import Adaptive
 from amp_plugin.ascent.combined import Combined
@@ -56,7 +57,7 @@ def _made(node: ast.expr, ascent: str) -> AscentPolicy:
     try:
         return kind(*arguments, **named)
     except TypeError:
-        wanted = ", ".join(f for f in kind.__dataclass_fields__ if not f.startswith("_"))
+        wanted = ", ".join(field.name for field in fields(kind) if field.init)
         raise ValueError(
             f"ascent={ascent!r}: {name.id} takes {f'({wanted})' if wanted else 'no arguments'}, got {ast.unparse(node)}"
         ) from None
