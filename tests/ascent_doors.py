@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from ascent_reference import Batch
 from exactness_problem import Net
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 
@@ -24,6 +23,8 @@ BALL: dict[str, Any] = {"epsilon": 0.05, "inner_lr": 0.5}
 
 class CountingNet(Net):
     """Counts the samples that go forward and come back."""
+
+    main_input_name = "pixel_values"
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,8 +41,9 @@ class CountingNet(Net):
         output["logits"].register_hook(self._count)
         return output
 
-    def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:
-        return len(inputs["labels"])
+    def num_parameters(self, **kwargs: Any) -> int:
+        """For the Trainer's count of operations: six for each number of the input, for each parameter, in each pass."""
+        return 1
 
     def _count(self, gradient: Tensor) -> None:
         self.backwards += len(gradient)
@@ -56,7 +58,7 @@ class Seen:
     backwards: list[float] = field(default_factory=list)
     passes: list[float] = field(default_factory=list)  # as the optimizer counts them
     logs: list[dict[str, float]] = field(default_factory=list)
-    flos: float = 0.0  # as the Trainer counts them, one for each sample
+    flos: float = 0.0  # as the Trainer counts them
 
     def add(self, net: CountingNet, amp: AMP, samples: int) -> None:
         assert not amp.perturbed
@@ -222,9 +224,3 @@ def train_with_trainer(
     trainer.train(resume_from_checkpoint=resume)
     seen.flos = trainer.state.total_flos
     return seen
-
-
-def in_ddp(door: str, net: CountingNet, amp: AMP) -> Step:
-    """The same doors around a replica."""
-    ddp = DistributedDataParallel(net)
-    return LOOPS[door](net if door == "amp_backward" else ddp, amp)

@@ -63,7 +63,7 @@ def test_trajectory_and_passes(door: str, policy: tuple[str, str | None], micro_
     assert seen.forwards == seen.backwards == seen.passes == expected
     if door == "AMPTrainer":
         assert [log["amp_passes"] for log in seen.logs if "loss" in log] == expected
-        assert seen.flos == sum(expected) * samples_of(windows)
+        assert seen.flos == sum(expected) * samples_of(windows) * 6 * 3 * 8 * 8
 
 
 def test_adaptive_has_something_to_decide() -> None:

@@ -20,7 +20,7 @@ GROUPS = {
     " text_pair_column label_column train_split test_split dataset_config_name max_seq_length",
     "model": "model model_kwargs pretrained freeze_backbone",
     "AMP (Adversarial Model Perturbation; for mixed precision see --bf16 below)": "amp_epsilon amp_inner_lr"
-    " amp_inner_iter amp_norm amp_batch_norm amp_rng sync_ascent",
+    " amp_inner_iter amp_norm amp_ascent amp_parameters amp_batch_norm amp_rng sync_ascent",
     "optimisation": "optim optim_args learning_rate lr_scheduler_type lr_milestones lr_gamma warmup_steps weight_decay"
     " decay_all_parameters max_grad_norm label_smoothing_factor num_train_epochs max_steps per_device_train_batch_size"
     " gradient_accumulation_steps",

@@ -83,6 +83,8 @@ def main(argv: list[str]) -> None:
         where = f"cpu, {threads} thread(s)" if args.device.type == "cpu" else str(args.device)
         where += f", {args.arithmetic()}" if args.arithmetic() else ""
         described = f"AMP, epsilon {args.amp_epsilon}, inner_lr {args.amp_inner_lr}, {args.amp_norm} ball"
+        described += "" if args.amp_ascent == "full" else f", ascent {args.amp_ascent}"
+        described += "" if args.amp_parameters is None else f" on {args.amp_parameters!r}"
         print(
             f"{model_args.name} with {sum(p.numel() for p in model.parameters()):,} parameters{task.origin()} on"
             f" {task.dataset}: {len(task.train):,} {task.train.split.kind} to train, {len(task.test):,} to test;"
