@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from amp_plugin.wrapper import OptimizerWrapper
 class Ascending(OptimizerWrapper):
     """The part of :class:`amp_plugin.AMP` that perturbs the weights."""
 
+    _perturbation_class: ClassVar[type[Perturbation]] = Perturbation
     inner_iter: int
     policy: AscentPolicy
     total_steps: int | None
@@ -231,7 +232,7 @@ class Ascending(OptimizerWrapper):
 
     def _reset(self, norm: Norm) -> None:
         """State that lives within one step only and is never saved."""
-        self._perturbation = Perturbation(norm)
+        self._perturbation = self._perturbation_class(norm)
         self._ascents = 0  # since the last step
         self._open = False  # between the first ascend() and restore() or step()
         self._plain = False  # whether a door was told that this step does not ascend

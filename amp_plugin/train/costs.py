@@ -50,7 +50,8 @@ class Costs:
         weights: bytes of parameters and buffers.
         gradients: bytes.
         optimizer_state: bytes of the base optimizer's state; None if it cannot be told without a real step.
-        perturbation: bytes of AMP's copies of what it perturbs: the weights, and what its ascent policy keeps.
+        perturbation: bytes of what AMP or a rival of it keeps: a copy of the weights that it perturbs, and its ascent
+            policy's.
         activations: bytes that autograd keeps for the backward pass of a batch, weights cast for it included.
     """
 
@@ -78,13 +79,14 @@ def mean_passes(optimizer: Optimizer, steps: int) -> float:
     return 1 + (int(mean) if mean == int(mean) else mean)
 
 
-def counts(args: RecipeArguments, images: int, optimizer: Optimizer) -> Counts:
+def counts(args: RecipeArguments, images: int, optimizer: Optimizer, passes_per_loss: int = 1) -> Counts:
     """Count as the Trainer will.
 
     Args:
         args: of the run.
         images: to train on.
         optimizer: of the run.
+        passes_per_loss: that a loss and its gradient take.
 
     Raises:
         ValueError: there is not one whole batch.
@@ -97,7 +99,7 @@ def counts(args: RecipeArguments, images: int, optimizer: Optimizer) -> Counts:
     steps_per_epoch = math.ceil(batches / window)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     epochs, rest = divmod(steps, steps_per_epoch)
-    passes_per_batch = mean_passes(optimizer, steps)
+    passes_per_batch = passes_per_loss * mean_passes(optimizer, steps)
     passes = round((epochs * batches + min(rest * window, batches)) * passes_per_batch)
     full = args.train_batch_size * args.world_size
     seen = epochs * min(images, batches * full) + min(rest * window * full, images)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from amp_plugin import AMP
 from amp_plugin.hosts.checkpoints import last_checkpoint
 from amp_plugin.train.costs import Costs, Counts, costs, counts
+from amp_plugin.train.described import methods_in_words
 from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments
 from amp_plugin.train.tasks import Task
 from amp_plugin.train.trainer import RecipeTrainer
@@ -40,7 +41,7 @@ def plan(
     kind, kwargs = RecipeTrainer.get_optimizer_cls_and_kwargs(args, model)
     make_optimizer = partial(kind, **kwargs)
     optimizer = make_optimizer(model.parameters())
-    count = counts(args, len(task.train), optimizer)
+    count = counts(args, len(task.train), optimizer, args.passes_per_loss)
     batch = task.train.__getitems__(range(min(args.train_batch_size, len(task.train))))
     cost = costs(model, make_optimizer, args, batch)
     total = count.images * cost.training_flops
@@ -79,14 +80,15 @@ def _arguments(model_args: ModelArguments) -> str:
 def _optimizer(args: RecipeArguments, optimizer: Optimizer) -> str:
     settings = f" ({args.optim_args})" if args.optim_args else ""
     amp = "without AMP"
-    if isinstance(optimizer, AMP):
+    if args.uses_amp and isinstance(optimizer, AMP):
         amp = f"AMP: epsilon {args.amp_epsilon}, inner_lr {args.amp_inner_lr}, inner_iter {args.amp_inner_iter},"
         amp += f" {args.amp_norm} ball{'' if args.amp_parameters is None else f' for {args.amp_parameters!r}'}"
         amp += f"{'' if args.amp_ascent == 'full' else f', ascent {args.amp_ascent}'}"
         amp += "" if optimizer.perturbs else "; which perturbs nothing"
     where = "all parameters" if args.decay_all_parameters else "all but BatchNorm and biases"
     decay = f"weight decay {args.weight_decay} on {where}"
-    return f"{args.optim}{settings}; {amp}; {decay}; gradient clipped to {args.max_grad_norm}"
+    methods = "".join(f"; {name}: {words}" for name, words in methods_in_words(vars(args)).items())
+    return f"{args.optim}{settings}; {amp}{methods}; {decay}; gradient clipped to {args.max_grad_norm}"
 
 
 def _at_most(optimizer: Optimizer) -> str:
@@ -118,11 +120,11 @@ def _memory(cost: Costs, args: RecipeArguments) -> dict[str, str]:
         "weights": _mib(cost.weights),
         "gradients": _mib(cost.gradients) + (", with DDP's buckets" if args.world_size > 1 else ""),
         "optimizer state": state,
-        "AMP's copies": f"{_mib(cost.perturbation)}, of the weights that it perturbs",
+        "copies": f"{_mib(cost.perturbation)}, of the weights that are perturbed",
         "activations": f"{_mib(cost.activations)}, which autograd keeps of {args.train_batch_size} images{saved}",
         "not counted": "the kernels' work space, the framework, the images",
     }
-    return rows if cost.perturbation else {k: v for k, v in rows.items() if k != "AMP's copies"}
+    return rows if cost.perturbation else {k: v for k, v in rows.items() if k != "copies"}
 
 
 def _results(args: RecipeArguments) -> str:
