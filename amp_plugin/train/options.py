@@ -256,10 +256,8 @@ def parse(argv: list[str], description: str | None = None) -> tuple[DataArgument
         parser.set_defaults(**chosen)
     data, model, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     if training.output_dir in (None, "trainer_output"):
-        methods = "-".join([training.optim, *objectives(vars(training))]).replace(" ", "_")
-        training.output_dir = "runs/" + (
-            f"{shown_name(data.dataset)}-{model.name}-{methods}-seed{training.seed}".replace("/", "_")
-        )
+        name = (shown_name(data.dataset), model.name, training.optim, *objectives(vars(training)))
+        training.output_dir = "runs/" + "-".join(name).replace("/", "_").replace(" ", "_") + f"-seed{training.seed}"
     return data, model, training
 
 
