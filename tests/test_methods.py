@@ -474,7 +474,10 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--optim rmp --amp_inner_iter 2", "--optim rmp perturbs once a step; leave --amp_inner_iter at 1"),
+        (
+            "--optim rmp --amp_inner_iter 2",
+            "--amp_inner_iter is for AMP, but --optim is rmp, which perturbs all",
+        ),
         ("--optim sam --rmp_epsilon 0.1", "--rmp_epsilon is for --optim rmp, but --optim is sam"),
         ("--optim sgd --sam_rho 0.1", "--sam_rho is for --optim sam or asam, but --optim is sgd"),
         ("--optim sam_adamw_torch", "optim 'sam_adamw_torch' is unknown: rmp, sam, asam are around SGD only"),

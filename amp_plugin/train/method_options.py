@@ -75,8 +75,9 @@ class MethodArguments(AMPTrainingArguments):
         if option is None:
             super().__post_init__()
             return
-        if self.amp_inner_iter != 1:
-            raise ValueError(f"--optim {optim} perturbs once a step; leave --amp_inner_iter at 1, it is for AMP")
+        for name, paper in (("amp_inner_iter", 1), ("amp_ascent", "full"), ("amp_parameters", None)):
+            if getattr(self, name) != paper:
+                raise ValueError(f"--{name} is for AMP, but --optim is {optim}, which perturbs all weights once a step")
         if getattr(self, option) is None:
             setattr(self, option, default)
         self.optim = "amp"
@@ -105,10 +106,10 @@ class MethodArguments(AMPTrainingArguments):
         """The hyper-parameters of AMP or its rival, as :class:`amp_plugin.AMP` names them."""
         if self.rival is None:
             return super().optimizer_kwargs()
-        return {
-            "epsilon": getattr(self, RADII[self.optim][0]),
-            "norm": self.amp_norm if self.rival is RMP else "global",
-        }
+        epsilon = getattr(self, RADII[self.optim][0])
+        if self.rival is RMP:
+            return {"epsilon": epsilon, "norm": self.amp_norm, "seed": self.seed}
+        return {"epsilon": epsilon, "norm": "global"}
 
 
 def _check_range(name: str, value: float | None, low: float, high: float, *, zero: bool = False) -> None:

@@ -10,11 +10,10 @@ from transformers.trainer_utils import PredictionOutput
 from amp_plugin import AMPTrainer
 from amp_plugin.train.described import card_words
 from amp_plugin.train.methods.objective import ObjectiveTrainer
-from amp_plugin.train.methods.random_perturbation import RandomPerturbationTrainer
 from amp_plugin.train.options import RecipeArguments
 
 
-class RecipeTrainer(RandomPerturbationTrainer, ObjectiveTrainer):
+class RecipeTrainer(AMPTrainer, ObjectiveTrainer):
     """`AMPTrainer` with the paper's step schedule, and the methods it is compared with."""
 
     args: RecipeArguments

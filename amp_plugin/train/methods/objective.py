@@ -13,6 +13,8 @@ from amp_plugin.passes import ExtraPasses
 from amp_plugin.train.method_options import MethodArguments
 from amp_plugin.train.methods.adversarial import fast_gradient_sign
 
+_NOT_OF_AMP = {"amp_loss": "perturbed_loss", "amp_passes": "passes"}
+
 
 class ObjectiveTrainer(Trainer):
     """The stock Trainer with the training losses of `MethodArguments`; AMP above it perturbs for any of them.
@@ -81,9 +83,9 @@ class ObjectiveTrainer(Trainer):
         return self.args.passes_per_loss * int(super().floating_point_ops(inputs))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The stock log; what AMPTrainer calls ``amp_loss`` is a rival's ``perturbed_loss``."""
-        if self.args.rival is not None and "amp_loss" in logs:
-            logs["perturbed_loss"] = logs.pop("amp_loss")
+        """The stock log; what AMPTrainer calls ``amp_loss`` and ``amp_passes`` has other names for a rival."""
+        if self.args.rival is not None:
+            logs = {_NOT_OF_AMP.get(name, name): value for name, value in logs.items()}
         super().log(logs, start_time)
 
     def _training_loss(

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from amp_plugin import AMP
+from amp_plugin.ascent.policy import CountsSteps
 from amp_plugin.train.methods.sphere import AdaptiveSphere, Sphere
 
 
@@ -33,41 +40,44 @@ class ASAM(AMP):
 class RMP(AMP):
     """Random model perturbation: a random direction to the surface of the ball, in place of the gradient's.
 
-    :meth:`perturb` takes the place of the first pass and of `ascend`; so a step has one pass, at theta + delta.
-    The AMP paper's baseline, https://arxiv.org/abs/2010.04925, section 5.
+    So a step has one pass, at theta + delta. The AMP paper's baseline, https://arxiv.org/abs/2010.04925, section 5.
+
+    Args:
+        params: of `AMP`.
+        seed: of the noise, in [0, 2**64).
+        **kwargs: of `AMP`.
     """
 
     _perturbation_class = Sphere
 
-    @torch.no_grad()
-    def perturb(self, seed: int) -> None:
-        """Move every parameter along Gaussian noise, uniform in direction, to the surface of its ball.
+    def __init__(self, params: ParamsT, *, seed: int = 0, **kwargs: Any) -> None:
+        super().__init__(params, **kwargs, ascent=RandomDirection(seed))
 
-        Args:
-            seed: in [0, 2**64); the noise is a function of it, of the parameters' shapes and layouts, and of the kind
-                of device.
-        """
+
+@dataclass
+class RandomDirection(CountsSteps):
+    """Ascend along Gaussian noise, uniform in direction.
+
+    It is a function of the seed, the number of the step, the parameters' shapes and layouts and the kind of device: the
+    same in every process, and in a run that is resumed.
+    """
+
+    seed: int = 0
+    name = "random"
+    cost = 0.0
+
+    def directions(self, base: Optimizer, ball: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+        """The noise, for parameters that are trained."""
+        entropy = np.random.SeedSequence([self.seed, base.param_groups[0]["ascent_step"]])
+        key = int(entropy.generate_state(1, np.uint64)[0])
         generators: dict[torch.device, torch.Generator] = {}
-        for p in self._params():
+        noise = {}
+        for p in ball:
             if p.requires_grad:
                 if p.device not in generators:
-                    generators[p.device] = torch.Generator(p.device).manual_seed(seed)
-                p.grad = torch.empty_like(p).normal_(generator=generators[p.device])
-        super().ascend()
-
-    def ascend(self, **kwargs: Any) -> None:
-        """Refused: the direction is not the gradient's."""
-        raise RuntimeError("RMP does not ascend along a gradient: call perturb(seed), backward() and step()")
-
-    def step(self, closure: Any = None, **kwargs: Any) -> Any:
-        """The base optimizer's step at theta with the gradient taken after :meth:`perturb`.
-
-        Raises:
-            RuntimeError: there is a closure, or no :meth:`perturb` before.
-        """
-        if closure is not None:
-            raise RuntimeError("RMP's step takes no closure: call perturb(seed), backward() and step()")
-        return super().step()
+                    generators[p.device] = torch.Generator(p.device).manual_seed(key)
+                noise[p] = torch.empty_like(p).normal_(generator=generators[p.device])
+        return noise
 
 
 RIVALS: dict[str, type[AMP]] = {"rmp": RMP, "sam": SAM, "asam": ASAM}
