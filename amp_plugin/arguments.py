@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
+
+
+def mapped(function: Callable[[Any], Any], arguments: Any) -> Any:
+    """The same nested containers with the function's value for each thing in them."""
+
+    def leaf(thing: Any) -> Any:
+        if isinstance(thing, MutableMapping):  # e.g. a batch of transformers' tokenizers
+            twin = copy.copy(thing)
+            twin.update({name: mapped(function, value) for name, value in thing.items()})
+            return twin
+        return function(thing)
+
+    return tree_map(leaf, arguments)
 
 
 def fresh(arguments: Any) -> Any:
@@ -16,21 +29,19 @@ def fresh(arguments: Any) -> Any:
     Raises:
         TypeError: one is an iterator.
     """
-    return tree_map(_fresh_leaf, arguments)
+    return mapped(_fresh_leaf, arguments)
 
 
 def tensors_in(arguments: Any) -> list[Tensor]:
     """All tensors in nested containers whose changes autograd counts."""
-    return [t for t in tree_leaves(arguments) if isinstance(t, Tensor) and not t.is_inference()]
+    found: list[Tensor] = []
+    mapped(found.append, arguments)
+    return [t for t in found if isinstance(t, Tensor) and not t.is_inference()]
 
 
 def _fresh_leaf(leaf: Any) -> Any:
     if isinstance(leaf, Tensor) and leaf.requires_grad:
         return leaf.detach().requires_grad_()
-    if isinstance(leaf, MutableMapping):  # e.g. a batch of transformers' tokenizers
-        twin = copy.copy(leaf)
-        twin.update({name: fresh(value) for name, value in leaf.items()})
-        return twin
     if isinstance(leaf, Iterator):
         raise TypeError(f"a {type(leaf).__name__} can be read only once, so a second pass would see another batch")
     return leaf

@@ -29,7 +29,7 @@ from amp_plugin.sharding import is_distributed
 # The attachment whose module is between the begin and the end of its perturbed forward pass, in this thread.
 _running: ContextVar[Attachment | None] = ContextVar("running", default=None)
 # The passes of an ascent: each gives the arguments of one call of the module, and is sent what that returned.
-_Passes = Generator[tuple[tuple[Any, ...], dict[str, Any]], Any, None]
+_Passes = Generator[tuple[tuple[Any, ...], dict[str, Any]], Any, int]
 
 
 def attach(
@@ -42,10 +42,10 @@ def attach(
 ) -> Attachment:
     """Make a module that returns its loss train with AMP in a plain ``loss.backward(); optimizer.step()`` loop.
 
-    Each training forward pass costs ``inner_iter + 1`` passes. The loss it returns has the value at the clean weights
-    and the gradient at the perturbed ones; other outputs are those of the perturbed pass. With gradient accumulation
-    each micro-batch is perturbed for itself (:class:`amp_plugin.AMPTrainer` treats the window as one batch). In eval
-    mode, or without gradients, the module is left alone.
+    Each training forward pass costs ``inner_iter + 1`` passes, or less with an ascent policy. The loss it returns has
+    the value at the clean weights and the gradient at the perturbed ones; other outputs are those of the perturbed
+    pass. With gradient accumulation each micro-batch is perturbed for itself (:class:`amp_plugin.AMPTrainer` treats
+    the window as one batch). In eval mode, or without gradients, the module is left alone.
 
     Args:
         optimizer: an :class:`amp_plugin.AMP`, also inside accelerate's or timm's Lookahead's wrapper.
@@ -72,6 +72,7 @@ def attach(
     if next(attachments(module), None) is not None:
         raise ValueError("this module, or a part of it, is attached already; detach() it first")
     _require_held(amp, module)
+    amp.name_parameters(module)
     return Attachment(amp, module, ExtraPasses(module, batch_norm=batch_norm, rng=rng), sync_ascent)
 
 
@@ -88,8 +89,9 @@ class Attachment:
     """What :func:`attach` put on a module. A copy of the module, made by copying or pickling, is not attached.
 
     Attributes:
-        loss: 0-d, the loss of the last training pass at the clean weights; None before the first.
-        amp_loss: 0-d, at the perturbed ones.
+        loss: 0-d, the loss of the last training pass at the clean weights; None before the first, and where the ascent
+            policy makes no pass there.
+        amp_loss: 0-d, at the perturbed ones; None where the step does not ascend.
         handles: of the hooks that :meth:`detach` removes.
     """
 
@@ -162,21 +164,22 @@ class Attachment:
 
     @not_compiled
     def _ascent(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Passes:
-        """All that comes before the perturbed forward pass, if there shall be one."""
+        """All that comes before the last forward pass, that of the descent; returns how many passes came before."""
         amp, passes = self.amp, self.passes
         if amp is None or passes is None or self._ascending or not (module.training and torch.is_grad_enabled()):
-            return
+            return 0
         if _running.get() is not None:
             raise RuntimeError("an attached module was called in the forward pass of another one; attach only one")
         if amp.perturbed:
             raise RuntimeError("an attached module was called while its weights are perturbed by optimizer.ascend()")
         if not amp.perturbs:
-            return
+            return 0
         self._refuse_what_came_later(module)
-        yield from self._passes(amp, passes, module, args, kwargs)
+        made = yield from self._passes(amp, passes, module, args, kwargs)
         _running.set(self)
         self._forward = ExitStack()
-        self._forward.enter_context(passes.extra())
+        self._forward.enter_context(passes.number(made))
+        return made
 
     @not_compiled
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -186,7 +189,8 @@ class Attachment:
             return None
         forward, self._forward = self._forward, None
         _running.set(None)
-        _reshard(module)
+        if amp.perturbed:
+            _reshard(module)
         seen = self.passes.seen_buffers() if self.passes and output is not None else []
         try:
             forward.close()
@@ -197,9 +201,13 @@ class Attachment:
         if loss is None:
             amp.restore()
             return None
+        if not amp.perturbed:
+            self.loss, self.amp_loss = loss.detach(), None
+            return None
         self.amp_loss = loss.detach()
         descent = Descent(self, amp.suspend(), seen)
-        return with_loss(output, AtDisplacement.apply(loss, self.loss, descent))
+        value = self.amp_loss if self.loss is None else self.loss
+        return with_loss(output, AtDisplacement.apply(loss, value, descent))
 
     def _refuse_what_came_later(self, module: nn.Module) -> None:
         if getattr(module, "_is_replica", False):
@@ -210,7 +218,8 @@ class Attachment:
             _require_held(self.amp, module)
 
     def _passes(self, amp: AMP, passes: ExtraPasses, module: nn.Module, args: Any, kwargs: Any) -> _Passes:
-        """The passes before the last one; gradients that the loop has accumulated are put aside meanwhile."""
+        """The passes before the last one; returns how many. Gradients that the loop has accumulated are put aside."""
+        made, self.loss = 0, None
         params = list(dict.fromkeys([*module.parameters(), *(p for g in amp.param_groups for p in g["params"])]))
         grads = [p.grad for p in params]
         if all(grad is None for grad in grads):
@@ -227,14 +236,14 @@ class Attachment:
         try:
             for p in params:
                 p.grad = None
-            for i in range(amp.inner_iter):
-                with passes.extra() if i else passes.clean(), nullcontext() if ddp is None else ddp.no_sync():
-                    loss = loss_of((yield fresh(args), fresh(kwargs)), module)
+            scale = self.grad_scale
+            for [(args_, kwargs_)] in amp.passes_of_step([(args, kwargs)], 1.0 if scale is None else scale):
+                with passes.number(made), nullcontext() if ddp is None else ddp.no_sync():
+                    loss = loss_of((yield fresh(args_), fresh(kwargs_)), module)
                     if not loss.requires_grad:
                         raise RuntimeError("the loss of an attached module requires no gradient, so there is no ascent")
-                    if i == 0:
+                    if made == 0:
                         self.loss = loss.detach()
-                    scale = self.grad_scale
                     with torch.autocast(loss.device.type, enabled=False):
                         loss.backward(None if scale is None else scale.to(loss).expand_as(loss))  # type: ignore[no-untyped-call]
                 if versions != [t._version for t in tensors_in((args, kwargs))]:
@@ -245,7 +254,7 @@ class Attachment:
                 if ddp is not None:
                     share = average_gradients if self._sync_ascent else share_overflow
                     share([p for g in amp.param_groups for p in g["params"] if p.requires_grad], ddp.process_group)
-                amp._ascend(1.0 if scale is None else scale)
+                made += 1
         except BaseException:
             amp.restore()
             raise
@@ -253,6 +262,7 @@ class Attachment:
             self._ascending = False
             for p, grad in zip(params, grads, strict=True):
                 p.grad = grad
+        return made
 
 
 @not_compiled

@@ -10,9 +10,14 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 
+def in_process_group() -> bool:
+    """Whether this is one of several processes that talk to each other."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def data_parallel(module: nn.Module) -> DistributedDataParallel | None:
     """The DDP wrapper in the module, or the one whose forward pass the module is being called from."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not in_process_group():
         return None
     for child in module.modules():
         if isinstance(child, DistributedDataParallel):
@@ -42,7 +47,7 @@ def share_overflow(params: Iterable[Tensor], group: dist.ProcessGroup | None = N
         params: the optimizer's parameters that require gradients.
         group: of the replicas; None for all processes.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not in_process_group():
         return
     grads = _gradients(params)
     sizes = torch._foreach_norm([g for g in grads if g.numel()], torch.inf)  # unlike L2 norms, these cannot overflow

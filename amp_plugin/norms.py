@@ -1,4 +1,4 @@
-"""L2 norms of the parts of tensors that this process holds."""
+"""L2 norms of tensors, and of the parts of them that this process holds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from amp_plugin.sharding import local_part
+from amp_plugin.sharding import local_part, split_of, whole_norms
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -37,3 +37,16 @@ def all_finite(norms: Sequence[Tensor]) -> Tensor:
     device = norms[0].device
     finite: Tensor = sum((n.sum().to(device) for n in norms[1:]), norms[0].sum()) < torch.inf
     return finite
+
+
+def whole_squared_norm(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Squared L2 norm over all entries of all tensors, 0-d; None if there are none.
+
+    Of tensors that are split over processes the whole ones count, so all processes have to call this.
+    """
+    alike: dict[tuple[object, ...], list[Tensor]] = {}
+    for tensor in tensors:
+        plain = plain_part(tensor)
+        alike.setdefault((plain.device, plain.dtype, split_of(tensor)), []).append(tensor)
+    norms = [whole_norms(norms_of([plain_part(t) for t in group]), split_of(group[0])) for group in alike.values()]
+    return overall_norm(norms).square() if norms else None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -23,18 +23,19 @@ from torch.optim import SGD
 from torch.optim.optimizer import ParamsT
 from torch.utils._pytree import tree_map_only
 
+from amp_plugin.ascending import Ascending
+from amp_plugin.ascent import AscentPolicy, Parameters
 from amp_plugin.base import OptimizerFactory, check_not_negative, make_base
 from amp_plugin.compilation import not_compiled
-from amp_plugin.norms import LOW_PRECISION
+from amp_plugin.distributed import in_process_group
 from amp_plugin.passes import ExtraPasses
-from amp_plugin.perturbation import Ascent, Displacement, Norm, Perturbation
-from amp_plugin.sharding import is_distributed
-from amp_plugin.wrapper import OptimizerWrapper
+from amp_plugin.perturbation import Norm
 
+_OF_ASCENT = ("policy", "ball", "total_steps")
 living: weakref.WeakSet[AMP] = weakref.WeakSet()  # for hosts that know only the module, or only the optimizer
 
 
-class AMP(OptimizerWrapper):
+class AMP(Ascending):
     """Minimises the worst loss within a small ball around the weights, with any base optimizer.
 
     Either pass a closure, as the released class wants it (it clears the gradients, computes the loss, calls
@@ -49,6 +50,8 @@ class AMP(OptimizerWrapper):
         loss_fn(model(x), y).backward()  # at theta + delta
         optimizer.step()                 # back to theta, then the base optimizer's step
 
+    (the first two lines in a loop, ``for _ in optimizer.ascent_passes(): loss_fn(model(x), y).backward()``, are right
+    for every ``inner_iter`` and ``ascent``)
     or let the module make the passes (:func:`amp_plugin.attach`), in a loop that knows nothing of AMP.
 
     The groups and the state are the base optimizer's own, so schedulers and checkpoints see one optimizer.
@@ -68,6 +71,12 @@ class AMP(OptimizerWrapper):
         momentum: for the base optimizer; None for its default.
         weight_decay: for the base optimizer; None for its default. Acts at theta, never in the ascent.
         nesterov: for the base optimizer; None for its default.
+        ascent: which steps ascend, and along what, to spend less than ``inner_iter + 1`` passes on each: ``"full"``
+            (the paper), ``"subset(0.5)"``, ``"every(2)"``, ``"window(0.5, 1.0)"``, ``"stale"``, ``"momentum"``,
+            ``"adaptive(0.0)"``, or several, ``"every(2), subset(0.5)"``; see :mod:`amp_plugin.ascent`.
+        parameters: which parameters the ball is for: ``"norm"``, the weight and bias of normalisation layers; another
+            string, a regular expression to be found in their names; or a function of name and parameter. None for
+            all. Names are those of named parameters, or of the module; see :meth:`name_parameters`.
         **kwargs: further arguments of the base optimizer.
 
     Raises:
@@ -77,9 +86,6 @@ class AMP(OptimizerWrapper):
 
     found_inf: Tensor
     grad_scale: Tensor | None
-    _parked: dict[Tensor, Tensor]
-    _finished: list[Displacement]
-    attached: bool
     in_closure: bool
 
     def __init__(
@@ -95,6 +101,8 @@ class AMP(OptimizerWrapper):
         momentum: float | None = None,
         weight_decay: float | None = None,
         nesterov: bool | None = None,
+        ascent: str | AscentPolicy = "full",
+        parameters: Parameters | None = None,
         **kwargs: Any,
     ) -> None:
         check_not_negative(lr=lr, epsilon=epsilon, inner_lr=inner_lr, momentum=momentum, weight_decay=weight_decay)
@@ -102,25 +110,16 @@ class AMP(OptimizerWrapper):
             raise ValueError(f"inner_iter must be an integer >= 0, got {inner_iter!r}")
         given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         kwargs = {**{name: value for name, value in given.items() if value is not None}, **kwargs}
-        self.inner_iter = inner_iter
         self.skipped_steps = 0
-        self._reset(norm)
-        super().__init__(make_base(base_optimizer, params, kwargs), {"epsilon": epsilon, "inner_lr": inner_lr})
-
-    @property
-    def norm(self) -> Norm:
-        """Which ball: ``"tensor"`` or ``"global"``."""
-        return self._perturbation.norm
-
-    @property
-    def perturbs(self) -> bool:
-        """Whether the hyper-parameters ask for any perturbation at all; if not, AMP is its base optimizer."""
-        return self.inner_iter > 0 and any(g["epsilon"] > 0 and g["inner_lr"] > 0 for g in self.param_groups)
-
-    @property
-    def perturbed(self) -> bool:
-        """Whether the weights are at theta + delta now, rather than at theta."""
-        return self._perturbation.active
+        super().__init__(
+            make_base(base_optimizer, params, kwargs),
+            epsilon=epsilon,
+            inner_lr=inner_lr,
+            inner_iter=inner_iter,
+            norm=norm,
+            ascent=ascent,
+            parameters=parameters,
+        )
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -129,12 +128,13 @@ class AMP(OptimizerWrapper):
         It has to where the weights are displaced, or they would stay so, and where a closure is to be refused.
         Elsewhere it skips the step itself, as hosts expect: accelerate then leaves the schedule where it is.
         """
-        return self._open or not (self._ascents or self._finished)
+        return self._open or not (self._ascents or self._finished or self._plain)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, which may set ``epsilon`` and ``inner_lr`` beside the base optimizer's options."""
         check_not_negative(**{k: param_group[k] for k in ("lr", "epsilon", "inner_lr") if k in param_group})
         super().add_param_group(param_group)
+        self.ball.choose_anew(self.param_groups)
 
     @not_compiled
     @torch.no_grad()
@@ -143,111 +143,65 @@ class AMP(OptimizerWrapper):
 
         Args:
             closure: clears the gradients, computes the loss, calls ``backward()`` and returns the loss or
-                ``(outputs, loss)``. Called ``inner_iter + 1`` times. Gradients accumulated before the call are
-                kept out of the ascent and given back for the descent, unless the closure clears them. None:
-                :meth:`ascend` must have been called ``inner_iter`` times since the last step. With an attached
-                module, which makes the passes itself, a closure is called once.
+                ``(outputs, loss)``. Called ``inner_iter + 1`` times in a step that ascends with passes of its own,
+                else once. Gradients accumulated before the call are kept out of the ascent and given back for the
+                descent, unless the closure clears them. None: the passes of :meth:`ascent_passes` must have been
+                made since the last step, or :meth:`ascend` called ``inner_iter`` times, unless the policy asks for
+                none. With an attached module, which makes the passes itself, a closure is called once.
             passes: what the additional calls must leave alone; None: as in the released code, BatchNorm
                 statistics are updated and dropout masks drawn in every call.
 
         Returns:
-            What the first call of the closure, at the unperturbed weights, returned, detached.
+            What the first call of the closure returned, detached: at the unperturbed weights, unless the policy
+            ascends without a pass there.
 
         Raises:
             RuntimeError: no closure and no ascent, or gradients are sparse. Whatever is raised, the weights
                 are the unperturbed ones.
+            ValueError: the policy needs the batch, which a closure keeps to itself.
         """
         if closure is None or self.attached:
             result = self._evaluate_once(closure) if closure else None
             try:
-                self._require_ascents()
+                counts = self._require_ascents()
             finally:
                 self.restore()
-            self._descend()
+            self._descend(counts)
             return tree_map_only(Tensor, Tensor.detach, result)
         if self._open:
             self.restore()
             raise RuntimeError("step(closure) after ascend(): call step() without a closure; the ascent was dropped")
         self._refuse_scaled_closure()
         evaluate = torch.enable_grad()(closure)
-        ascents = self.inner_iter if self.perturbs else 0
-        if ascents:
+        results: list[Any] = []
+
+        def make_pass() -> None:
+            with passes.number(len(results)) if passes else nullcontext():
+                results.append(evaluate())
+
+        ascends = self.ascends
+        if ascends:
             self._parked = {p: p.grad for p in self._params() if p.grad is not None}
             self._set_grads({})
         self.in_closure = True
         try:
-            with passes.clean() if passes else nullcontext():
-                result = evaluate()
-            for i in range(ascents):
-                self._ascend()
-                if i + 1 == ascents:
-                    self._set_grads(self._parked)
-                with passes.extra() if passes else nullcontext():
-                    evaluate()
+            for _ in self.passes_of_step(None, prune=not in_process_group()):
+                make_pass()
+            if ascends:
+                self._set_grads(self._parked)
+            make_pass()
             self.restore()
         except BaseException:
             self.restore()
             self._ascents = 0
             self._set_grads({})
+            self._stepped = True
             raise
         finally:
             self._parked = {}
             self.in_closure = False
         self._descend()
-        return tree_map_only(Tensor, Tensor.detach, result)
-
-    @torch.no_grad()
-    def ascend(self, *, grad_scale: float | Tensor = 1.0) -> None:
-        """Take one ascent step along ``.grad`` and clear the gradients; the weights are now at theta + delta.
-
-        To be called ``inner_iter`` times before :meth:`step`, each time after a backward pass. With a gradient scaler
-        call :meth:`pass_on_overflow` before :meth:`step`. Under DDP, if the backward pass was in ``no_sync()``, so that
-        each process perturbs along its own gradient, first call ``amp_plugin.distributed.share_overflow(parameters)``
-        (also in a closure): else a process whose gradient is not finite would skip the step alone.
-
-        Args:
-            grad_scale: what the loss was multiplied by (a gradient scaler's scale); divided out here, since
-                AMP, unlike SAM, does not normalise the gradient.
-
-        Raises:
-            RuntimeError: no parameter has a gradient, or one is sparse; or an attached module makes the ascent.
-        """
-        if self.attached:
-            raise RuntimeError("the attached module makes the ascent: call backward() and step(), or detach it first")
-        if not self.gradients():
-            raise RuntimeError(
-                "ascend() found no gradient: call backward() on the loss at the current weights first; under FSDP with"
-                " gradient synchronisation on, model.set_requires_gradient_sync(True)"
-            )
-        try:
-            self._ascend(grad_scale)
-        except BaseException:
-            self.restore()
-            raise
-
-    def restore(self) -> None:
-        """Put the exact bits of theta back, if the weights are displaced; drops the ascent."""
-        self._perturbation.restore()
-        self._open = False
-        if self.attached or not self.gradients():
-            self._ascents = 0  # no pass at theta + delta was made: a step now would be one without perturbation
-
-    def suspend(self) -> Displacement:
-        """Back to theta between a forward pass at theta + delta and its backward pass (:func:`amp_plugin.attach`)."""
-        self._open, self._ascents = False, 0
-        return self._perturbation.suspend()
-
-    def resume(self, displacement: Displacement) -> None:
-        """To theta + delta again, for the backward pass; RuntimeError if the weights have changed since."""
-        self._perturbation.resume(displacement)
-
-    def finish(self, displacement: Displacement) -> None:
-        """That backward pass is over: the gradients now are those of the descent."""
-        self._finished.append(displacement)
-
-    def gradients(self) -> list[Tensor]:
-        """The gradients that are there, in the order of the groups."""
-        return [p.grad for p in self._params() if p.grad is not None]
+        return tree_map_only(Tensor, Tensor.detach, results[0])
 
     @torch.no_grad()
     def pass_on_overflow(self) -> None:
@@ -260,14 +214,6 @@ class AMP(OptimizerWrapper):
             for grad in self.gradients()[:1]:
                 grad.fill_(torch.inf)
 
-    def ascent_was_finite(self) -> bool:
-        """Whether the last ascent's gradients were all finite; waits for the device if that is not known yet."""
-        return self._perturbation.was_finite()
-
-    def statistics(self) -> dict[str, Tensor]:
-        """Measures of the last ascent, see :meth:`Perturbation.statistics`; nothing is synchronised."""
-        return self._perturbation.statistics()
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients, including those that :meth:`step` keeps aside for the descent."""
         self._parked = {}
@@ -276,9 +222,15 @@ class AMP(OptimizerWrapper):
             self._ascents = 0  # the gradient of the descent is gone
         super().zero_grad(set_to_none)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's; what the ascent policy has to remember is in its groups and state."""
+        self.policy.settle(self.base_optimizer)
+        return super().state_dict()
+
     def __getstate__(self) -> dict[str, Any]:
         self._require_clean("copy or pickle AMP")
-        own = {"inner_iter": self.inner_iter, "norm": self.norm, "skipped_steps": self.skipped_steps}
+        self.policy.settle(self.base_optimizer)
+        own = {name: getattr(self, name) for name in ("inner_iter", "norm", "skipped_steps", *_OF_ASCENT)}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -286,61 +238,26 @@ class AMP(OptimizerWrapper):
             self._reset(state.pop("norm"))
         else:
             self._require_clean("load a state")
+            self.policy.forget()
         super().__setstate__(state)
 
     def __repr__(self) -> str:
         head = f"{type(self).__name__}({type(self.base_optimizer).__name__}, norm={self.norm!r}"
-        return super().__repr__().replace(type(self).__name__, f"{head}, inner_iter={self.inner_iter})", 1)
+        head += f", inner_iter={self.inner_iter}"
+        if self.policy.name != "full":
+            head += f", ascent={str(self.policy)!r}"
+        if self.ball.parameters is not None:
+            head += f", parameters={self.ball.parameters!r}"
+        return super().__repr__().replace(type(self).__name__, f"{head})", 1)
 
     def _reset(self, norm: Norm) -> None:
-        """State that lives within one step only and is never saved."""
+        super()._reset(norm)
         living.add(self)
-        self._perturbation = Perturbation(norm)
-        self._ascents = 0  # since the last step
-        self._open = False  # between the first ascend() and restore() or step()
-        self._parked = {}  # gradients from before step(closure)
-        self._finished = []  # where an attached module took the gradients that are there
-        self.attached = False  # by attach()
         self.in_closure = False  # during step(closure)
-        self._warned_low_precision = False
 
     def _require_clean(self, action: str) -> None:
         if self.perturbed:
             raise RuntimeError(f"cannot {action} while the weights are perturbed; call restore() first")
-
-    def _params(self) -> Iterator[Tensor]:
-        # A tensor listed twice is one weight, to be displaced once; torch hashes tensors in Python, ten times slower.
-        return iter({id(p): p for group in self.param_groups for p in group["params"]}.values())
-
-    def _set_grads(self, grads: dict[Tensor, Tensor]) -> None:
-        for p in self._params():
-            p.grad = grads.get(p)
-
-    def _ascend(self, grad_scale: float | Tensor = 1.0) -> None:
-        ascents: dict[Tensor, Ascent] = {}
-        for group in self.param_groups:
-            epsilon, inner_lr = group["epsilon"], group["inner_lr"]
-            check_not_negative(epsilon=epsilon, inner_lr=inner_lr)  # a schedule may have changed them
-            if not (epsilon and inner_lr):
-                continue
-            for p in group["params"]:
-                ascents[p] = Ascent(p, p.grad, -inner_lr if group.get("maximize") else inner_lr, epsilon)
-        if not self._warned_low_precision and any(p.dtype in LOW_PRECISION for p in ascents):
-            self._warned_low_precision = True
-            warnings.warn("AMP on 16-bit weights loses small displacements; use float32 and autocast", stacklevel=2)
-        sharded = [p for p in ascents if is_distributed(p) and p.requires_grad]
-        if sharded and all(p.grad is None for p in sharded):
-            raise RuntimeError(
-                "a pass left no gradient on the sharded parameters: leave gradient synchronisation on in the ascent"
-                " pass, model.set_requires_gradient_sync(True); without it FSDP keeps the gradients to itself"
-            )
-        if not self.gradients():
-            warnings.warn("AMP: a pass left no gradient to ascend along", RuntimeWarning, stacklevel=3)
-        if not self._open:
-            self._ascents, self._open = 0, True
-        self._perturbation.ascend(ascents.values(), grad_scale)
-        self._set_grads({})
-        self._ascents += 1
 
     def _evaluate_once(self, closure: Callable[[], Any]) -> Any:
         self._refuse_scaled_closure()
@@ -354,22 +271,29 @@ class AMP(OptimizerWrapper):
                 " bfloat16, which needs no scaler"
             )
 
-    def _require_ascents(self) -> None:
-        """Refuse to train without the perturbation while claiming to train with it."""
-        if not self.perturbs or self._ascents == self.inner_iter or self._finished:
-            return
+    def _require_ascents(self) -> bool:
+        """Refuse to train without the perturbation while claiming to train with it; whether this is a step at all."""
+        if not self.ascends or self._ascents == self.inner_iter or self._finished:
+            return True
         if not self._ascents and all(float(g["lr"]) == 0.0 for g in self.param_groups):
-            return  # harmless, and how torch.distributed.checkpoint makes an optimizer build its state
+            return False  # harmless, and how torch.distributed.checkpoint makes an optimizer build its state
         raise RuntimeError(
             f"AMP.step() without a closure needs {self.inner_iter} ascent step(s) before it, got {self._ascents}; it"
             " would train without the perturbation that you asked for. Use one of: optimizer.step(closure);"
-            " loss.backward(), optimizer.ascend(), loss.backward(), optimizer.step(); amp_plugin.attach(optimizer,"
+            " loss.backward(), optimizer.ascend(), loss.backward(), optimizer.step(); the same with `for _ in"
+            " optimizer.ascent_passes(): loss.backward()`, whatever the ascent policy; amp_plugin.attach(optimizer,"
             " module) with a module that returns its loss; or amp_plugin.AMPTrainer."
             " (After an interrupted step, optimizer.restore() starts afresh.)"
         )
 
-    def _descend(self) -> None:
-        """The base optimizer's step at theta, unless the ascent was not finite."""
+    def _descend(self, counts: bool = True) -> None:
+        """The base optimizer's step at theta, unless the ascent was not finite.
+
+        Args:
+            counts: whether it is one of the training, for the ascent policy.
+        """
+        self._begin()
+        self._stepped, self._plain = True, False
         if self._perturbation.disturbed:
             self._perturbation.disturbed = False
             raise RuntimeError(
@@ -392,7 +316,8 @@ class AMP(OptimizerWrapper):
                 stacklevel=3,
             )
             return
-        self.base_optimizer.step()
+        with self.policy.around_step(self.base_optimizer, self._in_ball()) if counts else nullcontext():
+            self.base_optimizer.step()
 
 
 def find_amp(optimizer: Any) -> AMP | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -68,6 +68,10 @@ class ExtraPasses:
             _set_rng_state(device, state)
         with self._buffers_kept():
             yield
+
+    def number(self, index: int) -> AbstractContextManager[None]:
+        """The pass of a step with that index: the first, 0, is the one to :meth:`clean`, wherever the weights are."""
+        return self.extra() if index else self.clean()
 
     def seen_buffers(self) -> list[SeenBuffer]:
         """At the end of an extra forward pass, what its backward pass may need to find in the buffers."""

@@ -25,8 +25,9 @@ from amp_plugin.train import costs, job, options
         ["--optim", "amp", "--amp_inner_iter", "2", "--gradient_accumulation_steps", "2"],
         ["--optim", "sgd", "--gradient_accumulation_steps", "2", "--max_steps", "3"],
         ["--optim", "amp", "--amp_epsilon", "0", "--num_train_epochs", "1.5"],
+        ["--optim", "amp", "--amp_ascent", "window(0.0, 0.5), every(2)", "--amp_parameters", "norm"],
     ],
-    ids=["accumulation with an uneven last window", "max_steps without AMP", "nothing perturbed"],
+    ids=["accumulation with an uneven last window", "max_steps without AMP", "nothing perturbed", "an ascent policy"],
 )
 def test_the_run_makes_the_steps_and_passes_that_were_announced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], more: list[str]
@@ -67,13 +68,33 @@ def test_processes_share_the_batches() -> None:
         max_steps=-1,
         num_train_epochs=3,
     )
-    assert costs.counts(args, 100, 2) == costs.Counts(
+    params = [nn.Parameter(torch.ones(1))]
+    assert costs.counts(args, 100, AMP(params)) == costs.Counts(
         steps=9, steps_per_epoch=3, passes_per_batch=2, passes=18, images=600
     )
     args.dataloader_drop_last = True
-    assert costs.counts(args, 100, 1).passes == 6
+    sgd = torch.optim.SGD(params)
+    assert costs.counts(args, 100, sgd).passes == 6
     with pytest.raises(ValueError, match="30 images do not make one batch of 20 for every process"):
-        costs.counts(args, 30, 1)
+        costs.counts(args, 30, sgd)
+
+
+@pytest.mark.parametrize(
+    ("ascent", "passes"),
+    [
+        ("full", 3),
+        ("subset(0.5)", 2),
+        ("every(4)", 1 + 2 * 25 / 100),
+        ("every(3)", 1 + 2 * 34 / 100),
+        ("window(0.5, 0.75)", 1 + 2 * 25 / 100),
+        ("window(0, 40), subset(0.25)", 1 + 2 * 40 / 100 * 0.25),
+        ("adaptive", 3),
+    ],
+)
+def test_passes_of_the_ascent_policies(ascent: str, passes: float) -> None:
+    amp = AMP([nn.Parameter(torch.ones(1))], inner_iter=2, ascent=ascent)
+    assert costs.mean_passes(amp, 100) == pytest.approx(passes)
+    assert costs.mean_passes(AMP([nn.Parameter(torch.ones(1))], ascent="stale"), 100) == 1
 
 
 class Quadratic(nn.Module):

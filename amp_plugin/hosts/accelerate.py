@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from wrapt import when_imported
 
 from amp_plugin.arguments import fresh, tensors_in
-from amp_plugin.distributed import share_overflow
+from amp_plugin.distributed import average_gradients, data_parallel, share_overflow
 from amp_plugin.optimizer import AMP, find_amp
 from amp_plugin.passes import BatchNormPolicy, ExtraPasses, RngPolicy
 
@@ -57,7 +57,8 @@ def amp_backward(
         model: as ``accelerator.prepare`` returned it, not attached.
         optimizer: an :class:`amp_plugin.AMP`, also as ``accelerator.prepare`` returned it.
         compute_loss: runs the model on one micro-batch and returns its mean loss, 0-d. Called ``inner_iter + 1`` times
-            for each; it may take a mapping to pieces, but must not change a tensor in place.
+            for each, or less often with an ascent policy; it may take a mapping to pieces, but must not change a
+            tensor in place.
         batches: the micro-batches of this process, at least one. All count the same, whatever their sizes.
         batch_norm: which passes update running statistics, see :class:`amp_plugin.ExtraPasses`.
         rng: whether all passes use the same dropout masks, see there.
@@ -65,7 +66,8 @@ def amp_backward(
             each process perturbs along its own.
 
     Returns:
-        The mean loss of this process's micro-batches at theta, 0-d, detached.
+        The mean loss of this process's micro-batches at theta (of those of the ascent, if the policy takes a part; at
+        theta + delta, if it makes no pass at theta), 0-d, detached.
 
     Raises:
         TypeError: the optimizer is not AMP.
@@ -77,10 +79,12 @@ def amp_backward(
     if amp is None:
         raise TypeError(f"amp_backward() needs amp_plugin.AMP, got {type(optimizer).__name__}")
     _refuse(accelerator, amp, batches)
-    params = [p for group in amp.param_groups for p in group["params"] if p.requires_grad]
-    share = accelerator.gradient_accumulation_steps / len(batches)  # accelerator.backward() divides by the former
+    amp.name_parameters(model)
+    # DDP would wait for gradients that a restricted ball does not need; they are then averaged here.
+    ddp = data_parallel(model) if amp.ball.prunes(amp.param_groups) else None
 
     def run(window: Sequence[Any], sync: bool = True) -> Tensor:
+        share = accelerator.gradient_accumulation_steps / len(window)  # accelerator.backward() divides by the former
         losses = []
         for k, batch in enumerate(window, 1):
             with nullcontext() if sync and k == len(window) else accelerator.no_sync(model):
@@ -94,25 +98,27 @@ def amp_backward(
         amp.zero_grad()
 
     passes = ExtraPasses(model, batch_norm=batch_norm, rng=rng)
-    ascents = amp.inner_iter if amp.perturbs else 0
+    scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
     versions = [t._version for t in tensors_in(batches)]
+    means: list[Tensor] = []
     clear()
     try:
-        for i in range(ascents):
-            with passes.extra() if i else passes.clean():
-                mean = run(fresh(batches), sync_ascent)
+        for part in amp.passes_of_step(batches, scale):
+            with passes.number(len(means)):
+                means.append(run(fresh(part), sync_ascent and ddp is None))
             if versions != [t._version for t in tensors_in(batches)]:
                 raise RuntimeError(
                     "compute_loss changes its batch in place, so a second pass would see another one; change a copy"
                 )
-            if i == 0:
-                clean_loss = mean
+            amp.require_gradients()
+            trained = [p for group in amp.param_groups for p in group["params"] if p.requires_grad]
             if not sync_ascent:
-                share_overflow(params)
-            amp.ascend(grad_scale=1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
-            model.zero_grad()
-        with passes.extra() if ascents else passes.clean():
-            mean = run(batches)
+                share_overflow(trained)
+            elif ddp is not None:
+                average_gradients(trained, ddp.process_group)
+        model.zero_grad()
+        with passes.number(len(means)):
+            means.append(run(batches))
     except BaseException:
         clear()
         raise
@@ -120,7 +126,7 @@ def amp_backward(
         amp.restore()
     if accelerator.scaler is not None:
         amp.pass_on_overflow()
-    return clean_loss if ascents else mean
+    return means[0]
 
 
 def _refuse(accelerator: Accelerator, amp: AMP, batches: Sequence[Any]) -> None:

@@ -43,6 +43,7 @@ class AttachCallback(TrainerCallback):
         scope = args.gradient_accumulation_steps
         if args.average_tokens_across_devices:
             scope *= args.world_size
+        amp.total_steps = state.max_steps
         self._attachment = attach(amp, model)
         _made_here.add(self._attachment)
         if scope > 1:

@@ -29,6 +29,10 @@ def settings_in_words(args: AMPTrainingArguments) -> dict[str, str]:
             "AMP's `inner_iter`, ascent steps per update": str(args.amp_inner_iter),
             "AMP's `norm`": f"`{args.amp_norm}`: {norm}",
         }
+        if args.amp_ascent != "full":
+            words["AMP's `ascent`, which steps ascend and along what"] = f"`{args.amp_ascent}`"
+        if args.amp_parameters is not None:
+            words["AMP's `parameters`, what it perturbs"] = f"`{args.amp_parameters}`"
         if not args.sync_ascent:
             words["AMP's ascent gradient"] = "of each process for itself"
     processes, accumulation = args.world_size, args.gradient_accumulation_steps

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from amp_plugin.ascent import make_policy
 from amp_plugin.hosts.elastic import refuse_processes_without_group, rejoin
 from amp_plugin.passes import check_policies
 from amp_plugin.suggest import did_you_mean
@@ -28,6 +29,8 @@ class AMPTrainingArguments(TrainingArguments):
             itself checks its hyper-parameters.
     """
 
+    _further_optims: ClassVar[tuple[str, ...]] = ()  # that a subclass knows
+
     optim: str = field(
         default="amp",
         metadata={
@@ -44,6 +47,20 @@ class AMPTrainingArguments(TrainingArguments):
     amp_norm: str = field(
         default="tensor",
         metadata={"help": "'tensor': one ball per parameter tensor (the published numbers); 'global': one for all."},
+    )
+    amp_ascent: str = field(
+        default="full",
+        metadata={
+            "help": "Which steps ascend and along what, for fewer passes: 'full' (the paper), 'subset(0.5)',"
+            " 'every(2)', 'window(0.5, 1.0)', 'stale', 'momentum', 'adaptive(0.0)', or several, separated by commas."
+        },
+    )
+    amp_parameters: str | None = field(
+        default=None,
+        metadata={
+            "help": "Parameters to perturb: 'norm', those of normalisation layers, or a regular expression to be found"
+            " in their names. Default: all."
+        },
     )
     amp_batch_norm: str = field(
         default="clean",
@@ -69,13 +86,16 @@ class AMPTrainingArguments(TrainingArguments):
         optim = str(getattr(self.optim, "value", self.optim))
         base = "sgd" if optim == "amp" else optim.removeprefix(_PREFIX)
         if base not in (known := [o.value for o in OptimizerNames]):
-            near = did_you_mean(optim, ["amp", *known, *(_PREFIX + name for name in known)])
+            near = did_you_mean(optim, ["amp", *self._further_optims, *known, *(_PREFIX + name for name in known)])
+            further = "".join(f", {name!r}" for name in self._further_optims)
             raise ValueError(
-                f"optim {optim!r} is unknown{near}; choose 'amp', a stock name, or 'amp_' and one: {', '.join(known)}"
+                f"optim {optim!r} is unknown{near}; choose 'amp'{further}, a stock name, or 'amp_' and one:"
+                f" {', '.join(known)}"
             )
         if base == "sgd" and self.optim_args is None:
             self.optim_args = _SGD_ARGS
         check_policies(self.amp_batch_norm, self.amp_rng)
+        make_policy(self.amp_ascent)
         self.optim = base
         if not self.use_cpu:
             refuse_processes_without_group()
@@ -96,4 +116,5 @@ class AMPTrainingArguments(TrainingArguments):
 
     def optimizer_kwargs(self) -> dict[str, Any]:
         """The AMP hyper-parameters, as :class:`amp_plugin.AMP` names them."""
-        return {name: getattr(self, _PREFIX + name) for name in ("epsilon", "inner_lr", "inner_iter", "norm")}
+        names = ("epsilon", "inner_lr", "inner_iter", "norm", "ascent", "parameters")
+        return {name: getattr(self, _PREFIX + name) for name in names}

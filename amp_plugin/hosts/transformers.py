@@ -8,7 +8,7 @@ accumulation steps equal one batch that is k times larger.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,10 +19,11 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from amp_plugin.distributed import share_overflow
+from amp_plugin.distributed import average_gradients, data_parallel, share_overflow
 from amp_plugin.hosts.attach_callback import AttachCallback, release
 from amp_plugin.hosts.checkpoints import CheckpointingTrainer
 from amp_plugin.hosts.loss_scale import uses_num_items
+from amp_plugin.hosts.means import Means
 from amp_plugin.hosts.publishing import PublishingTrainer
 from amp_plugin.hosts.training_args import AMPTrainingArguments
 from amp_plugin.optimizer import AMP, find_amp
@@ -35,8 +36,11 @@ class AMPTrainer(CheckpointingTrainer, PublishingTrainer):
     """`transformers.Trainer` that trains with Adversarial Model Perturbation when ``args.optim`` asks for it.
 
     Logs ``loss``, the loss at the clean weights (comparable with other optimizers); ``amp_loss``, at the perturbed
-    ones; ``sharpness``, their difference; ``clipped``, the fraction of tensors that the ball held back; and
-    ``perturbation_norm``; each a mean over the steps since the last log.
+    ones; ``sharpness``, their difference; ``clipped``, the fraction of tensors that the ball held back;
+    ``perturbation_norm``; and ``amp_passes``, the forward and backward passes over the batch that a step has taken;
+    each a mean over the steps since the last log. With an ascent policy all but ``loss`` and ``amp_passes`` are of the
+    steps that ascended; where it makes no pass at the clean weights, ``loss`` is that at the perturbed ones, and
+    there is no ``sharpness``.
 
     Raises:
         ValueError: the host cannot run AMP exactly (DeepSpeed, FSDP, XLA, optimizers that step inside backward);
@@ -57,10 +61,10 @@ class AMPTrainer(CheckpointingTrainer, PublishingTrainer):
         self._window: list[dict[str, Any]] = []
         self._loss_uses_num_items: bool | None = None
         self._clean_losses: list[Tensor] = []
+        self._amp_losses: list[Tensor] = []
         self._descent: ExitStack | None = None
         self._passes: ExtraPasses | None = None
-        self._sums: dict[str, Tensor] = {}
-        self._steps_summed = 0
+        self._means = Means()
 
     @property
     def amp(self) -> AMP | None:
@@ -89,6 +93,13 @@ class AMPTrainer(CheckpointingTrainer, PublishingTrainer):
         if self.args.decay_all_parameters:
             return [name for name, _ in model.named_parameters()]
         return super().get_decay_parameter_names(model)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock one; AMP gets the names of its parameters, for ``args.amp_parameters``."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.amp is not None and self.model is not None:
+            self.amp.name_parameters(self.model)
+        return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Stock training; whatever ends it, the weights are the unperturbed ones."""
@@ -120,7 +131,8 @@ class AMPTrainer(CheckpointingTrainer, PublishingTrainer):
         """The stock step at theta + delta, after the ascent at the window's first micro-batch.
 
         Returns:
-            The loss of this micro-batch at theta, detached.
+            The loss of this micro-batch at theta, detached; of the part that the ascent took, if that is less than the
+            window, its share.
         """
         amp = self.amp
         if amp is None and self.args.uses_amp:
@@ -130,35 +142,31 @@ class AMPTrainer(CheckpointingTrainer, PublishingTrainer):
         try:
             if self._descent is None:
                 self._ascend(amp, model, num_items_in_batch)
-            amp_loss = super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
         except BaseException:
             self._end_window()
             raise
-        self._add("amp_loss", amp_loss)
-        loss = self._clean_losses.pop(0)
-        if not self._clean_losses:
+        self._amp_losses.append(loss)
+        if self._clean_losses:
+            loss = self._clean_losses[len(self._amp_losses) - 1]
+        if len(self._amp_losses) == len(self._window):
+            self._record(amp)
             self._end_window()
-            self._steps_summed += 1
-            for name, value in amp.statistics().items():
-                self._add(name, value)
             if self.accelerator.scaler is not None:
                 amp.pass_on_overflow()
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Stock log; a training record gains ``amp_loss``, ``sharpness`` and the perturbation's statistics."""
-        if "loss" in logs and self._steps_summed:
-            means = self.accelerator.reduce(torch.stack(list(self._sums.values())), "mean") / self._steps_summed
-            logs.update(zip(self._sums, means.tolist(), strict=True))
-            logs["sharpness"] = logs["amp_loss"] - logs["loss"]
-            self._sums, self._steps_summed = {}, 0
+        if "loss" in logs and self._means:
+            logs.update(self._means.taken(self.accelerator))
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """The stock count, times the number of passes of a step."""
+        """The stock count, times the number of passes of the step under way."""
         amp = self.amp
-        passes = 1 + amp.inner_iter if amp is not None and amp.perturbs else 1
-        return passes * int(super().floating_point_ops(inputs))
+        passes = amp.passes if amp is not None and amp.perturbs else 1
+        return round(passes * int(super().floating_point_ops(inputs)))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Stock evaluation; refused while the weights are perturbed."""
@@ -173,26 +181,44 @@ class AMPTrainer(CheckpointingTrainer, PublishingTrainer):
     def _ascend(self, amp: AMP, model: nn.Module, num_items_in_batch: Tensor | int | None) -> None:
         """Run the window at theta, perturb, and leave the perturbed state open until `_end_window`."""
         amp.zero_grad()
+        amp.total_steps = self.state.max_steps
         scaler = self.accelerator.scaler
         scale = 1.0 if scaler is None else float(scaler.get_scale())
         if self._passes is None or self._passes.module is not model:
             self._passes = ExtraPasses(model, batch_norm=self.args.amp_batch_norm, rng=self.args.amp_rng)  # type: ignore[arg-type]
-        passes = self._passes
+        passes, made, k = self._passes, 0, len(self._window)
+        # DDP would wait for gradients that a restricted ball does not need; they are then averaged here.
+        ddp = data_parallel(model) if amp.ball.prunes(amp.param_groups) else None
         self._descent = ExitStack()
         self._descent.callback(amp.restore)
-        for i in range(amp.inner_iter):
-            with passes.extra() if i else passes.clean():
-                losses = []
-                for k, inputs in enumerate(self._window):
-                    last = k + 1 == len(self._window)
-                    with _gradient_sync(model, last and self.args.sync_ascent):
-                        losses.append(super().training_step(model, inputs, num_items_in_batch))
-            if i == 0:
-                self._clean_losses = losses
+        for part in amp.passes_of_step(self._window, scale):
+            with passes.number(made):
+                losses = self._ascent_pass(model, part, num_items_in_batch, sync=self.args.sync_ascent and ddp is None)
+            if made == 0:
+                self._clean_losses = losses if len(part) == k else [torch.stack(losses).sum() / k] * k
+            amp.require_gradients()
+            trained = [p for group in amp.param_groups for p in group["params"] if p.requires_grad]
             if not self.args.sync_ascent:
-                share_overflow(p for group in amp.param_groups for p in group["params"] if p.requires_grad)
-            amp.ascend(grad_scale=scale)
-        self._descent.enter_context(passes.extra())
+                share_overflow(trained)
+            elif ddp is not None:
+                average_gradients(trained, ddp.process_group)
+            made += 1
+        self._descent.enter_context(passes.number(made))
+
+    def _ascent_pass(self, model: nn.Module, part: Sequence[Any], num_items: Any, *, sync: bool) -> list[Tensor]:
+        """The stock step on each micro-batch of a part of the window, as if that were all of it."""
+        whole = self.current_gradient_accumulation_steps
+        if num_items is not None and part is not self._window:
+            num_items = self._get_num_items_in_batch(list(part), self.args.device)
+        try:
+            self.current_gradient_accumulation_steps = len(part)
+            losses = []
+            for k, inputs in enumerate(part, 1):
+                with _gradient_sync(model, sync and k == len(part)):
+                    losses.append(super().training_step(model, inputs, num_items))
+            return losses
+        finally:
+            self.current_gradient_accumulation_steps = whole
 
     def _end_window(self) -> None:
         """Back to theta and to the clean pass's running statistics, if a window is open."""
@@ -200,11 +226,20 @@ class AMPTrainer(CheckpointingTrainer, PublishingTrainer):
             self._descent.close()
             self._descent = None
         self._clean_losses = []
+        self._amp_losses = []
         self._window = []
 
-    def _add(self, name: str, value: Tensor) -> None:
-        value = value.detach().float()
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
+    def _record(self, amp: AMP) -> None:
+        """What this step is worth to the log."""
+        self._means.add("amp_passes", torch.tensor(amp.passes, device=self.args.device))
+        if not amp.perturbed:
+            return
+        amp_loss = torch.stack(self._amp_losses).sum()
+        self._means.add("amp_loss", amp_loss)
+        if self._clean_losses:
+            self._means.add("sharpness", amp_loss - torch.stack(self._clean_losses).sum())
+        for name, value in amp.statistics().items():
+            self._means.add(name, value)
 
     def _require_clean_weights(self, action: str) -> None:
         if self.amp is not None and self.amp.perturbed:

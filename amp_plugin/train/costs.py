@@ -28,14 +28,14 @@ class Counts:
     Attributes:
         steps: of the optimizer.
         steps_per_epoch: of the optimizer.
-        passes_per_batch: forward and backward passes over a batch: the clean one and those AMP adds.
-        passes: forward and backward passes of a process in the whole run.
+        passes_per_batch: forward and backward passes over a batch: that of the descent and those AMP adds, on average.
+        passes: forward and backward passes of a process in the whole run, a part of a batch counting as that part.
         images: that go through them, with repetitions, in all processes.
     """
 
     steps: int
     steps_per_epoch: int
-    passes_per_batch: int
+    passes_per_batch: float
     passes: int
     images: int
 
@@ -50,7 +50,8 @@ class Costs:
         weights: bytes of parameters and buffers.
         gradients: bytes.
         optimizer_state: bytes of the base optimizer's state; None if it cannot be told without a real step.
-        perturbation: bytes of AMP's copy of the weights.
+        perturbation: bytes of what AMP or a rival of it keeps: a copy of the weights that it perturbs, and its ascent
+            policy's.
         activations: bytes that autograd keeps for the backward pass of a batch, weights cast for it included.
     """
 
@@ -68,13 +69,24 @@ class Costs:
         return self.weights + self.gradients + (self.optimizer_state or 0) + self.perturbation + self.activations
 
 
-def counts(args: RecipeArguments, images: int, passes_per_batch: int) -> Counts:
+def mean_passes(optimizer: Optimizer, steps: int) -> float:
+    """Forward and backward passes over a batch in a training of so many steps; at most so many, if AMP decides late."""
+    if not isinstance(optimizer, AMP) or not optimizer.perturbs:
+        return 1
+    policy = optimizer.policy
+    ascents = sum(policy.ascends({**policy.state, "ascent_step": step}, steps) for step in range(steps))
+    mean = optimizer.inner_iter * policy.cost * ascents / steps
+    return 1 + (int(mean) if mean == int(mean) else mean)
+
+
+def counts(args: RecipeArguments, images: int, optimizer: Optimizer, passes_per_loss: int = 1) -> Counts:
     """Count as the Trainer will.
 
     Args:
         args: of the run.
         images: to train on.
-        passes_per_batch: 1 without AMP, else 1 + inner_iter.
+        optimizer: of the run.
+        passes_per_loss: that a loss and its gradient take.
 
     Raises:
         ValueError: there is not one whole batch.
@@ -87,10 +99,11 @@ def counts(args: RecipeArguments, images: int, passes_per_batch: int) -> Counts:
     steps_per_epoch = math.ceil(batches / window)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     epochs, rest = divmod(steps, steps_per_epoch)
-    passes = (epochs * batches + min(rest * window, batches)) * passes_per_batch
+    passes_per_batch = passes_per_loss * mean_passes(optimizer, steps)
+    passes = round((epochs * batches + min(rest * window, batches)) * passes_per_batch)
     full = args.train_batch_size * args.world_size
     seen = epochs * min(images, batches * full) + min(rest * window * full, images)
-    return Counts(steps, steps_per_epoch, passes_per_batch, passes, seen * passes_per_batch)
+    return Counts(steps, steps_per_epoch, passes_per_batch, passes, round(seen * passes_per_batch))
 
 
 def costs(
@@ -120,6 +133,8 @@ def costs(
             fakes[id(p)] = nn.Parameter(mode.from_tensor(p).detach().to(device), p.requires_grad)
         twin = copy.deepcopy(model, fakes).train()
         optimizer = make_optimizer(twin.parameters())
+        if isinstance(optimizer, AMP):
+            optimizer.name_parameters(twin)
         own = {t.untyped_storage()._cdata for t in (*twin.parameters(), *twin.buffers())}
         inputs = {name: mode.from_tensor(t).to(device) for name, t in batch.items()}
         with FlopCounterMode(display=False) as counter:
@@ -132,16 +147,22 @@ def costs(
             loss.backward()
         state = _state_of(optimizer)
     trained = [p for p in model.parameters() if p.requires_grad]
-    perturbs = isinstance(optimizer, AMP) and optimizer.perturbs
     return Costs(
         forward_flops=forward // size,
         training_flops=counter.get_total_flops() // size,
         weights=_bytes([*model.parameters(), *model.buffers()]),
         gradients=_bytes(trained) * (2 if args.world_size > 1 else 1),  # DDP's buckets beside them
         optimizer_state=state,
-        perturbation=_bytes(trained) if perturbs else 0,
+        perturbation=_copies(optimizer),
         activations=sum(s.nbytes() for key, s in kept.items() if key not in own),
     )
+
+
+def _copies(optimizer: Optimizer) -> int:
+    if not isinstance(optimizer, AMP) or not optimizer.perturbs:
+        return 0
+    ball = [p for group in optimizer.param_groups for p in optimizer.ball.of(group) if p.requires_grad]
+    return _bytes(ball) * (1 + optimizer.policy.copies)
 
 
 def _state_of(optimizer: Optimizer) -> int | None:

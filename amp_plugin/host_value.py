@@ -1,0 +1,27 @@
+"""A number that is on its way from the device to the host."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class HostValue:
+    """A 0-d tensor on its way to the host: copied without waiting, read when it has long arrived."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: torch.Event | None = None
+        if tensor.device.type == "cpu":
+            self._host = tensor
+        else:
+            self._host = torch.empty((), dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._event = torch.Event(tensor.device)
+            self._event.record()
+
+    def value(self) -> bool | int | float:
+        """The value; waits for the device if it is not there yet."""
+        if self._event is not None:
+            self._event.synchronize()
+        value: bool | int | float = self._host.tolist()
+        return value

@@ -1,0 +1,32 @@
+"""Means over the steps since the last log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Means:
+    """Means of what is added under a name, each over the steps that added it."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._sums)
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add a 0-d tensor; nothing is synchronised."""
+        value = value.detach().float()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._counts[name] = self._counts.get(name, 0) + 1
+
+    def taken(self, accelerator: Any) -> dict[str, float]:
+        """The means over all processes; then there are none."""
+        sums = accelerator.reduce(torch.stack(list(self._sums.values())), "mean").tolist()
+        means = {name: total / self._counts[name] for name, total in zip(self._sums, sums, strict=True)}
+        self._sums, self._counts = {}, {}
+        return means

@@ -1,0 +1,146 @@
+"""AMP with an ascent policy, slowly and plainly, in float64: what the package's policies are compared with.
+
+The ball and SGD are those of `reference.py`. A policy is a rule of a few lines: what to ascend along in a step, if at
+all. It shares no code with the package.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from reference import Tensors, project, sgd
+from torch import Tensor, nn
+from torch.func import functional_call
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Moment:
+    """What a rule can see before a step."""
+
+    step: int
+    window: Sequence[Batch]  # the micro-batches of the step
+    theta: Tensors
+    velocity: Tensors  # of SGD: empty before the first step
+    descents: list[Tensors]  # the gradients that the steps before have descended along
+    gradient: Callable[[Sequence[Batch]], Tensors]  # at theta, the mean over micro-batches
+
+
+Rule = Callable[[Moment], Tensors | None]
+
+
+def full(m: Moment) -> Tensors:
+    return m.gradient(m.window)
+
+
+def half(m: Moment) -> Tensors:
+    """The first half of the samples; of several micro-batches the first half of them."""
+    k = len(m.window)
+    return m.gradient(half_of_each(m) if k == 1 else m.window[: k // 2])
+
+
+def half_of_each(m: Moment) -> list[Batch]:
+    return [(x[: len(x) // 2], y[: len(y) // 2]) for x, y in m.window]
+
+
+def stale(m: Moment) -> Tensors | None:
+    return m.descents[-1] if m.descents else None
+
+
+def momentum(m: Moment) -> Tensors | None:
+    """SGD's velocity is a sum that forgets a tenth in each step."""
+    return {name: 0.1 * v for name, v in m.velocity.items()} if m.velocity else None
+
+
+def adaptive(m: Moment, threshold: float = -1.4) -> Tensors | None:
+    """If the gradient before the last was larger than those before it usually were."""
+    norms = [sum(g.square().sum().item() for g in descent.values()) for descent in m.descents[:-1]]
+    mean, variance = (norms or [0.0])[0], 0.0
+    for i, n in enumerate(norms):
+        mean = n if i == 0 else 0.9 * mean + 0.1 * n
+        variance = 0.9 * variance + 0.1 * (n - mean) ** 2
+    return full(m) if not norms or norms[-1] >= mean + threshold * math.sqrt(variance) else None
+
+
+def of_batch_norm(m: Moment) -> Tensors:
+    return {name: g for name, g in full(m).items() if name.startswith("body.1.")}
+
+
+def when(condition: Callable[[int], bool], rule: Rule) -> Rule:
+    return lambda m: rule(m) if condition(m.step) else None
+
+
+# By the arguments of AMP, the rule and the forward and backward passes over the batch of each step.
+STEPS = 20
+RULES: dict[tuple[str, str | None], tuple[Rule, Callable[[int], float] | None]] = {
+    ("full", None): (full, lambda t: 2.0),
+    ("subset(0.5)", None): (half, lambda t: 1.5),
+    ("every(3)", None): (when(lambda t: t % 3 == 0, full), lambda t: 2.0 if t % 3 == 0 else 1.0),
+    ("window(5, 12)", None): (when(lambda t: 5 <= t < 12, full), lambda t: 2.0 if 5 <= t < 12 else 1.0),
+    ("stale", None): (stale, lambda t: 1.0),
+    ("momentum", None): (momentum, lambda t: 1.0),
+    ("adaptive(-1.4)", None): (adaptive, None),
+    ("every(2), subset(0.5)", None): (when(lambda t: t % 2 == 0, half), lambda t: 1.5 if t % 2 == 0 else 1.0),
+    ("stale, every(2)", None): (when(lambda t: t % 2 == 0, stale), lambda t: 1.0),
+    ("full", "norm"): (of_batch_norm, lambda t: 2.0),
+}
+
+
+def policy_trajectory(
+    model: nn.Module,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    windows: Sequence[Sequence[Batch]],
+    rule: Rule,
+    *,
+    lr: float,
+    epsilon: float,
+    inner_lr: float,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    each: bool = False,
+) -> list[tuple[Tensors, bool]]:
+    """Train a float64 copy of `model`.
+
+    Args:
+        model: called as `model(inputs)`; its running statistics do not matter.
+        loss_fn: the mean loss of a micro-batch.
+        windows: the micro-batches of each step.
+        rule: what to ascend along.
+        lr, epsilon, inner_lr, momentum, nesterov, weight_decay: of AMP around SGD.
+        each: whether every micro-batch is perturbed for itself.
+
+    Returns:
+        For each step the parameters after it, and whether it ascended.
+    """
+    model = copy.deepcopy(model).double()
+    theta = {name: p.detach().clone() for name, p in model.named_parameters()}
+    velocity: Tensors = {}
+    descents: list[Tensors] = []
+    trajectory = []
+
+    def gradient(point: Tensors, window: Sequence[Batch]) -> Tensors:
+        leaves = {name: p.clone().requires_grad_() for name, p in point.items()}
+        buffers = {name: b.clone() for name, b in model.named_buffers()}
+        losses = [loss_fn(functional_call(model, {**leaves, **buffers}, (x.double(),)), y) for x, y in window]
+        return dict(zip(leaves, torch.autograd.grad(torch.stack(losses).mean(), list(leaves.values())), strict=True))
+
+    for step, window in enumerate(windows):
+        descent = {name: torch.zeros_like(p) for name, p in theta.items()}
+        groups = [[batch] for batch in window] if each else [window]
+        for group in groups:
+            at_theta = lambda part: gradient(theta, part)  # noqa: B023, E731
+            along = rule(Moment(step, group, theta, dict(velocity), descents, at_theta))
+            delta = project({name: inner_lr * g for name, g in (along or {}).items()}, epsilon, "tensor")
+            moved = {name: p + delta[name] if name in delta else p for name, p in theta.items()}
+            for name, g in gradient(moved, group).items():
+                descent[name] += g / len(groups)
+        theta = sgd(theta, descent, velocity, lr, momentum, nesterov, weight_decay)
+        descents.append(descent)
+        trajectory.append((theta, along is not None))
+    return trajectory
