@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from amp_plugin.ascent import AscentPolicy, Ball, Parameters, make_policy
+from amp_plugin.ascent import AscentPolicy, Parameters, make_policy
+from amp_plugin.ascent.parameters import Ball
 from amp_plugin.base import check_not_negative
 from amp_plugin.distributed import in_process_group
 from amp_plugin.norms import LOW_PRECISION

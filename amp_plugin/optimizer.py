@@ -79,6 +79,11 @@ class AMP(Ascending):
             all. Names are those of named parameters, or of the module; see :meth:`name_parameters`.
         **kwargs: further arguments of the base optimizer.
 
+    Attributes:
+        policy: what ``ascent`` asks for.
+        total_steps: of the training; a policy in fractions of it needs to know. Hosts that do know set it.
+        skipped_steps: how many were left out, because an ascent was not finite.
+
     Raises:
         ValueError: a hyper-parameter is out of range, or the base optimizer is unknown or cannot be used.
         TypeError: the base optimizer does not take one of the arguments.

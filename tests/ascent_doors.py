@@ -152,8 +152,11 @@ LOOPS: dict[str, Callable[[nn.Module, AMP], Step]] = {
 DOORS = [*LOOPS, "AMPTrainer"]
 
 
-def make(ascent: str, parameters: str | None, **kwargs: Any) -> tuple[CountingNet, AMP]:
+def make(
+    ascent: str, parameters: str | None, prepare: Callable[[nn.Module], object] = lambda net: None, **kwargs: Any
+) -> tuple[CountingNet, AMP]:
     net = CountingNet()
+    prepare(net)
     amp = AMP(net.named_parameters(), **{**BALL, **SGD, **kwargs}, ascent=ascent, parameters=parameters)
     return net, amp
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from ascent_doors import BALL, DOORS, LOOPS, SGD, CountingNet, make, samples_of, train, train_with_trainer
-from ascent_reference import RULES, STEPS, Batch, policy_trajectory
+from ascent_doors import BALL, DOORS, LOOPS, SGD, CountingNet, Seen, make, samples_of, train, train_with_trainer
+from ascent_reference import RULES, STEPS, Batch, policy_trajectory, stale
 from exactness_problem import Net
 from problems import small_batches
 from torch import nn
@@ -64,6 +64,17 @@ def test_trajectory_and_passes(door: str, policy: tuple[str, str | None], micro_
     if door == "AMPTrainer":
         assert [log["amp_passes"] for log in seen.logs if "loss" in log] == expected
         assert seen.flos == sum(expected) * samples_of(windows) * 6 * 3 * 8 * 8
+
+
+def test_stale_keeps_the_gradient_although_sgd_writes_into_it() -> None:
+    """As torch's does with Nesterov momentum and no weight decay."""
+    windows, rates = windows_of(1), {**SGD, "weight_decay": 0.0}
+    net, amp = make("stale", None, weight_decay=0.0)
+    step, seen = LOOPS["closure"](net, amp), Seen()
+    for window in windows:
+        step(window)
+        seen.add(net, amp, samples_of(windows))
+    assert_close(seen.weights, policy_trajectory(Net(), F.cross_entropy, windows, stale, **rates, **BALL))
 
 
 def test_adaptive_has_something_to_decide() -> None:

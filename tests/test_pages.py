@@ -116,7 +116,8 @@ def test_a_snippet_runs_and_trains_with_amp(block: Block, tmp_path: Path, traini
     assert not any(amp.perturbed for amp in living)
     if TRAINS.search(block.code):
         assert training.steps > 0, "nothing was trained"
-        assert training.ascents >= training.steps, "some steps were without AMP"
+        every_step = "ascent=" not in block.code  # a policy may leave some out
+        assert training.ascents >= (training.steps if every_step else 1), "some steps were without AMP"
 
 
 @pytest.mark.parametrize("block", [b for page in PAGES for b in pages.blocks(page, "python theirs")], ids=str)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from amp_plugin.ascent.adaptive import Adaptive
 from amp_plugin.ascent.combined import Combined
-from amp_plugin.ascent.parameters import Ball, Parameters
+from amp_plugin.ascent.parameters import Parameters
 from amp_plugin.ascent.policy import AscentPolicy, Full
 from amp_plugin.ascent.schedule import Every, Window
 from amp_plugin.ascent.spelling import make_policy
@@ -18,7 +18,6 @@ from amp_plugin.ascent.subset import Subset
 __all__ = [
     "Adaptive",
     "AscentPolicy",
-    "Ball",
     "Combined",
     "Every",
     "Full",

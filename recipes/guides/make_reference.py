@@ -20,13 +20,19 @@ from timm.optim import get_optimizer_info, list_optimizers
 import amp_plugin
 
 PAGE = Path(__file__).with_name("REFERENCE.md")
-MODULES = ("amp_plugin", "amp_plugin.data", "amp_plugin.flatness", "amp_plugin.hub")
+MODULES = ("amp_plugin", "amp_plugin.ascent", "amp_plugin.data", "amp_plugin.flatness", "amp_plugin.hub")
 HEAD = """\
 # Reference
 
 Made from the docstrings by `python recipes/guides/make_reference.py`; do not edit. The guides show it at work."""
 
-_TITLES = {"parameters": "Arguments", "attributes": "Attributes", "returns": "Returns", "raises": "Raises"}
+_TITLES = {
+    "parameters": "Arguments",
+    "attributes": "Attributes",
+    "returns": "Returns",
+    "yields": "Yields",
+    "raises": "Raises",
+}
 
 
 def page() -> str:
@@ -67,9 +73,7 @@ def _public(package: Any, module: Any, name: str) -> Iterator[str]:
         return
     if dataclasses.is_dataclass(value):
         yield from _options(value)
-    for member in item.members.values():
-        if member.name.startswith("_") or not member.docstring or member.is_alias:
-            continue
+    for member in _members(item, module):
         if member.is_function:
             yield f"#### {name}.{member.name}"
             yield _signature(member.name, member, None)
@@ -77,6 +81,20 @@ def _public(package: Any, module: Any, name: str) -> Iterator[str]:
         elif "property" in member.labels:
             yield f"#### {name}.{member.name}"
             yield f"Property, `{member.annotation}`. {_text(member.docstring.value)}"
+
+
+def _members(item: Any, module: Any) -> Iterator[Any]:
+    """Its documented ones, and those of the bases that have no entry of their own; not what a base's entry explains."""
+    found = dict(item.members)
+    explained: set[str] = set()
+    for base in item.mro():
+        if base.name in module.__all__:
+            explained |= base.members.keys()
+        else:
+            found = {**base.members, **found}
+    for name, member in found.items():
+        if not (name.startswith("_") or name in explained or member.is_alias) and member.docstring:
+            yield member
 
 
 def _signature(name: str, function: Any, dataclass: Any) -> str:
@@ -127,7 +145,7 @@ def _docstring(item: Any) -> Iterator[str]:
 
 
 def _entry(kind: str, entry: Any) -> str:
-    name = "" if kind == "returns" else f"`{entry.annotation if kind == 'raises' else entry.name}`: "
+    name = "" if kind in ("returns", "yields") else f"`{entry.annotation if kind == 'raises' else entry.name}`: "
     return f"- {name}{' '.join(_text(entry.description).split())}"
 
 
