@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from amp_plugin import models as models
 from amp_plugin.attach import Attachment, attach, detach
+from amp_plugin.capture import CapturedStep
 from amp_plugin.hosts.accelerate import amp_backward, watch_accelerate
 from amp_plugin.hosts.stock_trainer import watch_trainer
 from amp_plugin.hosts.timm import register_optimizers
@@ -30,6 +31,7 @@ __all__ = [
     "AMPTrainer",
     "AMPTrainingArguments",
     "Attachment",
+    "CapturedStep",
     "ExtraPasses",
     "ImageClassificationMetric",
     "LossModule",

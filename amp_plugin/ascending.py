@@ -46,14 +46,17 @@ class Ascending(OptimizerWrapper):
         norm: Norm,
         ascent: str | AscentPolicy,
         parameters: Parameters | None,
+        capturable: bool,
     ) -> None:
         self.inner_iter = inner_iter
         self.policy = make_policy(ascent)
+        if capturable and self.policy.name != "full":
+            raise ValueError(f'capturable=True replays one step: it needs ascent="full", got {str(self.policy)!r}')
         if not self.policy.cost and inner_iter > 1:
             raise ValueError(f"ascent={str(self.policy)!r} has one direction: inner_iter must be 1, got {inner_iter}")
         self.total_steps = None
         self.ball = Ball(parameters)
-        self._reset(norm)
+        self._reset(norm, capturable)
         super().__init__(base, {"epsilon": epsilon, "inner_lr": inner_lr, **self.policy.state})
         self.ball.choose_anew(self.param_groups)
 
@@ -231,9 +234,10 @@ class Ascending(OptimizerWrapper):
         """Measures of the last ascent, see :meth:`Perturbation.statistics`; nothing is synchronised."""
         return self._perturbation.statistics()
 
-    def _reset(self, norm: Norm) -> None:
+    def _reset(self, norm: Norm, capturable: bool) -> None:
         """State that lives within one step only and is never saved."""
-        self._perturbation = self._perturbation_class(norm)
+        self.capturable = capturable
+        self._perturbation = self._perturbation_class(norm, tell_host=not capturable)
         self._ascents = 0  # since the last step
         self._open = False  # between the first ascend() and restore() or step()
         self._plain = False  # whether a door was told that this step does not ascend

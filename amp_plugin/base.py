@@ -12,19 +12,28 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from amp_plugin.fused import require_fused
 from amp_plugin.suggest import did_you_mean
 
 OptimizerFactory = Callable[..., Optimizer]
 
 
-def make_base(base_optimizer: str | OptimizerFactory, params: ParamsT, kwargs: dict[str, Any]) -> Optimizer:
+def make_base(
+    base_optimizer: str | OptimizerFactory, params: ParamsT, kwargs: dict[str, Any], *, capturable: bool = False
+) -> Optimizer:
     """Build the base optimizer over `params`.
 
     A timm name comes with timm's defaults and timm's rule for ``momentum``: 0.9 unless given, and only for the
     optimizers that have one.
 
+    Args:
+        base_optimizer: class or name.
+        params: of the optimizer.
+        kwargs: its arguments.
+        capturable: whether its steps must be ones that a CUDA graph can hold and the device can skip.
+
     Raises:
-        ValueError: unknown name, or an optimizer whose ``step`` needs a closure of its own.
+        ValueError: unknown name, or an optimizer whose ``step`` needs a closure of its own, or is not `capturable`.
         TypeError: an argument that the optimizer does not take, or something that is no optimizer.
     """
     factory: OptimizerFactory
@@ -34,6 +43,8 @@ def make_base(base_optimizer: str | OptimizerFactory, params: ParamsT, kwargs: d
         factory = base_optimizer
     if not callable(factory):
         raise TypeError(f"base_optimizer must be an optimizer class or its name, got {base_optimizer!r}")
+    if capturable and "capturable" in inspect.signature(factory).parameters:
+        kwargs = {**kwargs, "capturable": True}
     base = factory(params, **kwargs)
     if not isinstance(base, Optimizer):
         raise TypeError(f"base_optimizer must make a torch.optim.Optimizer, got {type(base).__name__}")
@@ -43,6 +54,8 @@ def make_base(base_optimizer: str | OptimizerFactory, params: ParamsT, kwargs: d
             f"base_optimizer {type(base).__name__} needs a closure of its own in every step, which AMP cannot give"
             " it; use a first-order optimizer such as SGD or AdamW"
         )
+    if capturable:
+        require_fused(base)
     return base
 
 

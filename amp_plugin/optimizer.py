@@ -28,6 +28,7 @@ from amp_plugin.ascent import AscentPolicy, Parameters
 from amp_plugin.base import OptimizerFactory, check_not_negative, make_base
 from amp_plugin.compilation import not_compiled
 from amp_plugin.distributed import in_process_group
+from amp_plugin.fused import step_where_finite
 from amp_plugin.passes import ExtraPasses
 from amp_plugin.perturbation import Norm
 
@@ -77,6 +78,9 @@ class AMP(Ascending):
         parameters: which parameters the ball is for: ``"norm"``, the weight and bias of normalisation layers; another
             string, a regular expression to be found in their names; or a function of name and parameter. None for
             all. Names are those of named parameters, or of the module; see :meth:`name_parameters`.
+        capturable: the host reads nothing in a step, so that a whole one fits into a CUDA graph
+            (:class:`amp_plugin.CapturedStep`): what was not finite is skipped by the base optimizer's fused kernel,
+            without a warning; :attr:`skipped_steps` counts it. Needs ``fused=True`` and ``ascent="full"``.
         **kwargs: further arguments of the base optimizer.
 
     Attributes:
@@ -108,6 +112,7 @@ class AMP(Ascending):
         nesterov: bool | None = None,
         ascent: str | AscentPolicy = "full",
         parameters: Parameters | None = None,
+        capturable: bool = False,
         **kwargs: Any,
     ) -> None:
         check_not_negative(lr=lr, epsilon=epsilon, inner_lr=inner_lr, momentum=momentum, weight_decay=weight_decay)
@@ -115,16 +120,22 @@ class AMP(Ascending):
             raise ValueError(f"inner_iter must be an integer >= 0, got {inner_iter!r}")
         given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         kwargs = {**{name: value for name, value in given.items() if value is not None}, **kwargs}
-        self.skipped_steps = 0
+        self._skipped: int | Tensor = 0
         super().__init__(
-            make_base(base_optimizer, params, kwargs),
+            make_base(base_optimizer, params, kwargs, capturable=capturable),
             epsilon=epsilon,
             inner_lr=inner_lr,
             inner_iter=inner_iter,
             norm=norm,
             ascent=ascent,
             parameters=parameters,
+            capturable=capturable,
         )
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped because an ascent gradient was not finite; waits for the device if `capturable`."""
+        return int(self._skipped)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -215,8 +226,10 @@ class AMP(Ascending):
         To be called after the last backward pass, before the scaler's ``unscale_`` or ``step``. The scaler then skips
         the step and lowers its scale. Without this call the step is skipped all the same, but the scale stays.
         """
-        if self._ascents and not self.ascent_was_finite():
-            for grad in self.gradients()[:1]:
+        for grad in self.gradients()[:1] if self._ascents else ():
+            if self.capturable and self._perturbation.finite is not None:
+                grad.add_(torch.where(self._perturbation.finite.to(grad.device), 0.0, torch.inf))
+            elif not self.ascent_was_finite():
                 grad.fill_(torch.inf)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -235,12 +248,12 @@ class AMP(Ascending):
     def __getstate__(self) -> dict[str, Any]:
         self._require_clean("copy or pickle AMP")
         self.policy.settle(self.base_optimizer)
-        own = {name: getattr(self, name) for name in ("inner_iter", "norm", "skipped_steps", *_OF_ASCENT)}
-        return {**super().__getstate__(), **own}
+        own = {name: getattr(self, name) for name in ("inner_iter", "norm", "capturable", *_OF_ASCENT)}
+        return {**super().__getstate__(), **own, "_skipped": self.skipped_steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "norm" in state:  # from a copy or a pickle
-            self._reset(state.pop("norm"))
+            self._reset(state.pop("norm"), state.pop("capturable"))
         else:
             self._require_clean("load a state")
             self.policy.forget()
@@ -255,8 +268,8 @@ class AMP(Ascending):
             head += f", parameters={self.ball.parameters!r}"
         return super().__repr__().replace(type(self).__name__, f"{head})", 1)
 
-    def _reset(self, norm: Norm) -> None:
-        super()._reset(norm)
+    def _reset(self, norm: Norm, capturable: bool) -> None:
+        super()._reset(norm, capturable)
         living.add(self)
         self.in_closure = False  # during step(closure)
 
@@ -307,13 +320,20 @@ class AMP(Ascending):
             )
         finished, self._finished = self._finished, []
         ascended, self._ascents = self._ascents > 0, 0
+        if self.capturable:
+            flags = [d.finite for d in finished if d.finite is not None]
+            if ascended and self._perturbation.finite is not None:
+                flags.append(self._perturbation.finite)
+            skipped = step_where_finite(self.base_optimizer, flags, self)
+            self._skipped = skipped + self._skipped if isinstance(self._skipped, int) else self._skipped.add_(skipped)
+            return
         if hasattr(self, "found_inf"):  # set by a gradient scaler for this call
             if self.found_inf.item():
                 return  # the scaler will lower its scale
             if self.grad_scale is not None:  # not unscaled yet
                 torch._foreach_div_(self.gradients(), self.grad_scale.item())
         if (ascended and not self.ascent_was_finite()) or not all(d.was_finite() for d in finished):
-            self.skipped_steps += 1
+            self._skipped += 1
             warnings.warn(
                 "AMP: the ascent gradient had NaN or infinite entries; the step was skipped and the weights left as"
                 f" they were ({self.skipped_steps} so far)",

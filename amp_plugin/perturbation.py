@@ -89,17 +89,19 @@ class Perturbation:
     measured in units of its own epsilon.
 
     Batched kernels throughout, no host synchronisation; statistics stay on the device until asked for.
-    Memory: one copy of the displaced weights, kept from step to step.
+    Memory: one copy of the displaced weights, kept from step to step. With ``tell_host=False`` nothing is sent to the
+    host, not even whether the gradients were finite: :attr:`finite` has it on the device.
 
     Autograd's version counters tell the two points apart: each displacement has a number of its own, and theta has
     its old one back after :meth:`restore`. So a graph recorded at one point cannot silently be differentiated at
     another (autograd's own check fails), but can be at the same one.
     """
 
-    def __init__(self, norm: Norm = "tensor") -> None:
+    def __init__(self, norm: Norm = "tensor", *, tell_host: bool = True) -> None:
         if norm not in NORMS:
             raise ValueError(f"norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
         self.norm: Norm = norm
+        self._tell_host = tell_host
         self._backups: dict[Tensor, Tensor] = {}
         self._displaced: dict[Tensor, int] = {}  # with the version counter at theta
         self._moved_versions: list[int] = []  # and at theta + delta
@@ -171,7 +173,7 @@ class Perturbation:
         torch.clear_autocast_cache()
         self._ratios = [(ratio, b.epsilon) for b, ratio in zip(buckets, ratios, strict=True)]
         self._finite = finite
-        self._flag = HostValue(finite)
+        self._flag = HostValue(finite) if self._tell_host else None
 
     @not_compiled
     @torch.no_grad()
@@ -222,8 +224,13 @@ class Perturbation:
         _set_versions(params, moved_versions)
         torch.clear_autocast_cache()
 
+    @property
+    def finite(self) -> Tensor | None:
+        """Whether all gradients since theta were finite, 0-d bool on the device; None if none was seen."""
+        return self._finite
+
     def was_finite(self) -> bool:
-        """Whether all gradients since theta were finite, or none was seen."""
+        """The same on the host; True if `tell_host` is off."""
         return self._flag is None or bool(self._flag.value())
 
     def statistics(self) -> dict[str, Tensor]:
