@@ -17,6 +17,7 @@ from amp_plugin.data.splits import Split
 from amp_plugin.train.command_line import CommandLine
 from amp_plugin.train.fast import fast_settings
 from amp_plugin.train.finetune import fine_tuning_settings
+from amp_plugin.train.method_options import MethodArguments
 
 
 @dataclass
@@ -128,7 +129,7 @@ class ModelArguments:
 
 
 @dataclass
-class RecipeArguments(AMPTrainingArguments):
+class RecipeArguments(MethodArguments):
     """The paper's settings where they do not depend on the data set, and the small job's where they do."""
 
     learning_rate: float = field(default=0.1, metadata={"help": "Learning rate at the start."})
