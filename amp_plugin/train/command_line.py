@@ -42,7 +42,7 @@ _WORDS = {
     "label_smoothing_factor": "Label smoothing of the training loss; 0.2 in the paper.",
     "max_steps": "Optimizer steps, instead of --num_train_epochs, if positive.",
     "optim_args": "Arguments of the base optimizer, e.g. momentum=0.9,nesterov=True.",
-    "output_dir": "Folder of the results. Default: runs/DATASET-MODEL-OPTIM-seedSEED.",
+    "output_dir": "Folder of the results. Default: runs/DATASET-MODEL-OPTIM[-METHODS]-seedSEED.",
     "push_to_hub": "Push the model to the Hub whenever it is saved.",
     "seed": "Seed of the initial weights, the order and the augmentation.",
     "torch_compile": "Compile the model with torch.compile.",

@@ -24,6 +24,7 @@ from amp_plugin.provenance import run_record
 from amp_plugin.report import append_to_ledger, table
 from amp_plugin.train.card import RECORD, card_details, compared_run
 from amp_plugin.train.config import write_config
+from amp_plugin.train.described import methods_in_words
 from amp_plugin.train.fast import keep_freed_memory
 from amp_plugin.train.options import parse, settings_of
 from amp_plugin.train.pictures import draw_pictures
@@ -85,7 +86,7 @@ def main(argv: list[str]) -> None:
         where = f"cpu, {threads} thread(s)" if args.device.type == "cpu" else str(args.device)
         where += f", {args.arithmetic()}" if args.arithmetic() else ""
         described = f"AMP, epsilon {args.amp_epsilon}, inner_lr {args.amp_inner_lr}, {args.amp_norm} ball"
-        methods = "".join(f", {name}: {words}" for name, words in args.methods_in_words().items())
+        methods = "".join(f", {name}: {words}" for name, words in methods_in_words(vars(args)).items())
         print(
             f"{model_args.name} with {sum(p.numel() for p in model.parameters()):,} parameters{task.origin()} on"
             f" {task.dataset}: {len(task.train):,} {task.train.split.kind} to train, {len(task.test):,} to test;"

@@ -13,8 +13,10 @@ from transformers.training_args import OptimizerNames
 from amp_plugin import AMP, AMPTrainingArguments
 from amp_plugin.train.methods.optimizers import RIVALS, RMP
 
-# The radius of each optimizer's ball: its option and that option's default.
-_RADII = {"rmp": ("rmp_epsilon", 0.1), "sam": ("sam_rho", 0.05), "asam": ("sam_rho", 0.5)}
+# Options that change the training loss, whatever the optimizer.
+OBJECTIVES = ("label_smoothing_factor", "flood_level", "mixup_alpha", "adversarial_epsilon")
+# The radius of each rival optimizer's ball: its option and that option's default.
+RADII = {"rmp": ("rmp_epsilon", 0.1), "sam": ("sam_rho", 0.05), "asam": ("sam_rho", 0.5)}
 
 
 @dataclass
@@ -62,11 +64,11 @@ class MethodArguments(AMPTrainingArguments):
         _check_range("adversarial_epsilon", self.adversarial_epsilon, 0.0, 1.0)
         if optim.partition("_")[0] in RIVALS and optim not in RIVALS:
             raise ValueError(f"optim {optim!r} is unknown: {', '.join(RIVALS)} are around SGD only; AMP is around any")
-        option, default = _RADII.get(optim, (None, None))
-        for name in dict.fromkeys(name for name, _ in _RADII.values()):
+        option, default = RADII.get(optim, (None, None))
+        for name in dict.fromkeys(name for name, _ in RADII.values()):
             _check_range(name, getattr(self, name), 0.0, math.inf, zero=True)
             if name != option and getattr(self, name) is not None:
-                optims = " or ".join(rival for rival, (theirs, _) in _RADII.items() if theirs == name)
+                optims = " or ".join(rival for rival, (theirs, _) in RADII.items() if theirs == name)
                 raise ValueError(f"--{name} is for --optim {optims}, but --optim is {optim}")
         if option is None:
             super().__post_init__()
@@ -97,24 +99,9 @@ class MethodArguments(AMPTrainingArguments):
         if self.rival is None:
             return super().optimizer_kwargs()
         return {
-            "epsilon": getattr(self, _RADII[self.optim][0]),
+            "epsilon": getattr(self, RADII[self.optim][0]),
             "norm": self.amp_norm if self.rival is RMP else "global",
         }
-
-    def methods_in_words(self) -> dict[str, str]:
-        """The methods in use other than AMP, label smoothing and dropout, with their settings."""
-        words: dict[str, str] = {}
-        if self.rival is not None:
-            name, epsilon, norm = self.optim.upper(), *self.optimizer_kwargs().values()
-            ball = "one ball per parameter tensor" if norm == "tensor" else "one ball for all parameters"
-            words[name] = f"{_RADII[self.optim][0].partition('_')[2]} {epsilon:g}, {ball}"
-        if self.flood_level is not None:
-            words["flooding"] = f"level {self.flood_level:g}"
-        if self.mixup_alpha is not None:
-            words["mixup"] = f"proportions from Beta({self.mixup_alpha:g}, {self.mixup_alpha:g})"
-        if self.adversarial_epsilon is not None:
-            words["adversarial training"] = f"FGSM, epsilon {self.adversarial_epsilon:.3g} of pixels in [0, 1]"
-        return words
 
 
 def _check_range(name: str, value: float | None, low: float, high: float, *, zero: bool = False) -> None:

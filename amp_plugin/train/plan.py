@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from amp_plugin import AMP
 from amp_plugin.hosts.checkpoints import last_checkpoint
 from amp_plugin.train.costs import Costs, Counts, costs, counts
+from amp_plugin.train.described import methods_in_words
 from amp_plugin.train.methods.optimizers import RMP
 from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments
 from amp_plugin.train.tasks import Task
@@ -91,7 +92,7 @@ def _optimizer(args: RecipeArguments, optimizer: Optimizer) -> str:
         amp += f" {args.amp_norm} ball{'' if optimizer.perturbs else '; which perturbs nothing'}"
     where = "all parameters" if args.decay_all_parameters else "all but BatchNorm and biases"
     decay = f"weight decay {args.weight_decay} on {where}"
-    methods = "".join(f"; {name}: {words}" for name, words in args.methods_in_words().items())
+    methods = "".join(f"; {name}: {words}" for name, words in methods_in_words(vars(args)).items())
     return f"{args.optim}{settings}; {amp}{methods}; {decay}; gradient clipped to {args.max_grad_norm}"
 
 

@@ -8,6 +8,7 @@ import torch
 from transformers.trainer_utils import PredictionOutput
 
 from amp_plugin import AMPTrainer
+from amp_plugin.train.described import card_words
 from amp_plugin.train.methods.objective import ObjectiveTrainer
 from amp_plugin.train.methods.random_perturbation import RandomPerturbationTrainer
 from amp_plugin.train.options import RecipeArguments
@@ -20,6 +21,7 @@ class RecipeTrainer(RandomPerturbationTrainer, ObjectiveTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.card_details = card_words(self.args)
         if self.args.rival is not None:
             self._refuse_inexact_hosts()
 
