@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,14 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_recipe import QUICK
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 
 from amp_plugin.data.callback import EpochCallback
 from amp_plugin.data.images import ImageSplit
 from amp_plugin.data.loader import ImageBatches
 from amp_plugin.data.settings import DatasetSettings
-from amp_plugin.train import options
+from amp_plugin.train import job, options
+from amp_plugin.train.card import differences
+from amp_plugin.train.described import trained_with
 from amp_plugin.train.methods.mixup import MixedBatches
 from amp_plugin.train.trainer import RecipeTrainer
 
@@ -122,14 +131,25 @@ def cross_entropy(model: Any, x: Tensor, y: Tensor) -> Tensor:
 
 
 def assert_same_weights(ours: Any, theirs: Any, **tolerance: float) -> None:
+    """And the same running statistics."""
     tolerance = tolerance or {"rtol": 1e-9, "atol": 1e-12}
     assert ours is not theirs
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p, q, **tolerance)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for name, value in ours.state_dict().items():
+        torch.testing.assert_close(value, theirs.state_dict()[name], **tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def moved_far(model: Any, other: Any) -> bool:
     return any((p - q).abs().max() > 1e-4 for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@contextmanager
+def untraced(model: nn.Module) -> Iterator[None]:
+    """Put BatchNorm's running statistics back afterwards."""
+    buffers = [b.clone() for b in model.buffers()]
+    yield
+    for buffer, value in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(value)
 
 
 # --- losses
@@ -146,7 +166,8 @@ def flooded(model: nn.Module, x: Tensor, y: Tensor) -> None:
 
 def attacked(model: nn.Module, x: Tensor, y: Tensor) -> None:
     pixels = (x * STD + MEAN).requires_grad_()
-    cross_entropy(model, (pixels - MEAN) / STD, y).backward()
+    with untraced(model):
+        cross_entropy(model, (pixels - MEAN) / STD, y).backward()
     assert pixels.grad is not None
     worst = (pixels.detach() + 0.1 * pixels.grad.sign()).clamp(0, 1)
     model.zero_grad()
@@ -207,7 +228,8 @@ def displaced(model: nn.Module, x: Tensor, y: Tensor, displacement: Callable[[li
     with torch.no_grad():
         for p, d in zip(params, displacement(list(gradients)), strict=True):
             p += d
-    cross_entropy(model, x, y).backward()
+    with untraced(model):
+        cross_entropy(model, x, y).backward()
     with torch.no_grad():
         for p, old in zip(params, theta, strict=True):
             p.copy_(old)
@@ -273,3 +295,213 @@ def test_the_trajectory_of_random_model_perturbation(tmp_path: Path, accumulatio
     # The Trainer lists the parameters with weight decay first; here they all have it, in the model's order.
     assert_same_weights(ours, reference(perturbed))
     assert moved_far(ours, reference(lambda m, x, y: cross_entropy(m, x, y).backward()))
+
+
+# --- what they leave alone
+
+
+@pytest.mark.parametrize(
+    ("chosen", "step"),
+    [({"adversarial_epsilon": 0.1}, attacked), ({"optim": "sam", "sam_rho": 0.3}, sam)],
+    ids=["adversarial training", "sam"],
+)
+def test_running_statistics_are_those_of_the_pass_that_counts(
+    tmp_path: Path, chosen: dict[str, Any], step: Step
+) -> None:
+    """The attack leaves none, SAM's are those at the clean weights."""
+    ours = trained(tmp_path, Net(batch_norm=True), **chosen).model
+    assert_same_weights(ours, reference(step, Net(batch_norm=True)))
+
+
+def test_the_attack_sees_the_dropout_masks_of_the_pass_that_trains(tmp_path: Path) -> None:
+    masks: list[Tensor] = []
+
+    class Recorded(nn.Dropout):
+        def forward(self, x: Tensor) -> Tensor:
+            dropped = super().forward(x)
+            masks.append(dropped != 0)
+            return dropped
+
+    model = Net()
+    model.layers[4] = Recorded(0.5)
+    trained(tmp_path, model, adversarial_epsilon=0.1, max_steps=2)
+    assert len(masks) == 4
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(masks[2], masks[3])
+    assert not torch.equal(masks[0], masks[2])
+
+
+def test_no_method_touches_an_evaluation(tmp_path: Path) -> None:
+    """A smoothed or mixed loss would be larger, an attacked one too."""
+    trainer = trained(
+        tmp_path,
+        data=mixed_images(),
+        max_steps=1,
+        label_smoothing_factor=0.2,
+        mixup_alpha=0.8,
+        adversarial_epsilon=0.1,
+        flood_level=9.0,
+    )
+    batch = in_double(images().__getitems__(range(SAMPLES)))
+    with torch.no_grad():
+        loss = cross_entropy(trainer.model, batch["pixel_values"], batch["labels"])
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_an_interrupted_window_leaves_the_weights_where_they_were(tmp_path: Path) -> None:
+    class Interrupted(InOrder):
+        def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == 1:
+                seen.append(torch.equal(next(model.parameters()), before[-1]))
+                if len(seen) == 2:
+                    raise KeyboardInterrupt
+            return super().compute_loss(model, *args, **kwargs)
+
+    class Remember(TrainerCallback):
+        def on_step_end(self, *args: Any, model: Any, **kwargs: Any) -> None:
+            before.append(next(model.parameters()).detach().clone())
+
+    seen: list[bool] = []
+    before: list[Tensor] = []
+    args = arguments(tmp_path, optim="rmp", gradient_accumulation_steps=2)
+    trainer = Interrupted(Net(), args, in_double, images(), callbacks=[Remember()])  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert seen == [False, False], "both micro-batches see the perturbed weights"
+    assert torch.equal(next(trainer.model.parameters()), before[0])  # type: ignore[union-attr]
+
+
+# --- with AMP, and on several workers
+
+
+def test_amp_perturbs_for_the_flooded_loss(tmp_path: Path) -> None:
+    """So it goes downhill where the loss is below the level, in both passes."""
+    level, signs = 1.3, set()
+
+    def gradients(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+        loss = cross_entropy(model, x, y)
+        signs.add(bool(loss > level))
+        return list(torch.autograd.grad((loss - level).abs() + level, list(model.parameters())))
+
+    def amp(model: nn.Module, x: Tensor, y: Tensor) -> None:
+        theta = [p.detach().clone() for p in model.parameters()]
+        ascent = gradients(model, x, y)
+        with torch.no_grad():
+            for p, g in zip(model.parameters(), ascent, strict=True):
+                p += 0.1 * g
+        for p, g in zip(model.parameters(), gradients(model, x, y), strict=True):
+            p.grad = g
+        with torch.no_grad():
+            for p, old in zip(model.parameters(), theta, strict=True):
+                p.copy_(old)
+
+    ours = trained(tmp_path, optim="amp", amp_epsilon=9.0, amp_inner_lr=0.1, flood_level=level).model
+    assert_same_weights(ours, reference(amp))
+    assert signs == {True, False}
+
+
+def test_mixed_batches_are_a_function_of_seed_epoch_and_indices() -> None:
+    before = torch.get_rng_state()
+    data, again = mixed_images(), mixed_images()
+    data.set_epoch(1)
+    data.__getitems__([5, 6])  # what was asked for before makes no difference
+    first = data.__getitems__(range(4))
+    assert torch.equal(torch.get_rng_state(), before)
+    again.set_epoch(1)
+    np.random.seed(9)
+    loaded = DataLoader(again, batch_size=4, collate_fn=lambda batch: batch, num_workers=1)
+    for name, value in next(iter(loaded)).items():
+        assert torch.equal(value, first[name])
+    data.set_epoch(2)
+    assert not torch.equal(data.__getitems__(range(4))["labels"], first["labels"])
+    data.set_epoch(1)
+    assert not torch.equal(data.__getitems__([0, 1, 2, 5])["labels"][1:3], first["labels"][1:3])
+    other = MixedBatches(data.split, SETTINGS, seed=4, alpha=0.8, classes=CLASSES)
+    other.set_epoch(1)
+    assert not torch.equal(other.__getitems__(range(4))["labels"], first["labels"])
+    assert first["labels"].sum(dim=1) == pytest.approx(np.ones(4))
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"mixup_alpha": 0.8, "optim": "amp"},
+        {"optim": "rmp"},
+        {"adversarial_epsilon": 0.1, "flood_level": 1.3, "optim": "asam"},
+    ],
+    ids=["mixup", "rmp", "others"],
+)
+def test_a_resumed_run_ends_at_the_same_weights(tmp_path: Path, chosen: dict[str, Any]) -> None:
+    """From the middle of the second epoch, with dropout."""
+    data = mixed_images if "mixup_alpha" in chosen else images
+    kwargs = {**chosen, "save_strategy": "steps", "save_steps": 7}
+    whole = trained(tmp_path, Net(dropout=0.5), data(), **kwargs).model
+    checkpoint = str(tmp_path / "checkpoint-7")
+    resumed = trained(tmp_path, Net(dropout=0.5), data(), **kwargs, resume_from_checkpoint=checkpoint).model
+    assert_same_weights(resumed, whole, rtol=0.0, atol=0.0)
+
+
+# --- options
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--optim rmp --amp_inner_iter 2", "--optim rmp perturbs once a step; leave --amp_inner_iter at 1"),
+        ("--optim sam --rmp_epsilon 0.1", "--rmp_epsilon is for --optim rmp, but --optim is sam"),
+        ("--optim sgd --sam_rho 0.1", "--sam_rho is for --optim sam or asam, but --optim is sgd"),
+        ("--optim sam_adamw_torch", "optim 'sam_adamw_torch' is unknown: rmp, sam, asam are around SGD only"),
+        ("--optim samm", "optim 'samm' is unknown, did you mean 'sam'"),
+        ("--flood_level -1", "--flood_level must be at least 0 and finite, got -1.0; leave it out"),
+        ("--mixup_alpha 0", "--mixup_alpha must be above 0 and finite, got 0.0; leave it out"),
+        ("--mixup_alpha nan", "--mixup_alpha must be above 0 and finite, got nan"),
+        ("--adversarial_epsilon 1", "--adversarial_epsilon must be above 0 and below 1, got 1.0"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(words: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        options.parse(words.split())
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_recorded_and_where_the_results_go() -> None:
+    data, model, training = options.parse(["--optim", "asam", "--mixup_alpha", "1", "--use_cpu"])
+    settings = options.settings_of(data, model, training)
+    assert (settings["optim"], settings["sam_rho"], settings["mixup_alpha"]) == ("asam", 0.5, 1.0)
+    assert not {"rmp_epsilon", "flood_level", "adversarial_epsilon"} & settings.keys()
+    assert training.output_dir == "runs/cifar10_sample-preactresnet18-asam-mixup-seed42"
+    assert not training.uses_amp
+    assert training.optim_args == "momentum=0.9,nesterov=True", "as AMP and SGD have it"
+    assert replace(training, seed=1).sam_rho == 0.5
+
+
+def test_runs_with_another_loss_are_told_apart() -> None:
+    erm = {"optim": "sgd", "seed": 1}
+    assert differences({**erm, "flood_level": 0.02}, {"optim": "amp", "seed": 1}) == {"flood_level": (0.02, None)}
+    assert differences({**erm, "sam_rho": 0.05, "optim": "sam"}, {"optim": "amp", "seed": 1}) == {}
+    assert trained_with({**erm, "flood_level": 0.02}) == "SGD, without AMP, with flooding"
+    assert trained_with({**erm, "optim": "rmp", "rmp_epsilon": 0.1}) == "RMP around SGD, without AMP"
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("--optim sam", "sam (without AMP), SAM: rho 0.05, one ball for all parameters; on cpu"),
+        (
+            "--optim sgd --mixup_alpha 1 --label_smoothing_factor 0.2",
+            "sgd (without AMP), label smoothing: 0.2, mixup: proportions from Beta(1, 1); on cpu",
+        ),
+    ],
+)
+def test_the_main_job_says_what_it_trains_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, shown: str
+) -> None:
+    job.main([*QUICK, *words.split(), "--num_train_epochs", "1", "--output_dir", str(tmp_path)])
+    first = capsys.readouterr().out.splitlines()[0]
+    assert shown in first
+    assert "AMP" not in first.replace("without AMP", "")
+    card = (tmp_path / "README.md").read_text()
+    assert "without AMP" in card
+    assert "Adversarial Model Perturbation" not in card
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert not any("amp_loss" in name for name in record["metrics"])

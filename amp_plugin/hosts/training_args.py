@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -26,6 +26,8 @@ class AMPTrainingArguments(TrainingArguments):
     Raises:
         ValueError: unknown base optimizer or policy; the optimizer itself checks its hyper-parameters.
     """
+
+    _further_optims: ClassVar[tuple[str, ...]] = ()  # that a subclass knows
 
     optim: str = field(
         default="amp",
@@ -68,9 +70,11 @@ class AMPTrainingArguments(TrainingArguments):
         optim = str(getattr(self.optim, "value", self.optim))
         base = "sgd" if optim == "amp" else optim.removeprefix(_PREFIX)
         if base not in (known := [o.value for o in OptimizerNames]):
-            near = did_you_mean(optim, ["amp", *known, *(_PREFIX + name for name in known)])
+            near = did_you_mean(optim, ["amp", *self._further_optims, *known, *(_PREFIX + name for name in known)])
+            further = "".join(f", {name!r}" for name in self._further_optims)
             raise ValueError(
-                f"optim {optim!r} is unknown{near}; choose 'amp', a stock name, or 'amp_' and one: {', '.join(known)}"
+                f"optim {optim!r} is unknown{near}; choose 'amp'{further}, a stock name, or 'amp_' and one:"
+                f" {', '.join(known)}"
             )
         if base == "sgd" and self.optim_args is None:
             self.optim_args = _SGD_ARGS

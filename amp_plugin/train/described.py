@@ -18,7 +18,7 @@ def methods_in_words(settings: Mapping[str, Any]) -> dict[str, str]:
     words: dict[str, str] = {}
     option, _ = RADII.get(str(settings.get("optim")), (None, None))
     if option is not None:
-        per_tensor = settings.get("optim") == "rmp" and settings["amp_norm"] == "tensor"
+        per_tensor = settings.get("optim") == "rmp" and settings.get("amp_norm") == "tensor"
         ball = "one ball per parameter tensor" if per_tensor else "one ball for all parameters"
         words[_rival(settings)] = f"{option.partition('_')[2]} {settings[option]:g}, {ball}"
     if smoothing := settings.get("label_smoothing_factor"):

@@ -27,6 +27,8 @@ class MethodArguments(AMPTrainingArguments):
         ValueError: a value out of range, or options that do not go together.
     """
 
+    _further_optims = tuple(RIVALS)
+
     optim: str = field(
         default="amp",
         metadata={
@@ -106,8 +108,8 @@ class MethodArguments(AMPTrainingArguments):
 
 def _check_range(name: str, value: float | None, low: float, high: float, *, zero: bool = False) -> None:
     if value is not None and not (low < value < high or (zero and value == low)):
-        below = "" if math.isinf(high) else f" and below {high:g}"
+        below = "finite" if math.isinf(high) else f"below {high:g}"
         raise ValueError(
-            f"--{name} must be {'at least' if zero else 'above'} {low:g}{below} and finite, got {value}; leave it out"
-            " to train without that method"
+            f"--{name} must be {'at least' if zero else 'above'} {low:g} and {below}, got {value}; leave it out to"
+            " train without it"
         )
