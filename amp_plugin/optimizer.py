@@ -15,7 +15,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -75,6 +75,7 @@ class AMP(OptimizerWrapper):
         TypeError: the base optimizer does not take one of the arguments.
     """
 
+    _ball: ClassVar[type[Perturbation]] = Perturbation
     found_inf: Tensor
     grad_scale: Tensor | None
     _parked: dict[Tensor, Tensor]
@@ -295,7 +296,7 @@ class AMP(OptimizerWrapper):
     def _reset(self, norm: Norm) -> None:
         """State that lives within one step only and is never saved."""
         living.add(self)
-        self._perturbation = Perturbation(norm)
+        self._perturbation = self._ball(norm)
         self._ascents = 0  # since the last step
         self._open = False  # between the first ascend() and restore() or step()
         self._parked = {}  # gradients from before step(closure)

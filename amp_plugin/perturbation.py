@@ -144,6 +144,8 @@ class Perturbation:
                 torch._foreach_add_(b.deltas, b.params)
                 torch._foreach_sub_(b.deltas, b.backups)
             scales, reaches = [1.0 for _ in buckets], [1.0 / b.epsilon for b in buckets]
+        for b in buckets:
+            self._weigh(b.deltas, b.backups)
         norms = [whole_norms(norms_of(b.deltas), b.split) for b in buckets]
         ratios = [n * reach for n, reach in zip(norms, reaches, strict=True)]
         finite = all_finite(ratios)
@@ -151,7 +153,7 @@ class Perturbation:
             finite = finite & self._finite
         overall = overall_norm(ratios) if self.norm == "global" else None
         for b, scale, ratio in zip(buckets, scales, ratios, strict=True):
-            shrink = (ratio if overall is None else overall.to(ratio.device)).reciprocal().clamp_(max=1.0).mul_(scale)
+            shrink = self._share(ratio if overall is None else overall.to(ratio.device)).mul_(scale)
             ok = finite.to(ratio.device)
             shrink = torch.where(ok, shrink, 0.0)
             bits = _BITS[b.deltas[0].element_size()]
@@ -160,6 +162,7 @@ class Perturbation:
                 torch._foreach_mul_(b.deltas, shrink.unbind())
             else:
                 torch._foreach_mul_(b.deltas, shrink)
+            self._weigh(b.deltas, b.backups)
             if again:
                 torch._foreach_copy_(b.params, b.backups)
             torch._foreach_add_(b.params, b.deltas)
@@ -235,11 +238,18 @@ class Perturbation:
         ratios = torch.cat([ratio.to(device) for ratio, _ in self._ratios])
         radii = torch.cat([ratio.new_full(ratio.shape, epsilon, device=device) for ratio, epsilon in self._ratios])
         length = torch.linalg.vector_norm(ratios) if self.norm == "global" else ratios
-        norm = torch.linalg.vector_norm(radii * ratios / length.clamp(min=1.0))
+        norm = torch.linalg.vector_norm(radii * ratios * self._share(length))
         clipped = (length > 1.0).float().mean()
         assert self._finite is not None
         moved = self._finite.to(device)  # if not, the weights stayed at theta
         return {"perturbation_norm": torch.where(moved, norm, 0.0), "clipped": torch.where(moved, clipped, 0.0)}
+
+    def _share(self, length: Tensor) -> Tensor:
+        """What is left of a displacement of that length, in radii; a new tensor of the same shape."""
+        return length.reciprocal().clamp_(max=1.0)
+
+    def _weigh(self, deltas: list[Tensor], theta: list[Tensor]) -> None:
+        """Where not all weights count the same: multiply the steps, before they are measured and again after."""
 
     def _buckets(self, ascents: Iterable[Ascent]) -> list[_Bucket]:
         """Back up parameters that are not displaced yet; group by device, dtype, hyper-parameters and sharding."""

@@ -48,6 +48,7 @@ class ImageBatches(Dataset[Batch]):
         channels_last: bool = False,
     ) -> None:
         self.split = split
+        self.settings = settings
         self.seed = seed
         height, width = split.images.shape[1:3]
         output_size = (height, width) if image_size is None else (image_size, image_size)

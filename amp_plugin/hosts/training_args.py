@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -27,6 +27,8 @@ class AMPTrainingArguments(TrainingArguments):
         ValueError: unknown base optimizer or policy, or several processes that would each train alone; the optimizer
             itself checks its hyper-parameters.
     """
+
+    _further_optims: ClassVar[tuple[str, ...]] = ()  # that a subclass knows
 
     optim: str = field(
         default="amp",
@@ -69,9 +71,11 @@ class AMPTrainingArguments(TrainingArguments):
         optim = str(getattr(self.optim, "value", self.optim))
         base = "sgd" if optim == "amp" else optim.removeprefix(_PREFIX)
         if base not in (known := [o.value for o in OptimizerNames]):
-            near = did_you_mean(optim, ["amp", *known, *(_PREFIX + name for name in known)])
+            near = did_you_mean(optim, ["amp", *self._further_optims, *known, *(_PREFIX + name for name in known)])
+            further = "".join(f", {name!r}" for name in self._further_optims)
             raise ValueError(
-                f"optim {optim!r} is unknown{near}; choose 'amp', a stock name, or 'amp_' and one: {', '.join(known)}"
+                f"optim {optim!r} is unknown{near}; choose 'amp'{further}, a stock name, or 'amp_' and one:"
+                f" {', '.join(known)}"
             )
         if base == "sgd" and self.optim_args is None:
             self.optim_args = _SGD_ARGS

@@ -9,9 +9,10 @@ from typing import Any
 
 from amp_plugin.data import ImageBatches
 from amp_plugin.data.settings import BUNDLED, SOURCES
-from amp_plugin.hosts.described import optimizer_in_words, settings_in_words
 from amp_plugin.hub.card import RunData
 from amp_plugin.train.command import command_line
+from amp_plugin.train.described import card_words, trained_with
+from amp_plugin.train.method_options import OBJECTIVES, RADII
 from amp_plugin.train.options import DataArguments, RecipeArguments
 from amp_plugin.train.tasks import Task
 
@@ -55,10 +56,15 @@ def compared_run(path: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings, but for the optimizer's, that two runs have both and that differ: theirs and ours."""
+    """Settings, but for the optimizer's, that two runs have both and that differ: theirs and ours.
+
+    What changes the training loss counts even if one run alone has it.
+    """
     ours = json.loads(json.dumps(dict(ours), default=str))
-    common = [n for n in ours if n in theirs and n not in ("optim", "sync_ascent") and not n.startswith("amp_")]
-    return {name: (theirs[name], ours[name]) for name in common if theirs[name] != ours[name]}
+    optimizers = ("optim", "sync_ascent", *(option for option, _ in RADII.values()))
+    common = [n for n in ours if n in theirs and n not in optimizers and not n.startswith("amp_")]
+    compared = {name: (theirs.get(name), ours.get(name)) for name in (*common, *OBJECTIVES)}
+    return {name: (t, o) for name, (t, o) in compared.items() if t != o}
 
 
 def card_details(
@@ -80,7 +86,8 @@ def card_details(
         record: of this run.
         compared: of another one, if it shall be compared.
     """
-    settings = {**settings_in_words(training), "augmentation": args.augmentation}
+    words = card_words(training)
+    settings = {**words["settings"], "augmentation": args.augmentation}
     if training.channels_last:
         settings["memory format"] = "channels-last"
     rows, note = _comparison(training, record, compared)
@@ -88,6 +95,7 @@ def card_details(
         "data": _data(task, args),
         "metrics": _metrics(record),
         "from_scratch": task.new is None,
+        "optimizer": words["optimizer"],
         "settings": settings,
         "command": command_line(argv, training.world_size),
         "license": training.hub_license,
@@ -127,10 +135,9 @@ def _comparison(
 ) -> tuple[dict[str, dict[str, float]], str]:
     if theirs is None:
         return {}, ""
-    optim = str(theirs["settings"].get("optim"))
-    label = {"amp": "AMP around SGD", "sgd": "SGD, without AMP"}.get(optim, optim)
-    if optim == training.optim:
-        label = f"another run with {optimizer_in_words(training)}"
+    label = trained_with(theirs["settings"])
+    if label == trained_with(ours["settings"]):
+        label = f"another run with {card_words(training)['optimizer']}"
     differ = differences(theirs["settings"], ours["settings"])
     listed = "; ".join(f"`{name}` {_cell(t)}, here {_cell(o)}" for name, (t, o) in differ.items())
     same = f"The runs also differ in: {listed}." if differ else "All settings but the optimizer are the same."

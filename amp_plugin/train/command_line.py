@@ -21,6 +21,9 @@ GROUPS = {
     "model": "model model_kwargs pretrained freeze_backbone",
     "AMP (Adversarial Model Perturbation; for mixed precision see --bf16 below)": "amp_epsilon amp_inner_lr"
     " amp_inner_iter amp_norm amp_batch_norm amp_rng sync_ascent",
+    "Rival methods (also --optim sgd, rmp, sam, asam; --label_smoothing_factor; dropout by --model_kwargs)": (
+        "flood_level mixup_alpha adversarial_epsilon rmp_epsilon sam_rho"
+    ),
     "optimisation": "optim optim_args learning_rate lr_scheduler_type lr_milestones lr_gamma warmup_steps weight_decay"
     " decay_all_parameters max_grad_norm label_smoothing_factor num_train_epochs max_steps per_device_train_batch_size"
     " gradient_accumulation_steps",
@@ -36,10 +39,10 @@ _WORDS = {
     "fp16": "Mixed precision in float16, with loss scaling.",
     "gradient_accumulation_steps": "Batches whose gradients make one step; AMP perturbs once for all of them.",
     "hub_model_id": "Repository there. Default: the output folder's name.",
-    "label_smoothing_factor": "Label smoothing of the training loss.",
+    "label_smoothing_factor": "Label smoothing of the training loss; 0.2 in the paper.",
     "max_steps": "Optimizer steps, instead of --num_train_epochs, if positive.",
     "optim_args": "Arguments of the base optimizer, e.g. momentum=0.9,nesterov=True.",
-    "output_dir": "Folder of the results. Default: runs/DATASET-MODEL-OPTIM-seedSEED.",
+    "output_dir": "Folder of the results. Default: runs/DATASET-MODEL-OPTIM[-METHODS]-seedSEED.",
     "push_to_hub": "Push the model to the Hub whenever it is saved.",
     "seed": "Seed of the initial weights, the order and the augmentation.",
     "torch_compile": "Compile the model with torch.compile.",

@@ -50,7 +50,7 @@ class Costs:
         weights: bytes of parameters and buffers.
         gradients: bytes.
         optimizer_state: bytes of the base optimizer's state; None if it cannot be told without a real step.
-        perturbation: bytes of AMP's copy of the weights.
+        perturbation: bytes of the copy of the weights that AMP and its rivals keep.
         activations: bytes that autograd keeps for the backward pass of a batch, weights cast for it included.
     """
 
@@ -74,7 +74,7 @@ def counts(args: RecipeArguments, images: int, passes_per_batch: int) -> Counts:
     Args:
         args: of the run.
         images: to train on.
-        passes_per_batch: 1 without AMP, else 1 + inner_iter.
+        passes_per_batch: 1 for SGD, 1 + inner_iter for AMP.
 
     Raises:
         ValueError: there is not one whole batch.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from amp_plugin.train.methods.optimizers import RIVALS
+
 
 def fine_tuning_settings(optim: str | None) -> dict[str, Any]:
     """Defaults of `train.py`'s options under `--pretrained`; a recipe or the command line may still say otherwise.
@@ -14,7 +16,7 @@ def fine_tuning_settings(optim: str | None) -> dict[str, Any]:
     Args:
         optim: as asked for; None for the default.
     """
-    sgd = optim in ("amp", "amp_sgd", "sgd")
+    sgd = optim in ("amp", "amp_sgd", "sgd", *RIVALS)
     return {
         "optim": optim or "amp_adamw_torch",
         "learning_rate": 0.01 if sgd else 5e-5,

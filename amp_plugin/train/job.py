@@ -24,6 +24,7 @@ from amp_plugin.provenance import run_record
 from amp_plugin.report import append_to_ledger, table
 from amp_plugin.train.card import RECORD, card_details, compared_run
 from amp_plugin.train.config import write_config
+from amp_plugin.train.described import methods_in_words
 from amp_plugin.train.fast import keep_freed_memory
 from amp_plugin.train.options import parse, settings_of
 from amp_plugin.train.pictures import draw_pictures
@@ -33,6 +34,8 @@ from amp_plugin.train.records import RecordsFile
 from amp_plugin.train.tasks import make_task
 from amp_plugin.train.trackers import require_trackers
 from amp_plugin.train.trainer import RecipeTrainer
+
+_LOGGED = ("loss", "amp_loss", "perturbed_loss", "sharpness", "clipped")
 
 
 def set_cpu_threads(requested: int | None) -> int:
@@ -83,11 +86,11 @@ def main(argv: list[str]) -> None:
         where = f"cpu, {threads} thread(s)" if args.device.type == "cpu" else str(args.device)
         where += f", {args.arithmetic()}" if args.arithmetic() else ""
         described = f"AMP, epsilon {args.amp_epsilon}, inner_lr {args.amp_inner_lr}, {args.amp_norm} ball"
+        methods = "".join(f", {name}: {words}" for name, words in methods_in_words(vars(args)).items())
         print(
             f"{model_args.name} with {sum(p.numel() for p in model.parameters()):,} parameters{task.origin()} on"
             f" {task.dataset}: {len(task.train):,} {task.train.split.kind} to train, {len(task.test):,} to test;"
-            f" {args.optim}"
-            f"{f' ({described})' if args.uses_amp else ' (without AMP)'}; on {where}; results in"
+            f" {args.optim} ({described if args.uses_amp else 'without AMP'}){methods}; on {where}; results in"
             f" {args.output_dir}",
             flush=True,
         )
@@ -97,7 +100,7 @@ def main(argv: list[str]) -> None:
     tested = trainer.final_test()
     metrics = {**result.metrics, **(tested.metrics or {})}
     last = next((r for r in reversed(trainer.state.log_history) if "loss" in r), {})
-    metrics.update({name: last[name] for name in ("loss", "amp_loss", "sharpness", "clipped") if name in last})
+    metrics.update({name: last[name] for name in _LOGGED if name in last})
     metrics.setdefault("loss", metrics["train_loss"])  # the mean of the whole run, if none was logged
     metrics["seconds"] = seconds
     with explained("the results", folder):

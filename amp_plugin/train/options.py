@@ -15,8 +15,10 @@ from amp_plugin.data import Augmentation
 from amp_plugin.data.settings import BUNDLED
 from amp_plugin.data.splits import Split
 from amp_plugin.train.command_line import CommandLine
+from amp_plugin.train.described import objectives
 from amp_plugin.train.fast import fast_settings
 from amp_plugin.train.finetune import fine_tuning_settings
+from amp_plugin.train.method_options import MethodArguments
 
 
 @dataclass
@@ -128,7 +130,7 @@ class ModelArguments:
 
 
 @dataclass
-class RecipeArguments(AMPTrainingArguments):
+class RecipeArguments(MethodArguments):
     """The paper's settings where they do not depend on the data set, and the small job's where they do."""
 
     learning_rate: float = field(default=0.1, metadata={"help": "Learning rate at the start."})
@@ -254,8 +256,9 @@ def parse(argv: list[str], description: str | None = None) -> tuple[DataArgument
         parser.set_defaults(**chosen)
     data, model, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     if training.output_dir in (None, "trainer_output"):
+        methods = "-".join([training.optim, *objectives(vars(training))]).replace(" ", "_")
         training.output_dir = "runs/" + (
-            f"{shown_name(data.dataset)}-{model.name}-{training.optim}-seed{training.seed}".replace("/", "_")
+            f"{shown_name(data.dataset)}-{model.name}-{methods}-seed{training.seed}".replace("/", "_")
         )
     return data, model, training
 

@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from amp_plugin import AMP
 from amp_plugin.hosts.checkpoints import last_checkpoint
 from amp_plugin.train.costs import Costs, Counts, costs, counts
+from amp_plugin.train.described import methods_in_words
+from amp_plugin.train.methods.optimizers import RMP
 from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments
 from amp_plugin.train.tasks import Task
 from amp_plugin.train.trainer import RecipeTrainer
@@ -40,8 +42,7 @@ def plan(
     kind, kwargs = RecipeTrainer.get_optimizer_cls_and_kwargs(args, model)
     make_optimizer = partial(kind, **kwargs)
     optimizer = make_optimizer(model.parameters())
-    perturbs = isinstance(optimizer, AMP) and optimizer.perturbs
-    count = counts(args, len(task.train), 1 + (args.amp_inner_iter if perturbs else 0))
+    count = counts(args, len(task.train), _passes(args, optimizer))
     batch = task.train.__getitems__(range(min(args.train_batch_size, len(task.train))))
     cost = costs(model, make_optimizer, args, batch)
     total = count.images * cost.training_flops
@@ -65,6 +66,12 @@ def plan(
     return "Dry run: nothing is trained or written.\n" + _aligned(rows)
 
 
+def _passes(args: RecipeArguments, optimizer: Optimizer) -> int:
+    """Forward and backward passes over each batch."""
+    ascends = isinstance(optimizer, AMP) and optimizer.perturbs and not isinstance(optimizer, RMP)
+    return (1 + (args.amp_inner_iter if ascends else 0)) * (1 if args.adversarial_epsilon is None else 2)
+
+
 def _shapes(batch: Mapping[str, Tensor]) -> str:
     """Of one example as the model gets it."""
     if "pixel_values" in batch:
@@ -80,12 +87,13 @@ def _arguments(model_args: ModelArguments) -> str:
 def _optimizer(args: RecipeArguments, optimizer: Optimizer) -> str:
     settings = f" ({args.optim_args})" if args.optim_args else ""
     amp = "without AMP"
-    if isinstance(optimizer, AMP):
+    if args.uses_amp and isinstance(optimizer, AMP):
         amp = f"AMP: epsilon {args.amp_epsilon}, inner_lr {args.amp_inner_lr}, inner_iter {args.amp_inner_iter},"
         amp += f" {args.amp_norm} ball{'' if optimizer.perturbs else '; which perturbs nothing'}"
     where = "all parameters" if args.decay_all_parameters else "all but BatchNorm and biases"
     decay = f"weight decay {args.weight_decay} on {where}"
-    return f"{args.optim}{settings}; {amp}; {decay}; gradient clipped to {args.max_grad_norm}"
+    methods = "".join(f"; {name}: {words}" for name, words in methods_in_words(vars(args)).items())
+    return f"{args.optim}{settings}; {amp}{methods}; {decay}; gradient clipped to {args.max_grad_norm}"
 
 
 def _schedule(args: RecipeArguments, count: Counts) -> str:
@@ -113,11 +121,11 @@ def _memory(cost: Costs, args: RecipeArguments) -> dict[str, str]:
         "weights": _mib(cost.weights),
         "gradients": _mib(cost.gradients) + (", with DDP's buckets" if args.world_size > 1 else ""),
         "optimizer state": state,
-        "AMP's copy": f"{_mib(cost.perturbation)}, of the weights",
+        "unperturbed copy": f"{_mib(cost.perturbation)}, of the weights",
         "activations": f"{_mib(cost.activations)}, which autograd keeps of {args.train_batch_size} images{saved}",
         "not counted": "the kernels' work space, the framework, the images",
     }
-    return rows if cost.perturbation else {k: v for k, v in rows.items() if k != "AMP's copy"}
+    return rows if cost.perturbation else {k: v for k, v in rows.items() if k != "unperturbed copy"}
 
 
 def _results(args: RecipeArguments) -> str:

@@ -59,7 +59,7 @@ class EpochLine(ProgressCallback):
             return
         train: dict[str, Any] = next((r for r in reversed(state.log_history) if "loss" in r), {})
         shown = {**train, "eval_error_%": logs["eval_error"], "eval_nll": logs["eval_nll"]}
-        names = ("loss", "amp_loss", "sharpness", "clipped", "eval_error_%", "eval_nll")
+        names = ("loss", "amp_loss", "perturbed_loss", "sharpness", "clipped", "eval_error_%", "eval_nll")
         figures = [f"{name} {shown[name]:.3f}" for name in names if name in shown]
         if self.training_bar.disable:
             figures += [self._rate(state, testing=logs.get("eval_runtime", 0.0)), f"{self._left(state)} left"]

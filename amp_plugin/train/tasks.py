@@ -15,6 +15,7 @@ from amp_plugin.hosts.classifier import image_classifier
 from amp_plugin.hosts.pretrained import freeze_backbone
 from amp_plugin.hosts.pretrained_images import image_checkpoint
 from amp_plugin.hosts.pretrained_texts import text_checkpoint
+from amp_plugin.train.methods.mixup import MixedBatches
 from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments, shown_name
 
 
@@ -102,10 +103,13 @@ def image_task(data_args: DataArguments, model_args: ModelArguments, args: Recip
     if args.channels_last:
         torch.nn.Module.to(model, memory_format=torch.channels_last)  # transformers hides the signature
     batches = partial(ImageBatches, settings=settings, image_size=side, channels_last=args.channels_last)
+    training: Any = batches
+    if args.mixup_alpha is not None:
+        training = partial(MixedBatches, **batches.keywords, alpha=args.mixup_alpha, classes=len(data.class_names))
     return Task(
         shown_name(data.name),
         model,
-        batches(train, augment=data_args.augmentation, seed=args.seed),
+        training(train, augment=data_args.augmentation, seed=args.seed),
         batches(test),
         processor,
         new,
@@ -116,6 +120,9 @@ def text_task(data_args: DataArguments, model_args: ModelArguments, args: Recipe
     """A text checkpoint."""
     if model_args.pretrained is None:
         raise ValueError("--text_column needs --pretrained: texts are classified with a pretrained language model")
+    for name in ("mixup_alpha", "adversarial_epsilon"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} is for images, and there is a --text_column")
     with args.main_process_first(desc="reading the texts"):
         data = load_texts(
             data_args.dataset,

@@ -1,0 +1,44 @@
+"""mixup: convex combinations of pairs of images, and of their labels.
+
+Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018, https://arxiv.org/abs/1710.09412.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torchvision.transforms.v2 import MixUp
+
+from amp_plugin.data import ImageBatches
+from amp_plugin.data.loader import Batch
+
+
+class MixedBatches(ImageBatches):
+    """Batches mixed by torchvision's `MixUp`: each image with its neighbour, all in one proportion from Beta(a, a).
+
+    The proportion is a function of (seed, epoch, the batch's indices): not of the number of workers, of what was drawn
+    before, or of where a run was resumed. The sampler has shuffled, so a neighbour is a random one.
+
+    Args:
+        *args: of `ImageBatches`.
+        alpha: the two parameters of the Beta distribution, > 0.
+        classes: their number.
+        **kwargs: of `ImageBatches`.
+    """
+
+    def __init__(self, *args: Any, alpha: float, classes: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._mix = MixUp(alpha=alpha, num_classes=classes)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """A batch: pixel_values float32 (B, 3, H, W), and as labels the classes' shares, float32 (B, classes)."""
+        batch = super().__getitems__(indices)
+        images, labels = batch["pixel_values"], batch["labels"]
+        entropy = np.random.SeedSequence([self.seed, int(self._epoch), *map(int, indices)])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+            mixed, shares = self._mix(images, labels)
+        return {"pixel_values": mixed, "labels": shares}
