@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from amp_plugin import AMP
 from amp_plugin.base import OptimizerFactory
+from amp_plugin.optimizer import find_amp
 from amp_plugin.train.options import RecipeArguments
 
 
@@ -66,6 +67,16 @@ class Costs:
     def peak(self) -> int:
         """Bytes held when the backward pass at the perturbed weights begins."""
         return self.weights + self.gradients + (self.optimizer_state or 0) + self.perturbation + self.activations
+
+
+def passes_per_batch(optimizer: Any) -> int:
+    """Forward and backward passes over each batch: the clean one and those AMP adds.
+
+    Args:
+        optimizer: AMP, another one, or what a host has wrapped around it.
+    """
+    amp = find_amp(optimizer)
+    return 1 + amp.inner_iter if amp is not None and amp.perturbs else 1
 
 
 def counts(args: RecipeArguments, images: int, passes_per_batch: int) -> Counts:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from amp_plugin import AMP
 from amp_plugin.hosts.checkpoints import last_checkpoint
-from amp_plugin.train.costs import Costs, Counts, costs, counts
+from amp_plugin.train.costs import Costs, Counts, costs, counts, passes_per_batch
 from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments
 from amp_plugin.train.tasks import Task
 from amp_plugin.train.trainer import RecipeTrainer
@@ -40,8 +40,7 @@ def plan(
     kind, kwargs = RecipeTrainer.get_optimizer_cls_and_kwargs(args, model)
     make_optimizer = partial(kind, **kwargs)
     optimizer = make_optimizer(model.parameters())
-    perturbs = isinstance(optimizer, AMP) and optimizer.perturbs
-    count = counts(args, len(task.train), 1 + (args.amp_inner_iter if perturbs else 0))
+    count = counts(args, len(task.train), passes_per_batch(optimizer))
     batch = task.train.__getitems__(range(min(args.train_batch_size, len(task.train))))
     cost = costs(model, make_optimizer, args, batch)
     total = count.images * cost.training_flops
