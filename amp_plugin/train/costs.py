@@ -18,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from amp_plugin import AMP
 from amp_plugin.base import OptimizerFactory
+from amp_plugin.optimizer import find_amp
+from amp_plugin.train.methods.optimizers import RMP
 from amp_plugin.train.options import RecipeArguments
 
 
@@ -66,6 +68,18 @@ class Costs:
     def peak(self) -> int:
         """Bytes held when the backward pass at the perturbed weights begins."""
         return self.weights + self.gradients + (self.optimizer_state or 0) + self.perturbation + self.activations
+
+
+def passes_per_batch(args: RecipeArguments, optimizer: Any) -> int:
+    """Forward and backward passes over each batch: the one of the descent, and those that the method adds.
+
+    Args:
+        args: of the run.
+        optimizer: AMP, another one, or what a host has wrapped around it.
+    """
+    amp = find_amp(optimizer)
+    ascends = amp is not None and amp.perturbs and not isinstance(amp, RMP)
+    return (1 + (args.amp_inner_iter if ascends else 0)) * (1 if args.adversarial_epsilon is None else 2)
 
 
 def counts(args: RecipeArguments, images: int, passes_per_batch: int) -> Counts:

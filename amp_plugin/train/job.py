@@ -24,6 +24,7 @@ from amp_plugin.provenance import run_record
 from amp_plugin.report import append_to_ledger, table
 from amp_plugin.train.card import RECORD, card_details, compared_run
 from amp_plugin.train.config import write_config
+from amp_plugin.train.costs import counts, passes_per_batch
 from amp_plugin.train.described import methods_in_words
 from amp_plugin.train.fast import keep_freed_memory
 from amp_plugin.train.options import parse, settings_of
@@ -102,6 +103,10 @@ def main(argv: list[str]) -> None:
     last = next((r for r in reversed(trainer.state.log_history) if "loss" in r), {})
     metrics.update({name: last[name] for name in _LOGGED if name in last})
     metrics.setdefault("loss", metrics["train_loss"])  # the mean of the whole run, if none was logged
+    metrics["best_eval_error"] = min(r["eval_error"] for r in trainer.state.log_history if "eval_error" in r)
+    metrics["passes"] = counts(args, len(task.train), passes_per_batch(args, trainer.optimizer)).images / len(
+        task.train
+    )
     metrics["seconds"] = seconds
     with explained("the results", folder):
         trainer.save_model(_internal_call=True)  # or it would be pushed before there is a card

@@ -13,9 +13,8 @@ from torch.optim import Optimizer
 
 from amp_plugin import AMP
 from amp_plugin.hosts.checkpoints import last_checkpoint
-from amp_plugin.train.costs import Costs, Counts, costs, counts
+from amp_plugin.train.costs import Costs, Counts, costs, counts, passes_per_batch
 from amp_plugin.train.described import methods_in_words
-from amp_plugin.train.methods.optimizers import RMP
 from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments
 from amp_plugin.train.tasks import Task
 from amp_plugin.train.trainer import RecipeTrainer
@@ -42,7 +41,7 @@ def plan(
     kind, kwargs = RecipeTrainer.get_optimizer_cls_and_kwargs(args, model)
     make_optimizer = partial(kind, **kwargs)
     optimizer = make_optimizer(model.parameters())
-    count = counts(args, len(task.train), _passes(args, optimizer))
+    count = counts(args, len(task.train), passes_per_batch(args, optimizer))
     batch = task.train.__getitems__(range(min(args.train_batch_size, len(task.train))))
     cost = costs(model, make_optimizer, args, batch)
     total = count.images * cost.training_flops
@@ -64,12 +63,6 @@ def plan(
         "results": _results(args),
     }
     return "Dry run: nothing is trained or written.\n" + _aligned(rows)
-
-
-def _passes(args: RecipeArguments, optimizer: Optimizer) -> int:
-    """Forward and backward passes over each batch."""
-    ascends = isinstance(optimizer, AMP) and optimizer.perturbs and not isinstance(optimizer, RMP)
-    return (1 + (args.amp_inner_iter if ascends else 0)) * (1 if args.adversarial_epsilon is None else 2)
 
 
 def _shapes(batch: Mapping[str, Tensor]) -> str:
