@@ -81,7 +81,8 @@ def main(argv: list[str]) -> None:
     disable_progress_bar()  # transformers' own, of writing a file
     for default in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(default)
-    trainer.add_callback(EpochLine())
+    shown = EpochLine()
+    trainer.add_callback(shown)
     if trainer.is_world_process_zero():
         write_config(folder / "config.yaml", data_args, model_args, args)
         where = f"cpu, {threads} thread(s)" if args.device.type == "cpu" else str(args.device)
@@ -103,11 +104,12 @@ def main(argv: list[str]) -> None:
     last = next((r for r in reversed(trainer.state.log_history) if "loss" in r), {})
     metrics.update({name: last[name] for name in _LOGGED if name in last})
     metrics.setdefault("loss", metrics["train_loss"])  # the mean of the whole run, if none was logged
+    passes = passes_per_batch(args, trainer.optimizer)
     metrics["best_eval_error"] = min(r["eval_error"] for r in trainer.state.log_history if "eval_error" in r)
-    metrics["passes"] = counts(args, len(task.train), passes_per_batch(args, trainer.optimizer)).images / len(
-        task.train
-    )
+    metrics["passes"] = counts(args, len(task.train), passes).images / len(task.train)
     metrics["seconds"] = seconds
+    if shown.first_step:
+        metrics["resumed_at_step"] = shown.first_step  # the seconds are those since
     with explained("the results", folder):
         trainer.save_model(_internal_call=True)  # or it would be pushed before there is a card
         trainer.save_state()

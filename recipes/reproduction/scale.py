@@ -12,6 +12,7 @@ from reproduction.methods import methods
 from reproduction.published import Setting, published
 
 HERE = Path(__file__).resolve().parent
+PAPER = "paper"  # the scale at which the published figures are comparable
 
 
 @dataclass(frozen=True)
