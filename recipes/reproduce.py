@@ -5,7 +5,7 @@
     python recipes/reproduce.py --scale cpu --data_root DATA  # the runs that are reported, on the test images
     python recipes/reproduce.py --scale cpu --table
     python recipes/reproduce.py --scale paper --models preactresnet18 --methods erm amp --jobs 2
-    python recipes/reproduce.py --scale paper --slurm --sbatch_args "--gres=gpu:1 --time=24:00:00"
+    python recipes/reproduce.py --scale paper --slurm --sbatch_args="--gres=gpu:1 --time=24:00:00"
     python recipes/reproduce.py --scale paper --plan
 
 A cell is a model, an augmentation, a data set, a method and a seed. What a scale has in common stands in
@@ -61,15 +61,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--jobs", type=int, default=1, metavar="N", help="Cells at a time, on a GPU each if there are. [1]"
     )
     how.add_argument("--launch_args", metavar="TEXT", help="For accelerate launch, instead of the scale's.")
-    how.add_argument("--train_args", default="", metavar="TEXT", help='More options of train.py, e.g. "--bf16 true".')
+    how.add_argument("--train_args", default="", metavar="TEXT", help='More for train.py: --train_args="--bf16 true".')
     cluster = parser.add_argument_group("on a cluster")
     cluster.add_argument("--slurm", action="store_true", help="Submit a job array, a task for each cell to do.")
-    cluster.add_argument("--sbatch_args", default="", metavar="TEXT", help='E.g. "--gres=gpu:1 --time=24:00:00".')
+    cluster.add_argument("--sbatch_args", default="", metavar="TEXT", help='E.g. --sbatch_args="--gres=gpu:1".')
     cluster.add_argument("--task", type=int, metavar="I", help="Run the cell of this index alone, as its tasks do.")
-    shown = parser.add_argument_group("what --table and --plan show")
-    shown.add_argument(
-        "--page", type=Path, metavar="FILE", help="Default: table.md in --output_dir; with a PNG beside."
-    )
+    shown = parser.add_argument_group("what --table, --choose and --plan show")
+    shown.add_argument("--page", type=Path, metavar="FILE", help="Default: table.md (or trials.md) in --output_dir.")
     shown.add_argument("--gpu", default=price.Gpu.name, metavar="NAME", help="[%(default)s]")
     shown.add_argument("--peak_tflops", type=float, default=price.Gpu.peak / 1e12, metavar="X", help="[%(default)s]")
     shown.add_argument("--utilisation", type=float, default=price.Gpu.utilisation, metavar="X", help="[%(default)s]")
@@ -88,8 +86,11 @@ def main(argv: list[str] | None = None) -> None:
         scale = replace(scale, launch=shlex.split(args.launch_args))
     chosen = Selection(scale, args.models, args.datasets, args.augment, args.methods, args.seeds)
     if args.choose:
-        print(choose(scale, chosen.trials(), records.read(args.ledger)))
-        print(f"chosen: {scale.chosen_path}")
+        text = choose(scale, chosen.trials(), records.read(args.ledger))
+        page = args.page or args.output_dir / "trials.md"
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(text + "\n")
+        print(f"{text}\n\ntable: {page}\nchosen: {scale.chosen_path}")
     elif args.table:
         tabulate(chosen, args)
     elif args.plan:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -16,18 +13,17 @@ import pytest
 import reproduce
 import timm
 import torch
-import yaml
 from filelock import FileLock
 from PIL import Image
-from reproduction import price, records, slurm
+from reproduction import price, records
 from reproduction.cells import Cell, Selection
 from reproduction.choose import choose
 from reproduction.comparison import paired, rows_of
 from reproduction.methods import methods
 from reproduction.published import Setting, published
 from reproduction.scale import Scale, read_scale
-from reproduction.sweep import Sweep
 from reproduction.table import markdown
+from tiny_scale import SAMPLE, TINY, chosen, run_of, written
 from torch import nn
 
 from amp_plugin.report import append_to_ledger
@@ -35,50 +31,6 @@ from amp_plugin.train.options import parse, settings_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.stem.startswith("finetune_"))
-SAMPLE = Setting("preactresnet18", "none", "cifar10_sample")
-LAUNCH = "--cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
-TINY: dict[str, Any] = {
-    "models": {"preactresnet18": {"width": 4, "layers": [1, 1, 1, 1]}},
-    "datasets": ["cifar10_sample"],
-    "augmentations": ["none"],
-    "methods": ["erm", "amp", "dropout"],
-    "seeds": [1, 2],
-    "options": {
-        "train_images": 60,
-        "per_device_train_batch_size": 20,
-        "num_train_epochs": 2,
-        "use_cpu": True,
-        "cpu_threads": 1,
-        "save_strategy": "epoch",
-    },
-    "launch": LAUNCH.split(" "),
-    "tuning": {
-        "validation_images": 100,
-        "seed": 0,
-        "trials": {
-            "erm": [{"learning_rate": 0.1}, {"weight_decay": 0.0005}],
-            "amp": [{"amp_epsilon": 0.2, "amp_inner_lr": 0.3}, {"amp_epsilon": 0.1, "amp_inner_lr": 1.0}],
-            "dropout": [{"dropout": 0.1}, {"dropout": 0.2}],
-        },
-    },
-}
-
-
-def written(folder: Path, **changes: Any) -> Scale:
-    """The tiny scale in a file, with some things changed; None leaves one out."""
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump({k: v for k, v in {**TINY, **changes}.items() if v is not None}))
-    return read_scale(str(path))
-
-
-def chosen(scale: Scale, **values: dict[str, Any]) -> Scale:
-    return replace(scale, chosen={SAMPLE: values})
-
-
-def run_of(cell: Cell, scale: Scale, **metrics: float) -> dict[str, Any]:
-    """What train.py would append to the ledger for a cell."""
-    settings = settings_of(*parse(records.train_argv(cell, scale)))
-    return json.loads(json.dumps({"commit": "abc", "settings": settings, "metrics": {"eval_error": 50.0, **metrics}}))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -175,7 +127,9 @@ def test_the_best_trial_on_held_out_images_is_chosen(tmp_path: Path) -> None:
     tested = replace(trials[0], trial=False)
     ledger.append(run_of(tested, scale, eval_error=1.0, eval_nll=0.1))  # on the test images: must not be seen
     said = choose(scale, trials, ledger)
-    assert "dropout: only 0 of 2 trials are in the ledger" in said
+    assert said.count("| chosen |") == 2
+    assert "| dropout | rate 0.2 | - | - | to do |" in said
+    assert "| amp | epsilon 0.1, inner_lr 1 | 20.00 | 1.000 | chosen |" in said
     now = read_scale(str(scale.path))
     assert now.chosen == {SAMPLE: {"erm": {"weight_decay": 0.0005}, "amp": trials[3].values}}
     (cell,) = Selection(now, methods=["amp"], seeds=[1]).runs()
@@ -221,7 +175,7 @@ def test_the_table_has_means_and_paired_differences(tabulated: tuple[Scale, list
     assert found == pytest.approx((2.5, 2.5 - half, 2.5 + half))
     text = markdown(tables, with_paper=False)
     spread = f"{mean(ERRORS['erm']):.2f} ± {stdev(ERRORS['erm']):.2f}"
-    assert f"| ERM (learning_rate 0.1, weight_decay 0.0001) | 4 | {spread} |" in text
+    assert f"| ERM (lr 0.1, decay 0.0001) | 4 | {spread} |" in text
     row = "| AMP (epsilon 0.2, inner_lr 0.3) | 3 | 50.50 ± 1.50 | 49.50 ± 1.50 | 2.525 ± 0.075 | 0.250 ± 0.000 | 4 |"
     assert f"{row} +2.50 [{2.5 - half:+.2f}, {2.5 + half:+.2f}] | +0.125 [" in text
     assert "7 runs; commits abc" in text
@@ -236,7 +190,7 @@ def test_other_hyper_parameters_are_another_row(tabulated: tuple[Scale, list[dic
     assert labels[1:] == [
         ("AMP (epsilon 0.1, inner_lr 1)", 1),
         ("AMP (epsilon 0.2, inner_lr 0.3)", 3),
-        ("Dropout (dropout 0.3)", 1),
+        ("Dropout (rate 0.3)", 1),
     ]
     assert [row.method for row in rows_of(Selection(scale, methods=["dropout"]), ledger)[SAMPLE]] == ["erm", "dropout"]
     with pytest.raises(ValueError, match="seed 1, twice"):
@@ -282,53 +236,6 @@ def test_appending_to_a_ledger_waits_for_its_turn(tmp_path: Path) -> None:
         assert not ledger.exists()
     appending.join()
     assert json.loads(ledger.read_text()) == {"seed": 1}
-
-
-@pytest.fixture
-def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A fake one on the PATH that leaves its arguments in a file."""
-    told = tmp_path / "told"
-    fake = tmp_path / "bin" / "sbatch"
-    fake.parent.mkdir()
-    fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {told}\necho Submitted batch job 7\n')
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", str(fake.parent), prepend=":")
-    return told
-
-
-def test_cells_become_tasks_of_a_job_array(
-    tmp_path: Path, sbatch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    scale = written(tmp_path)
-    folder = tmp_path / "runs"
-    trials = Selection(scale).trials()
-    append_to_ledger(folder / "ledger.jsonl", run_of(trials[2], scale))
-    python = tmp_path / "bin" / "python"
-    python.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path / "task"}\n')
-    python.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(python))
-    common = ["--scale", str(scale.path), "--tune", "--output_dir", str(folder)]
-    reproduce.main([*common, "--slurm", "--sbatch_args", "--gres=gpu:1 --time=1:00"])
-    assert "5 of 6 cells" in (said := capsys.readouterr().out)
-    assert said.endswith("Submitted batch job 7\n")
-    gres, time, script = sbatch.read_text().split()
-    assert (gres, time) == ("--gres=gpu:1", "--time=1:00")
-    assert "#SBATCH --array=0-1,3-5\n" in Path(script).read_text()
-    subprocess.run(["bash", script], env={"SLURM_ARRAY_TASK_ID": "3"}, check=True)
-    _, *arguments = (tmp_path / "task").read_text().splitlines()
-    assert arguments == [*common, "--task", "3"]
-    started: list[Cell] = []
-    monkeypatch.setattr(Sweep, "run", lambda self, cells: started.extend(cells))
-    reproduce.main(arguments)
-    assert started == [trials[3]]
-
-
-def test_without_slurm_the_script_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match=r"no sbatch here; on the cluster's login node: sbatch --qos=x .*\.sbatch"):
-        slurm.submit(slurm.write_script(tmp_path, [0], []), ["--qos=x"])
-    with pytest.raises(ValueError, match="--task 6: the cells chosen here are 0 to 5"):
-        reproduce.main(["--scale", str(written(tmp_path).path), "--tune", "--task", "6", "--output_dir", str(tmp_path)])
 
 
 def test_the_plan_counts_the_products(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import yaml
 
 from reproduction import records
 from reproduction.cells import Cell
+from reproduction.comparison import in_words
 from reproduction.published import Setting
 from reproduction.scale import Scale
 
@@ -30,32 +31,38 @@ def choose(scale: Scale, trials: Sequence[Cell], ledger: list[records.Record]) -
         ledger: its runs.
 
     Returns:
-        What was chosen, and what cannot be yet, a line each.
+        All trials and which were chosen, as a table in Markdown.
     """
-    assert scale.tuning is not None
+    tuning = scale.tuning
+    if tuning is None:
+        raise ValueError(f"the scale {scale.name} has no trials to choose from")
     grouped: dict[tuple[Setting, str], list[Cell]] = defaultdict(list)
     for cell in trials:
         grouped[cell.setting, cell.method].append(cell)
-    path, said = scale.chosen_path, []
+    path = scale.chosen_path
     data: dict[str, Any] = (yaml.safe_load(path.read_text()) if path.is_file() else None) or {}
+    lines = [
+        "| data set | model | augmentation | method | hyper-parameters | validation error % | validation NLL | |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for (setting, method), cells in grouped.items():
-        runs = [(cell, record) for cell in cells if (record := records.find(cell, scale, ledger)) is not None]
-        where = f"{setting.dataset} {setting.model} {setting.augment}: {method}"
-        if len(runs) < len(cells):
-            said.append(f"{where}: only {len(runs)} of {len(cells)} trials are in the ledger")
-            continue
-        best, record = min(runs, key=lambda run: (run[1]["metrics"]["eval_error"], run[1]["metrics"]["eval_nll"]))
-        metrics = record["metrics"]
-        place = data.setdefault(setting.model, {}).setdefault(setting.augment, {}).setdefault(setting.dataset, {})
-        place[method] = {
-            "values": best.values,
-            "validation_error": round(metrics["eval_error"], 4),
-            "validation_nll": round(metrics["eval_nll"], 4),
-        }
-        said.append(f"{where}: {best.values}, validation error {metrics['eval_error']:.2f} %")
-    tuning = scale.tuning
+        runs = {i: run["metrics"] for i, cell in enumerate(cells) if (run := records.find(cell, scale, ledger))}
+        best = (
+            min(runs, key=lambda i: (runs[i]["eval_error"], runs[i]["eval_nll"])) if len(runs) == len(cells) else None
+        )
+        for i, cell in enumerate(cells):
+            head = f"| {setting.dataset} | {setting.model} | {setting.augment} | {method} | {in_words(cell.values)}"
+            figures = f"{runs[i]['eval_error']:.2f} | {runs[i]['eval_nll']:.3f}" if i in runs else "- | -"
+            lines.append(f"{head} | {figures} | {'chosen' if i == best else '' if i in runs else 'to do'} |")
+        if best is not None:
+            place = data.setdefault(setting.model, {}).setdefault(setting.augment, {}).setdefault(setting.dataset, {})
+            place[method] = {
+                "values": cells[best].values,
+                "validation_error": round(runs[best]["eval_error"], 4),
+                "validation_nll": round(runs[best]["eval_nll"], 4),
+            }
     head = _HEAD.format(
         images=tuning.validation_images, seed=tuning.seed, trials=len(next(iter(tuning.trials.values())))
     )
     path.write_text(head + yaml.safe_dump(data, sort_keys=False))
-    return "\n".join(said)
+    return "\n".join(lines)

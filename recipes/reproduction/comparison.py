@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -17,6 +17,19 @@ from reproduction.scale import Scale
 
 REFERENCE = "erm"
 _LEVEL = 0.95
+_SYMBOLS = {
+    "adversarial_epsilon": "epsilon",
+    "amp_epsilon": "epsilon",
+    "amp_inner_lr": "inner_lr",
+    "dropout": "rate",
+    "flood_level": "level",
+    "label_smoothing_factor": "factor",
+    "learning_rate": "lr",
+    "mixup_alpha": "alpha",
+    "rmp_epsilon": "epsilon",
+    "sam_rho": "rho",
+    "weight_decay": "decay",
+}
 
 
 class Interval(NamedTuple):
@@ -47,8 +60,13 @@ class Row:
 
     def label(self) -> str:
         """Name and hyper-parameters."""
-        said = ", ".join(f"{_short(name)} {value:.3g}" for name, value in self.values.items())
+        said = in_words(self.values)
         return f"{methods()[self.method].label}{f' ({said})' if said else ''}"
+
+
+def in_words(values: Mapping[str, Any]) -> str:
+    """Hyper-parameters, for the reader."""
+    return ", ".join(f"{_SYMBOLS.get(name, name)} {value:.3g}" for name, value in values.items())
 
 
 def interval(numbers: Sequence[float]) -> Interval | None:
@@ -127,7 +145,3 @@ class _Matcher:
             if same(ours, self._expected[method], free={"seed", *names.values()}):
                 return method, {name: ours[key] for name, key in names.items() if key in ours}
         return None
-
-
-def _short(option: str) -> str:
-    return option.removeprefix("amp_").removeprefix("sam_").removeprefix("rmp_")

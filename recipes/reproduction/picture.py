@@ -11,6 +11,7 @@ from amp_plugin.report.style import AMBER, BLUE, VERMILION, picture
 from reproduction.comparison import REFERENCE, Row, interval, reference_of
 from reproduction.published import Setting, published
 
+_SEED: dict[str, Any] = {"markersize": 4, "markeredgewidth": 0.8, "zorder": 3}
 _PANELS = {"eval_error": "test error %, last epoch", "eval_nll": "test NLL"}
 
 
@@ -53,7 +54,7 @@ def _panel(axes: Any, rows: Sequence[Row], reference: Row | None, name: str) -> 
     for place, row in enumerate(rows):
         numbers = list(row.measured(name).values())
         colour = VERMILION if row.method == REFERENCE else BLUE
-        axes.plot(numbers, [place] * len(numbers), "o", color="0.6", markersize=3, label="a seed")
+        axes.plot(numbers, [place] * len(numbers), "o", color="0.3", markerfacecolor="white", label="a seed", **_SEED)
         if found := interval(numbers):
             axes.plot([found.low, found.high], [place, place], color=colour, linewidth=2, label=_bar(row))
         axes.plot([mean(numbers)], [place], "s", color=colour, markersize=5)

@@ -58,6 +58,7 @@ class _Child:
     folder: Path
     lock: IO[str]
     slot: int
+    number: str
     start: float
 
 
@@ -88,15 +89,15 @@ class Sweep:
 
     def run(self, cells: Sequence[Cell]) -> None:
         """Run them in this order; whatever ends this ends the processes it has started."""
-        todo = deque(self.pending(cells))
-        print(f"{len(cells)} cells, {len(cells) - len(todo)} of them in {self.ledger}", flush=True)
-        self._total, self._started = len(todo), 0
+        pending = self.pending(cells)
+        print(f"{len(cells)} cells, {len(cells) - len(pending)} of them in {self.ledger}", flush=True)
+        todo = deque((f"[{i}/{len(pending)}]", cell) for i, cell in enumerate(pending, 1))
         slots, running = deque(range(self.jobs)), list[_Child]()
         with _terminable():
             try:
                 while todo or running:
                     while todo and slots:
-                        if child := self._start(todo.popleft(), slots[0]):
+                        if child := self._start(*todo.popleft(), slots[0]):
                             slots.popleft()
                             running.append(child)
                     for child in [c for c in running if c.process.poll() is not None]:
@@ -118,25 +119,34 @@ class Sweep:
         data = [] if self.data_root is None else ["--data_root", self.data_root]
         # "last": from the last complete checkpoint, or from the start if there is none
         resume = ["--resume_from_checkpoint", "last", "--save_total_limit", "1", "--disable_tqdm", "true"]
-        launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *self.scale.launch]
-        return [*launcher, str(TRAIN), *records.train_argv(cell, self.scale), *data, *output, *resume]
+        launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+        quiet = ["--quiet"]  # or its own traceback would end the log of a run that failed
+        return [
+            *launcher,
+            *quiet,
+            *self.scale.launch,
+            str(TRAIN),
+            *records.train_argv(cell, self.scale),
+            *data,
+            *output,
+            *resume,
+        ]
 
-    def _start(self, cell: Cell, slot: int) -> _Child | None:
+    def _start(self, number: str, cell: Cell, slot: int) -> _Child | None:
         """Start it, unless another sweep runs it or has run it by now."""
         folder = self.folder / cell.name(self.scale)
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("w")
-        self._started += 1
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
-            self._say(cell, "is being run by another sweep")
+            _say(number, cell, "is being run by another sweep")
             self.elsewhere.append(cell)
             return None
         if not self.pending([cell]):
             lock.close()
-            self._say(cell, "has been run by another sweep")
+            _say(number, cell, "has been run by another sweep")
             return None
         command = self.command(cell)
         with (folder / LOG).open("a") as log:
@@ -150,8 +160,8 @@ class Sweep:
                 pass_fds=[lock.fileno()],
                 start_new_session=True,  # so that it can be ended with all that it has started
             )
-        self._say(cell, f"started; {folder / LOG}")
-        return _Child(process, cell, folder, lock, slot, time.monotonic())
+        _say(number, cell, f"started; {folder / LOG}")
+        return _Child(process, cell, folder, lock, slot, number, time.monotonic())
 
     def _finish(self, child: _Child) -> None:
         status = child.process.returncode
@@ -162,17 +172,18 @@ class Sweep:
             metrics = known["metrics"]
             where = "validation" if child.cell.trial else "test"
             figures = f"{where} error {metrics['eval_error']:.2f} %, NLL {metrics['eval_nll']:.3f}"
-            self._say(child.cell, f"{figures}; {time.monotonic() - child.start:.0f} s")
+            _say(child.number, child.cell, f"{figures}; {time.monotonic() - child.start:.0f} s")
         else:
             if status == 0:
                 with (child.folder / LOG).open("a") as log:
                     print("error: the run ended well, but the ledger does not have these settings", file=log)
             self.failures.append(Failure(child.cell, status, child.folder / LOG))
-            self._say(child.cell, f"FAILED with status {status}")
+            _say(child.number, child.cell, f"FAILED with status {status}")
         child.lock.close()
 
-    def _say(self, cell: Cell, what: str) -> None:
-        print(f"{time.strftime('%H:%M:%S')} [{self._started}/{self._total}] {cell}: {what}", flush=True)
+
+def _say(number: str, cell: Cell, what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {number} {cell}: {what}", flush=True)
 
 
 def _device(slot: int) -> dict[str, str]:
