@@ -73,7 +73,7 @@ class CapturedStep(Generic[Result]):
         """The step on another stream, as CUDA wants it before a capture."""
         if not torch.cuda.is_available():
             return self._step()
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             result = self._step()

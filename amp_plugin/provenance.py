@@ -13,12 +13,13 @@ _PACKAGES = ("torch", "timm", "transformers", "accelerate", "datasets", "amp_plu
 
 
 def run_record(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """One finished run: commit, threads, versions, settings and metrics."""
+    """One finished run: commit, threads, versions, settings, metrics and the images that they are of."""
     return {
         "commit": commit(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "versions": versions(),
         "settings": dict(settings),
+        "evaluated_on": "validation" if settings.get("validation_images") else "test",
         "metrics": dict(metrics),
     }
 

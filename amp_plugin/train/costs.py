@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from amp_plugin import AMP
 from amp_plugin.base import OptimizerFactory
+from amp_plugin.optimizer import find_amp
 from amp_plugin.train.options import RecipeArguments
 
 
@@ -69,17 +70,37 @@ class Costs:
         return self.weights + self.gradients + (self.optimizer_state or 0) + self.perturbation + self.activations
 
 
-def mean_passes(optimizer: Optimizer, steps: int) -> float:
+def mean_passes(optimizer: Any, steps: int) -> float:
     """Forward and backward passes over a batch in a training of so many steps; at most so many, if AMP decides late."""
-    if not isinstance(optimizer, AMP) or not optimizer.perturbs:
+    amp = find_amp(optimizer)
+    if amp is None or not amp.perturbs:
         return 1
-    policy = optimizer.policy
+    policy = amp.policy
     ascents = sum(policy.ascends({**policy.state, "ascent_step": step}, steps) for step in range(steps))
-    mean = optimizer.inner_iter * policy.cost * ascents / steps
+    mean = amp.inner_iter * policy.cost * ascents / steps
     return 1 + (int(mean) if mean == int(mean) else mean)
 
 
-def counts(args: RecipeArguments, images: int, optimizer: Optimizer, passes_per_loss: int = 1) -> Counts:
+def passes_made(optimizer: Any, steps: int, records: Iterable[Mapping[str, float]]) -> float:
+    """Forward and backward passes over a batch in a training that is over, on average.
+
+    Args:
+        optimizer: of the run, perhaps inside accelerate's.
+        steps: that it made.
+        records: what the Trainer logged. They tell where the ascent policy decided on the way.
+    """
+    amp = find_amp(optimizer)
+    if amp is None or amp.policy.foreseeable:
+        return mean_passes(optimizer, steps)
+    total, before = 0.0, 0.0
+    for record in records:
+        if "amp_passes" in record:
+            total += record["amp_passes"] * (record["step"] - before)
+            before = record["step"]
+    return total / before if before else mean_passes(optimizer, steps)
+
+
+def counts(args: RecipeArguments, images: int, optimizer: Any, passes_per_loss: int = 1) -> Counts:
     """Count as the Trainer will.
 
     Args:

@@ -24,6 +24,7 @@ from amp_plugin.provenance import run_record
 from amp_plugin.report import append_to_ledger, table
 from amp_plugin.train.card import RECORD, card_details, compared_run
 from amp_plugin.train.config import write_config
+from amp_plugin.train.costs import passes_made
 from amp_plugin.train.described import methods_in_words
 from amp_plugin.train.fast import keep_freed_memory
 from amp_plugin.train.options import parse, settings_of
@@ -80,7 +81,8 @@ def main(argv: list[str]) -> None:
     disable_progress_bar()  # transformers' own, of writing a file
     for default in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(default)
-    trainer.add_callback(EpochLine())
+    shown = EpochLine()
+    trainer.add_callback(shown)
     if trainer.is_world_process_zero():
         write_config(folder / "config.yaml", data_args, model_args, args)
         where = f"cpu, {threads} thread(s)" if args.device.type == "cpu" else str(args.device)
@@ -104,7 +106,12 @@ def main(argv: list[str]) -> None:
     last = next((r for r in reversed(trainer.state.log_history) if "loss" in r), {})
     metrics.update({name: last[name] for name in _LOGGED if name in last})
     metrics.setdefault("loss", metrics["train_loss"])  # the mean of the whole run, if none was logged
+    made = passes_made(trainer.optimizer, trainer.state.global_step, trainer.state.log_history)
+    metrics["best_eval_error"] = min(r["eval_error"] for r in trainer.state.log_history if "eval_error" in r)
+    metrics["passes"] = float(trainer.state.epoch or 0.0) * args.passes_per_loss * made
     metrics["seconds"] = seconds
+    if shown.first_step:
+        metrics["resumed_at_step"] = shown.first_step  # the seconds are those since
     with explained("the results", folder):
         trainer.save_model(_internal_call=True)  # or it would be pushed before there is a card
         trainer.save_state()

@@ -16,13 +16,17 @@ class EpochLine(ProgressCallback):
     """A progress bar, and a line for every epoch instead of a dict for every log.
 
     Without a terminal, or with --disable_tqdm, there is no bar; the line then tells the rate and the time left.
+
+    Attributes:
+        first_step: number of optimizer steps that were made before, by the run that this one continues.
     """
 
     training_bar: Any
+    first_step = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
         """Start the bar where the training starts."""
-        self.current_step = self._first_step = state.global_step
+        self.current_step = self.first_step = state.global_step
         if not state.is_world_process_zero:
             return
         self._examples = len(train_dataloader.dataset)
@@ -78,7 +82,7 @@ class EpochLine(ProgressCallback):
 
     def _left(self, state: Any) -> str:
         """The time that the steps left will take if they, and the tests among them, take as long as those before."""
-        share = (state.max_steps - state.global_step) / max(1, state.global_step - self._first_step)
+        share = (state.max_steps - state.global_step) / max(1, state.global_step - self.first_step)
         return str(tqdm.format_interval(share * (time.monotonic() - self._start)))
 
     def _write(self, line: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,19 @@ def recipe_options(recipe: str) -> list[str]:
         raise ValueError(f"recipe {recipe!r} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"recipe {recipe!r} must be a mapping of options to values")
+    return as_options(settings, recipe)
+
+
+def as_options(settings: Mapping[str, Any], recipe: str) -> list[str]:
+    """A mapping of options to values as it would be written on the command line.
+
+    Args:
+        settings: as read from YAML.
+        recipe: where they come from, for the error.
+
+    Raises:
+        ValueError: an option has no value.
+    """
     return [token for name, value in settings.items() for token in _tokens(recipe, f"--{name}", value)]
 
 

@@ -1,0 +1,148 @@
+"""Reproduce the tables of the paper: run their cells, choose hyper-parameters, tabulate what has been run.
+
+    python recipes/reproduce.py --scale cpu --data_root DATA --tune  # the trials, on held-out training images
+    python recipes/reproduce.py --scale cpu --choose  # the best of them, into cpu_chosen.yaml
+    python recipes/reproduce.py --scale cpu --data_root DATA  # the runs that are reported, on the test images
+    python recipes/reproduce.py --scale cpu --table
+    python recipes/reproduce.py --scale paper --models preactresnet18 --methods erm amp --jobs 2
+    python recipes/reproduce.py --scale paper --slurm --sbatch_args="--gres=gpu:1 --time=24:00:00"
+    python recipes/reproduce.py --scale paper --plan
+
+A cell is a model, an augmentation, a data set, a method and a seed. What a scale has in common stands in
+recipes/reproduction/SCALE.yaml (or in a file of your own), what a method means in methods.yaml, what the paper
+publishes in published.yaml. Cells run seed by seed, ERM and AMP first, so that what is done is of use at any time.
+
+Each is a run of train.py under accelerate launch, in a folder of its own with its log. A cell whose run stands in the
+ledger is not run again, and one that was killed continues from its last checkpoint: give the same command again.
+Several sweeps may share a folder; a cell is run by one of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from reproduction import price, records, slurm
+from reproduction.cells import Cell, Selection
+from reproduction.choose import choose
+from reproduction.comparison import rows_of
+from reproduction.picture import draw
+from reproduction.scale import PAPER, Scale, read_scale
+from reproduction.sweep import Sweep
+from reproduction.table import markdown
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    what = parser.add_argument_group("what to do; without any of these: run the cells").add_mutually_exclusive_group()
+    what.add_argument("--tune", action="store_true", help="Run the trials that choose hyper-parameters.")
+    what.add_argument("--choose", action="store_true", help="Write the best trials' values to SCALE_chosen.yaml.")
+    what.add_argument("--table", action="store_true", help="Render the ledger's runs as Markdown and as a picture.")
+    what.add_argument("--plan", action="store_true", help="Compute what the cells take: passes, FLOPs, GPU hours.")
+    cells = parser.add_argument_group("which cells; default: all of the scale")
+    cells.add_argument("--scale", default="cpu", metavar="SCALE", help="cpu, paper or a YAML file. [cpu]")
+    cells.add_argument("--models", nargs="+", metavar="NAME", help="By the paper's names, e.g. preactresnet18 vgg16.")
+    cells.add_argument("--datasets", nargs="+", metavar="NAME", help="cifar10, cifar100, svhn.")
+    cells.add_argument("--augment", nargs="+", metavar="NAME", help="plain, cutout, autoaugment, none.")
+    cells.add_argument("--methods", nargs="+", metavar="NAME", help="Default: the scale's, or those published.")
+    cells.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="Of the runs that are reported.")
+    how = parser.add_argument_group("how to run them")
+    how.add_argument("--data_root", metavar="DIR", help="Folder of the data sets; default: the Hub.")
+    how.add_argument("--output_dir", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="[%(default)s]")
+    how.add_argument("--ledger", type=Path, metavar="FILE", help="JSON Lines. Default: ledger.jsonl in --output_dir.")
+    how.add_argument("--list", action="store_true", help="Only list the cells, and which are done.")
+    how.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="Cells at a time, on a GPU each if there are. [1]"
+    )
+    how.add_argument("--launch_args", metavar="TEXT", help="For accelerate launch, instead of the scale's.")
+    how.add_argument("--train_args", default="", metavar="TEXT", help='More for train.py: --train_args="--bf16 true".')
+    cluster = parser.add_argument_group("on a cluster")
+    cluster.add_argument("--slurm", action="store_true", help="Submit a job array, a task for each cell to do.")
+    cluster.add_argument("--sbatch_args", default="", metavar="TEXT", help='E.g. --sbatch_args="--gres=gpu:1".')
+    cluster.add_argument("--task", type=int, metavar="I", help="Run the cell of this index alone, as its tasks do.")
+    shown = parser.add_argument_group("what --table, --choose and --plan show")
+    shown.add_argument("--page", type=Path, metavar="FILE", help="Default: table.md (or trials.md) in --output_dir.")
+    shown.add_argument("--gpu", default=price.Gpu.name, metavar="NAME", help="[%(default)s]")
+    shown.add_argument("--peak_tflops", type=float, default=price.Gpu.peak / 1e12, metavar="X", help="[%(default)s]")
+    shown.add_argument("--utilisation", type=float, default=price.Gpu.utilisation, metavar="X", help="[%(default)s]")
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs must be positive, got {args.jobs}")
+    args.ledger = args.ledger or args.output_dir / "ledger.jsonl"
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Do what is asked for."""
+    args = parse(argv)
+    scale = replace(read_scale(args.scale), train_args=shlex.split(args.train_args))
+    if args.launch_args is not None:
+        scale = replace(scale, launch=shlex.split(args.launch_args))
+    chosen = Selection(scale, args.models, args.datasets, args.augment, args.methods, args.seeds)
+    if args.choose:
+        text = choose(scale, chosen.trials(), records.read(args.ledger))
+        page = args.page or args.output_dir / "trials.md"
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(text + "\n")
+        print(f"{text}\n\ntable: {page}\nchosen: {scale.chosen_path}")
+    elif args.table:
+        tabulate(chosen, args)
+    elif args.plan:
+        gpu = price.Gpu(args.gpu, args.peak_tflops * 1e12, args.utilisation)
+        print(price.table([price.price(cell, scale) for cell in chosen.runs()], gpu))
+    else:
+        run(chosen.trials() if args.tune else chosen.runs(), scale, args, sys.argv[1:] if argv is None else argv)
+
+
+def tabulate(chosen: Selection, args: argparse.Namespace) -> None:
+    """Print and write the tables and their picture."""
+    tables = rows_of(chosen, records.read(args.ledger))
+    text = markdown(tables, chosen.scale.name == PAPER)
+    page = args.page or args.output_dir / "table.md"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(text + "\n")
+    print(f"{text}\n\ntable: {page}")
+    if tables:
+        draw(tables, page.with_suffix(".png"), f"Scale: {chosen.scale.name}", chosen.scale.name == PAPER)
+        print(f"picture: {page.with_suffix('.png')}")
+
+
+def run(cells: list[Cell], scale: Scale, args: argparse.Namespace, argv: list[str]) -> None:
+    """Run the cells here, or hand them to SLURM; or only list them."""
+    sweep = Sweep(scale, args.ledger, args.output_dir, args.data_root, args.jobs)
+    if args.task is not None:
+        if not 0 <= args.task < len(cells):
+            raise ValueError(f"--task {args.task}: the cells chosen here are 0 to {len(cells) - 1}")
+        cells = [cells[args.task]]
+    if not (args.list or args.slurm):
+        sweep.run(cells)
+        if sweep.elsewhere:
+            print(f"{len(sweep.elsewhere)} cells were left to another sweep")
+        if sweep.failures:
+            sys.exit("\n".join(map(str, sweep.failures)))
+        return
+    todo = sweep.pending(cells)
+    if args.list:
+        print("\n".join(f"{'to do' if cell in todo else 'done '}  {cell}" for cell in cells))
+    elif todo:
+        tasks = [index for index, cell in enumerate(cells) if cell in todo]
+        script = slurm.write_script(args.output_dir, tasks, slurm.task_argv(argv))
+        print(f"{len(todo)} of {len(cells)} cells: {script}")
+        print(slurm.submit(script, shlex.split(args.sbatch_args)))
+    else:
+        print(f"all {len(cells)} cells are in {args.ledger}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command continues")

@@ -1,0 +1,164 @@
+"""The cells of a sweep: which runs there are, in which order, and what each tells train.py."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from reproduction.methods import methods
+from reproduction.published import Setting, published
+from reproduction.scale import Scale
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Attributes:
+        setting: model, augmentation and data set.
+        method: by its name in methods.yaml.
+        seed: of the run.
+        values: hyper-parameters beyond the method's and the scale's own.
+        trial: whether it is one of the trials that choose hyper-parameters, on held-out training images.
+    """
+
+    setting: Setting
+    method: str
+    seed: int
+    values: dict[str, Any] = field(default_factory=dict)
+    trial: bool = False
+
+    def options(self, scale: Scale) -> dict[str, Any]:
+        """All that train.py is told about the training, by option."""
+        model = published().models[self.setting.model]
+        options = {**scale.options, **methods()[self.method].options, **self.values}
+        kwargs = dict(scale.models[self.setting.model])
+        if "dropout" in options:
+            kwargs[model.dropout] = options.pop("dropout")
+        options["num_train_epochs"] *= options.pop("epochs_times", 1)
+        if self.trial and scale.tuning is not None:
+            options["validation_images"] = scale.tuning.validation_images
+        return {
+            "dataset": self.setting.dataset,
+            "model": model.architecture,
+            "model_kwargs": kwargs,
+            "augment": self.setting.augment,
+            "seed": self.seed,
+            **options,
+        }
+
+    def name(self, scale: Scale) -> str:
+        """A folder's name: to be read, and another one for other options."""
+        said = json.dumps([self.options(scale), scale.train_args], sort_keys=True)
+        parts = (self.setting.dataset, self.setting.model, self.setting.augment, self.method, f"seed{self.seed}")
+        digest = hashlib.sha256(said.encode()).hexdigest()[:8]
+        return f"{'validation-' if self.trial else ''}{'-'.join(parts)}-{digest}"
+
+    def __str__(self) -> str:
+        """What is printed of it."""
+        said = ", ".join(f"{name} {value:g}" for name, value in self.values.items())
+        where = f"{self.setting.dataset} {self.setting.model} {self.setting.augment}"
+        return f"{self.method}{f' ({said})' if said else ''}, {where}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which cells of a scale; None is all that the scale has.
+
+    Raises:
+        ValueError: the scale does not have what was chosen.
+    """
+
+    scale: Scale
+    models: Sequence[str] | None = None
+    datasets: Sequence[str] | None = None
+    augmentations: Sequence[str] | None = None
+    methods: Sequence[str] | None = None
+    seeds: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the names."""
+        for kind in ("models", "datasets", "augmentations"):
+            has = getattr(self.scale, kind)
+            if unknown := [name for name in getattr(self, kind) or () if name not in has]:
+                raise ValueError(
+                    f"--{kind} {' '.join(unknown)}: the scale {self.scale.name} has no such; it has {', '.join(has)}"
+                )
+        if unknown := [name for name in self.methods or () if name not in methods()]:
+            raise ValueError(f"--methods {' '.join(unknown)}: unknown; there are {', '.join(methods())}")
+        if not self.settings():
+            raise ValueError("the paper trains none of these models with this augmentation")
+
+    def settings(self) -> list[Setting]:
+        """The chosen ones; at the published hyper-parameters, only those that the paper has."""
+        scale = self.scale
+        chosen = product(
+            self.models or scale.models, self.augmentations or scale.augmentations, self.datasets or scale.datasets
+        )
+        settings = [Setting(*names) for names in chosen]
+        return settings if scale.tuning is not None else [s for s in settings if s in published().results]
+
+    def methods_of(self, setting: Setting) -> list[str]:
+        """The chosen methods, in the order of methods.yaml."""
+        wanted = self.methods or self.scale.methods or list(published().results[setting])
+        return [name for name in methods() if name in wanted]
+
+    def runs(self) -> list[Cell]:
+        """Those that are reported: seed by seed, method by method.
+
+        Raises:
+            ValueError: hyper-parameters have not been chosen yet.
+        """
+        settings = self.settings()
+        cells = {
+            (seed, method, setting): _values(self.scale, setting, method)
+            for seed in self.seeds or self.scale.seeds
+            for method in methods()
+            for setting in settings
+            if method in self.methods_of(setting)
+        }
+        if missing := sorted(
+            {f"{method} on {s.dataset}" for (_, method, s), values in cells.items() if values is None}
+        ):
+            raise ValueError(
+                f"{self.scale.chosen_path} has no hyper-parameters for {', '.join(missing)}: run --tune, then --choose;"
+                " or name other --methods"
+            )
+        return [Cell(setting, method, seed, values or {}) for (seed, method, setting), values in cells.items()]
+
+    def trials(self) -> list[Cell]:
+        """Those that choose hyper-parameters: method by method.
+
+        Raises:
+            ValueError: the scale has none.
+        """
+        tuning = self.scale.tuning
+        if tuning is None:
+            raise ValueError(f"the scale {self.scale.name} takes the published hyper-parameters; it has no trials")
+        return [
+            Cell(setting, method, tuning.seed, values, trial=True)
+            for method in methods()
+            for setting in self.settings()
+            if method in self.methods_of(setting)
+            for values in tuning.trials.get(method, [])
+        ]
+
+
+def _values(scale: Scale, setting: Setting, method: str) -> dict[str, Any] | None:
+    """The hyper-parameters of a run that is reported; None if they have yet to be chosen."""
+    if scale.tuning is not None:
+        return scale.chosen.get(setting, {}).get(methods()[method].tuned_as or method)
+    return published().perturbation[setting.model, setting.augment] if method == "amp" else {}
+
+
+def tunable(scale: Scale, setting: Setting, method: str) -> list[str]:
+    """Names of the hyper-parameters in which runs of one method may differ."""
+    own = [name for name in methods()[method].options if name not in ("optim", "epochs_times")]
+    if method == "amp":
+        own += ["amp_epsilon", "amp_inner_lr"]
+    trials = scale.tuning.trials.get(methods()[method].tuned_as or method, []) if scale.tuning else []
+    return list(dict.fromkeys([*own, *(name for trial in trials for name in trial)]))

@@ -1,0 +1,92 @@
+"""The ledger: which cells stand in it, found by their settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from amp_plugin.train.options import parse, settings_of
+from amp_plugin.train.recipe_file import as_options
+from reproduction.cells import Cell
+from reproduction.scale import Scale
+
+Record = dict[str, Any]
+Settings = dict[str, Any]
+
+# What may differ between two runs of one cell.
+_CADENCE = ("eval_", "logging_", "save_")
+_ELSEWHERE = {"cpu_threads", "use_cpu", "per_device_eval_batch_size", "dataloader_num_workers", "dataloader_pin_memory"}
+
+
+def read(ledger: Path) -> list[Record]:
+    """The runs in a ledger; none if there is no such file.
+
+    Raises:
+        ValueError: a line is not a run.
+    """
+    records = []
+    for number, line in enumerate(ledger.read_text().splitlines() if ledger.is_file() else (), 1):
+        try:
+            record = json.loads(line)
+            record["settings"]["seed"], record["metrics"]["eval_error"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{ledger}, line {number}, is not a run of train.py ({error!r})") from error
+        records.append(record)
+    return records
+
+
+def train_argv(cell: Cell, scale: Scale) -> list[str]:
+    """What train.py is told about the training."""
+    return [*as_options(cell.options(scale), str(scale.path)), *scale.train_args]
+
+
+def expected(cell: Cell, scale: Scale) -> Settings:
+    """The settings that the cell's run will have, as `comparable`."""
+    settings = settings_of(*parse(train_argv(cell, scale)))
+    settings["world_size"] = _processes(scale.launch)
+    return comparable(settings)
+
+
+def comparable(settings: Mapping[str, Any]) -> Settings:
+    """What decides the outcome, as JSON keeps it, the model's arguments one by one."""
+    plain: Settings = json.loads(json.dumps(dict(settings), default=str))
+    kwargs = json.loads(plain.pop("model_kwargs", None) or "{}")
+    plain |= {f"model_kwargs.{name}": value for name, value in kwargs.items()}
+    return {n: v for n, v in plain.items() if n not in _ELSEWHERE and not n.startswith(_CADENCE)}
+
+
+def same(one: Settings, other: Settings, free: Collection[str] = ()) -> bool:
+    """Whether two runs' settings agree; a setting that a version does not record has its default.
+
+    Args:
+        one: `comparable`.
+        other: `comparable`.
+        free: names that may differ.
+    """
+    names = (one.keys() | other.keys()).difference(free)
+    defaults = _defaults()
+    return all(one.get(n, defaults.get(n)) == other.get(n, defaults.get(n)) for n in names)
+
+
+def find(cell: Cell, scale: Scale, records: list[Record]) -> Record | None:
+    """The cell's run, the newest if there are several; None if it has none."""
+    wanted = expected(cell, scale)
+    return next((r for r in reversed(records) if same(comparable(r["settings"]), wanted)), None)
+
+
+def is_trial(record: Record) -> bool:
+    """Whether a run reports on held-out training images, not on the test split."""
+    return bool(record["settings"].get("validation_images"))
+
+
+@cache
+def _defaults() -> Settings:
+    settings = settings_of(*parse([]))
+    return {n: v for n, v in comparable(settings).items() if not n.startswith("model_kwargs.")}
+
+
+def _processes(launch: list[str]) -> int:
+    return int(launch[launch.index("--num_processes") + 1]) if "--num_processes" in launch else 1

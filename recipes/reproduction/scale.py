@@ -1,0 +1,119 @@
+"""The scale of a sweep: how large the networks are and how long they train, from a YAML file such as cpu.yaml."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from reproduction.methods import methods
+from reproduction.published import Setting, published
+
+HERE = Path(__file__).resolve().parent
+PAPER = "paper"  # the scale at which the published figures are comparable
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How hyper-parameters are chosen.
+
+    Attributes:
+        validation_images: training images that are held out, and decide.
+        seed: of the trials.
+        trials: the values to try, by method; as many for each.
+    """
+
+    validation_images: int
+    seed: int
+    trials: dict[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What all cells of a sweep have in common.
+
+    Attributes:
+        name: of the file, without its ending.
+        path: of the file.
+        models: arguments of each network, by the paper's names of them.
+        datasets: to train on.
+        augmentations: as train.py calls them.
+        seeds: of the runs that are reported.
+        options: of train.py.
+        launch: arguments of ``accelerate launch``.
+        methods: to compare; None for those that are published for a cell.
+        tuning: None if the published hyper-parameters are taken.
+        chosen: hyper-parameters by setting and method, from `chosen_path`.
+        train_args: further arguments of train.py, from the command line.
+    """
+
+    name: str
+    path: Path
+    models: dict[str, dict[str, Any]]
+    datasets: list[str]
+    augmentations: list[str]
+    seeds: list[int]
+    options: dict[str, Any]
+    launch: list[str]
+    methods: list[str] | None = None
+    tuning: Tuning | None = None
+    chosen: dict[Setting, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    train_args: list[str] = field(default_factory=list)
+
+    @property
+    def chosen_path(self) -> Path:
+        """Where the chosen hyper-parameters stand: beside the scale's file."""
+        return self.path.with_name(f"{self.name}_chosen.yaml")
+
+
+def read_scale(name: str) -> Scale:
+    """Read a scale, and what was chosen for it.
+
+    Args:
+        name: of one that comes with the recipes, or a YAML file.
+
+    Raises:
+        ValueError: there is none, or something in it cannot be meant.
+    """
+    path = HERE / f"{name}.yaml" if (HERE / f"{name}.yaml").is_file() else Path(name)
+    if not path.is_file():
+        raise ValueError(f"--scale {name!r} is neither paper nor cpu nor a YAML file")
+    data = yaml.safe_load(path.read_text())
+    known = {f.name for f in fields(Scale)} - {"name", "path", "chosen", "train_args"}
+    needed = known - {"methods", "tuning"}
+    if not isinstance(data, dict) or not needed <= data.keys() <= known:
+        raise ValueError(f"{path}: a scale names {', '.join(sorted(needed))}, and methods and tuning if it likes")
+    tuning = data.pop("tuning", None)
+    scale = Scale(name=path.stem, path=path, tuning=None if tuning is None else Tuning(**tuning), **data)
+    _check(scale)
+    scale.chosen.update(_read_chosen(scale.chosen_path))
+    return scale
+
+
+def _check(scale: Scale) -> None:
+    for kind, named, known in (
+        ("model", scale.models, published().models),
+        ("method", scale.methods or (), methods()),
+        ("method", scale.tuning.trials if scale.tuning else (), methods()),
+    ):
+        if unknown := [name for name in named if name not in known]:
+            raise ValueError(f"{scale.path}: unknown {kind} {', '.join(unknown)}; there are {', '.join(known)}")
+    if scale.tuning:
+        counts = {name: len(trials) for name, trials in scale.tuning.trials.items()}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"{scale.path}: every method needs the same number of trials, got {counts}")
+        if scale.tuning.seed in scale.seeds:
+            raise ValueError(f"{scale.path}: the seed of the trials, {scale.tuning.seed}, is among those reported")
+
+
+def _read_chosen(path: Path) -> dict[Setting, dict[str, dict[str, Any]]]:
+    if not path.is_file():
+        return {}
+    return {
+        Setting(model, augment, dataset): {method: choice["values"] for method, choice in by_method.items()}
+        for model, by_augment in yaml.safe_load(path.read_text()).items()
+        for augment, by_dataset in by_augment.items()
+        for dataset, by_method in by_dataset.items()
+    }

@@ -1,0 +1,219 @@
+"""Run cells, some at a time, each in a process of its own under ``accelerate launch``."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from reproduction import records
+from reproduction.cells import Cell
+from reproduction.scale import Scale
+
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+LOG = "log.txt"
+_GRACE = 10.0  # seconds from asking a child to end to ending it
+_LINES = 15
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell that could not be run.
+
+    Attributes:
+        cell: that one.
+        status: exit status of its process.
+        log: what it printed.
+    """
+
+    cell: Cell
+    status: int
+    log: Path
+
+    def __str__(self) -> str:
+        """The end of its log."""
+        lines = self.log.read_text(errors="replace").splitlines()[-_LINES:]
+        return "\n".join(
+            [f"failed with status {self.status}: {self.cell}; {self.log} ends:", *(f"    {li}" for li in lines)]
+        )
+
+
+@dataclass(frozen=True)
+class _Child:
+    process: subprocess.Popen[bytes]
+    cell: Cell
+    folder: Path
+    lock: IO[str]
+    slot: int
+    number: str
+    start: float
+
+
+@dataclass
+class Sweep:
+    """Runs cells that do not stand in the ledger yet.
+
+    Every cell has a folder with a lock, which its process inherits: whoever finds it taken, even after the sweep that
+    took it was killed and left the process behind, leaves that cell alone.
+
+    Attributes:
+        scale: of the cells.
+        ledger: where train.py appends finished runs.
+        folder: of the cells' folders.
+        data_root: of train.py; None for the Hub.
+        jobs: cells at a time.
+        failures: those that could not be run.
+        elsewhere: those that another sweep is running.
+    """
+
+    scale: Scale
+    ledger: Path
+    folder: Path
+    data_root: str | None = None
+    jobs: int = 1
+    failures: list[Failure] = field(default_factory=list)
+    elsewhere: list[Cell] = field(default_factory=list)
+
+    def run(self, cells: Sequence[Cell]) -> None:
+        """Run them in this order; whatever ends this ends the processes it has started."""
+        pending = self.pending(cells)
+        print(f"{len(cells)} cells, {len(cells) - len(pending)} of them in {self.ledger}", flush=True)
+        todo = deque((f"[{i}/{len(pending)}]", cell) for i, cell in enumerate(pending, 1))
+        slots, running = deque(range(self.jobs)), list[_Child]()
+        with _terminable():
+            try:
+                while todo or running:
+                    while todo and slots:
+                        if child := self._start(*todo.popleft(), slots[0]):
+                            slots.popleft()
+                            running.append(child)
+                    for child in [c for c in running if c.process.poll() is not None]:
+                        running.remove(child)
+                        slots.append(child.slot)
+                        self._finish(child)
+                    time.sleep(0.1)
+            finally:
+                _end(running)
+
+    def pending(self, cells: Sequence[Cell]) -> list[Cell]:
+        """Those that do not stand in the ledger."""
+        known = records.read(self.ledger)
+        return [cell for cell in cells if records.find(cell, self.scale, known) is None]
+
+    def command(self, cell: Cell) -> list[str]:
+        """What runs the cell, and continues it."""
+        output = ["--output_dir", str(self.folder / cell.name(self.scale)), "--ledger", str(self.ledger)]
+        data = [] if self.data_root is None else ["--data_root", self.data_root]
+        # "last": from the last complete checkpoint, or from the start if there is none
+        resume = ["--resume_from_checkpoint", "last", "--save_total_limit", "1", "--disable_tqdm", "true"]
+        launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+        quiet = ["--quiet"]  # or its own traceback would end the log of a run that failed
+        return [
+            *launcher,
+            *quiet,
+            *self.scale.launch,
+            str(TRAIN),
+            *records.train_argv(cell, self.scale),
+            *data,
+            *output,
+            *resume,
+        ]
+
+    def _start(self, number: str, cell: Cell, slot: int) -> _Child | None:
+        """Start it, unless another sweep runs it or has run it by now."""
+        folder = self.folder / cell.name(self.scale)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            _say(number, cell, "is being run by another sweep")
+            self.elsewhere.append(cell)
+            return None
+        if not self.pending([cell]):
+            lock.close()
+            _say(number, cell, "has been run by another sweep")
+            return None
+        command = self.command(cell)
+        with (folder / LOG).open("a") as log:
+            print(shlex.join(command), file=log, flush=True)
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(_device(slot) if self.jobs > 1 else {})},
+                pass_fds=[lock.fileno()],
+                start_new_session=True,  # so that it can be ended with all that it has started
+            )
+        _say(number, cell, f"started; {folder / LOG}")
+        return _Child(process, cell, folder, lock, slot, number, time.monotonic())
+
+    def _finish(self, child: _Child) -> None:
+        status = child.process.returncode
+        known = records.find(child.cell, self.scale, records.read(self.ledger))
+        if status == 0 and known is not None:
+            for checkpoint in child.folder.glob("checkpoint-*"):  # the weights are saved beside them
+                shutil.rmtree(checkpoint)
+            metrics = known["metrics"]
+            where = "validation" if child.cell.trial else "test"
+            figures = f"{where} error {metrics['eval_error']:.2f} %, NLL {metrics['eval_nll']:.3f}"
+            _say(child.number, child.cell, f"{figures}; {time.monotonic() - child.start:.0f} s")
+        else:
+            if status == 0:
+                with (child.folder / LOG).open("a") as log:
+                    print("error: the run ended well, but the ledger does not have these settings", file=log)
+            self.failures.append(Failure(child.cell, status, child.folder / LOG))
+            _say(child.number, child.cell, f"FAILED with status {status}")
+        child.lock.close()
+
+
+def _say(number: str, cell: Cell, what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {number} {cell}: {what}", flush=True)
+
+
+def _device(slot: int) -> dict[str, str]:
+    """With several GPUs, jobs at the same time have one each."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+    return {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if len(devices) > 1 else {}
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM, which e.g. a job's time limit sends, ends a sweep as Ctrl-C does."""
+
+    def leave(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(children: Sequence[_Child]) -> None:
+    for kind in (signal.SIGTERM, signal.SIGKILL):
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.killpg(child.process.pid, kind)
+        until = time.monotonic() + _GRACE
+        while time.monotonic() < until and any(child.process.poll() is None for child in children):
+            time.sleep(0.05)
+    for child in children:
+        child.process.wait()

@@ -1,0 +1,89 @@
+"""The tables, in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import mean, stdev
+
+from reproduction.comparison import Interval, Row, paired, reference_of
+from reproduction.published import Figure, Setting, published
+from reproduction.records import Record
+
+_MEASURES = {  # by metric: heading and digits
+    "eval_error": ("test error %, last epoch", 2),
+    "best_eval_error": ("best", 2),
+    "eval_nll": ("NLL", 3),
+    "eval_ece": ("ECE", 3),
+}
+_NOTE = """\
+Mean ± standard deviation over seeds. "Best" is the lowest test error of the epochs that were tested, so the test images
+chose it; it stands here because the released code reports it. "ERM minus method" is the mean over the seeds that both
+have, with its 95 % interval by Student's t: positive where the method is better; not corrected for the number of
+methods. "Passes" counts forward and backward passes over the training images."""
+
+
+def markdown(tables: Mapping[Setting, Sequence[Row]], with_paper: bool) -> str:
+    """All tables with a heading each, and below them what the columns mean and what made the runs.
+
+    Args:
+        tables: `reproduction.comparison.rows_of`.
+        with_paper: whether the published figures stand beside ours.
+    """
+    if not tables:
+        return "No runs of these cells are in the ledger yet."
+    parts = []
+    for setting, rows in tables.items():
+        parts += [f"### {setting.dataset}, {setting.model}, augmentation {setting.augment}", ""]
+        parts += [*_table(setting, rows, with_paper), ""]
+    runs = [run for rows in tables.values() for row in rows for run in row.runs.values()]
+    return "\n".join([*parts, _NOTE, "", _origin(runs)])
+
+
+def _table(setting: Setting, rows: Sequence[Row], with_paper: bool) -> list[str]:
+    paper = published().results.get(setting, {}) if with_paper else {}
+    heads = ["method", "seeds", *(head for head, _ in _MEASURES.values()), "passes"]
+    heads += ["paper: error %", "paper: NLL"] if paper else []
+    heads += ["ERM minus method: error", "ERM minus method: NLL"]
+    reference = reference_of(rows)
+    lines = [_line(heads), _line(["---"] * len(heads))]
+    for row in rows:
+        cells = [row.label(), str(len(row.runs))]
+        cells += [_spread(list(row.measured(name).values()), digits) for name, (_, digits) in _MEASURES.items()]
+        cells.append(_passes(row))
+        cells += _figure(paper.get(row.method)) if paper else []
+        cells += [_difference(paired(reference, row, name), _MEASURES[name][1]) for name in ("eval_error", "eval_nll")]
+        lines.append(_line(cells))
+    return lines
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _spread(numbers: Sequence[float], digits: int) -> str:
+    if not numbers:
+        return "-"
+    spread = f" ± {stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{mean(numbers):.{digits}f}{spread}"
+
+
+def _passes(row: Row) -> str:
+    return " to ".join(f"{n:g}" for n in sorted(set(row.measured("passes").values()))) or "-"
+
+
+def _figure(figure: Figure | None) -> list[str]:
+    if figure is None:
+        return ["-", "-"]
+    return [f"{figure.mean:.2f} ± {figure.std:.3f}", "-" if figure.nll is None else f"{figure.nll:.3f}"]
+
+
+def _difference(found: Interval | None, digits: int) -> str:
+    if found is None:
+        return "-"
+    return f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+
+
+def _origin(runs: Sequence[Record]) -> str:
+    commits = sorted({str(run.get("commit"))[:12] for run in runs})
+    torch = sorted({str(run.get("versions", {}).get("torch")) for run in runs})
+    return f"{len(runs)} runs; commits {', '.join(commits)}; torch {', '.join(torch)}."

@@ -1,0 +1,269 @@
+"""recipes/reproduce.py: which cells there are, what the ledger says of them, and what runs them."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+import reproduce
+import timm
+import torch
+from filelock import FileLock
+from PIL import Image
+from reproduction import price, records
+from reproduction.cells import Cell, Selection
+from reproduction.choose import choose
+from reproduction.comparison import paired, rows_of
+from reproduction.methods import methods
+from reproduction.published import Setting, published
+from reproduction.scale import Scale, read_scale
+from reproduction.table import markdown
+from tiny_scale import SAMPLE, TINY, chosen, run_of, written
+from torch import nn
+
+from amp_plugin.report import append_to_ledger
+from amp_plugin.train.options import parse, settings_of
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.stem.startswith("finetune_"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_are_cells_of_the_paper(recipe: Path) -> None:
+    paper = read_scale("paper")
+    ours = records.comparable(settings_of(*parse([str(recipe)])))
+    cells = Selection(paper, methods=["amp"], seeds=[ours["seed"]]).runs()
+    (cell,) = [c for c in cells if records.same(ours, records.expected(c, paper))]
+    figure = published().results[cell.setting]["amp"]
+    assert f"published test error {figure.mean:.2f} +- {figure.std:.3f} %" in recipe.read_text()
+
+
+def test_every_network_and_method_is_one_that_the_main_job_has() -> None:
+    for name, model in published().models.items():
+        kwargs = {model.dropout: 0.25}
+        drops = [m.p for m in timm.create_model(model.architecture, **kwargs).modules() if isinstance(m, nn.Dropout)]
+        assert 0.25 in drops, name
+    scale = replace(read_scale("cpu"), chosen={})
+    setting = Setting("preactresnet18", "none", "cifar10")
+    seen = [records.expected(Cell(setting, method, 1), scale) for method in methods()]
+    assert all(not records.same(a, b) for i, a in enumerate(seen) for b in seen[:i]), "each is a run of its own"
+
+
+def test_the_published_tables_are_whole() -> None:
+    cells = Selection(read_scale("paper"), seeds=[1]).runs()
+    assert len(cells) == 6 * 8 + 18 * 2, "the methods of six columns; ERM and AMP of eighteen"
+    options = {c.setting: c.options(read_scale("paper")) for c in cells if c.method == "amp"}
+    wide = options[Setting("wide_resnet28_10", "cutout", "svhn")]
+    assert (wide["amp_epsilon"], wide["amp_inner_lr"]) == (0.3, 0.5)
+
+
+def test_runs_go_seed_by_seed_with_erm_and_amp_first(tmp_path: Path) -> None:
+    scale = chosen(written(tmp_path), erm={}, amp={"amp_epsilon": 0.1}, dropout={"dropout": 0.3})
+    cells = Selection(scale).runs()
+    assert [(c.seed, c.method) for c in cells] == [(s, m) for s in (1, 2) for m in ("erm", "amp", "dropout")]
+    assert cells[1].options(scale)["amp_epsilon"] == 0.1
+    assert cells[2].options(scale)["model_kwargs"]["conv_drop_rate"] == 0.3
+    assert cells[0].options(scale)["model_kwargs"] == TINY["models"]["preactresnet18"]
+    twice = Cell(SAMPLE, "erm_2x", 1).options(scale)
+    assert (twice["num_train_epochs"], twice["optim"]) == (4, "sgd")
+
+
+@pytest.mark.parametrize(
+    ("selected", "message"),
+    [
+        ({}, "has no hyper-parameters for amp on cifar10_sample, dropout on"),
+        ({"methods": ["emr"]}, "--methods emr: unknown; there are erm, amp"),
+        ({"models": ["vgg16"]}, "--models vgg16: the scale tiny has no such; it has preactresnet18"),
+    ],
+)
+def test_a_mistake_is_named(tmp_path: Path, selected: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Selection(chosen(written(tmp_path), erm={}), **selected).runs()
+
+
+def test_a_scale_must_be_fair_and_whole(tmp_path: Path) -> None:
+    trials = {**TINY["tuning"]["trials"], "amp": [{}]}
+    with pytest.raises(ValueError, match="same number of trials"):
+        written(tmp_path, tuning={**TINY["tuning"], "trials": trials})
+    with pytest.raises(ValueError, match="seed of the trials, 0, is among those reported"):
+        written(tmp_path, seeds=[0, 1])
+    with pytest.raises(ValueError, match="a scale names"):
+        written(tmp_path, models=None)
+
+
+def test_a_run_is_found_by_all_that_decides_its_outcome(tmp_path: Path) -> None:
+    scale = written(tmp_path)
+    cell = Cell(SAMPLE, "erm", 1, {"learning_rate": 0.1})
+    run = run_of(cell, scale)
+    assert records.find(cell, scale, [run]) is run
+    assert records.find(replace(cell, trial=True), scale, [run]) is None, "a trial is no run, and the other way round"
+    assert records.find(cell, scale, [run_of(replace(cell, trial=True), scale)]) is None
+    assert records.find(replace(cell, seed=2), scale, [run]) is None
+    assert records.find(replace(cell, method="amp"), scale, [run]) is None
+    assert records.find(replace(cell, values={"learning_rate": 0.2}), scale, [run]) is None
+    more_images = replace(scale, options={**scale.options, "train_images": 80})
+    assert records.find(cell, more_images, [run]) is None
+    assert records.find(cell, replace(scale, train_args=["--label_smoothing_factor", "0.1"]), [run]) is None
+    elsewhere = {**run["settings"], "cpu_threads": 8, "eval_strategy": "no", "save_strategy": "no"}
+    assert records.find(cell, scale, [{**run, "settings": elsewhere}]) is not None
+    older = {k: v for k, v in run["settings"].items() if k not in ("channels_last", "lr_scheduler_type")}
+    assert records.find(cell, scale, [{**run, "settings": older}]) is not None, "it had the default"
+    two = {**run["settings"], "world_size": 2}
+    assert records.find(cell, scale, [{**run, "settings": two}]) is None
+    assert records.find(cell, replace(scale, launch=["--num_processes", "2"]), [{**run, "settings": two}]) is not None
+
+
+def test_the_best_trial_on_held_out_images_is_chosen(tmp_path: Path) -> None:
+    scale = written(tmp_path)
+    trials = Selection(scale).trials()
+    assert [c.method for c in trials] == ["erm", "erm", "amp", "amp", "dropout", "dropout"]
+    scores = [(40.0, 2.0), (30.0, 2.0), (20.0, 2.0), (20.0, 1.0)]
+    ledger = [run_of(c, scale, eval_error=e, eval_nll=n) for c, (e, n) in zip(trials, scores, strict=False)]
+    tested = replace(trials[0], trial=False)
+    ledger.append(run_of(tested, scale, eval_error=1.0, eval_nll=0.1))  # on the test images: must not be seen
+    said = choose(scale, trials, ledger)
+    assert said.count("| chosen |") == 2
+    assert "| dropout | rate 0.2 | - | - | to do |" in said
+    assert "| amp | epsilon 0.1, inner_lr 1 | 20.00 | 1.000 | chosen |" in said
+    now = read_scale(str(scale.path))
+    assert now.chosen == {SAMPLE: {"erm": {"weight_decay": 0.0005}, "amp": trials[3].values}}
+    (cell,) = Selection(now, methods=["amp"], seeds=[1]).runs()
+    assert cell.options(now)["amp_inner_lr"] == 1.0
+    (cell,) = Selection(now, methods=["erm_2x"], seeds=[1]).runs()
+    assert cell.values == {"weight_decay": 0.0005}, "tuned as ERM"
+
+
+ERRORS = {"erm": [50.0, 52.0, 57.0, 90.0], "amp": [49.0, 50.5, 52.0]}
+
+
+@pytest.fixture
+def tabulated(tmp_path: Path) -> tuple[Scale, list[dict[str, Any]]]:
+    """A ledger of three seeds of AMP and four of ERM, and what must not be counted."""
+    scale = written(tmp_path)
+    values = {"erm": {"learning_rate": 0.1}, "amp": {"amp_epsilon": 0.2, "amp_inner_lr": 0.3}}
+    runs = [
+        run_of(
+            Cell(SAMPLE, method, seed, values[method]),
+            scale,
+            eval_error=error,
+            best_eval_error=error - 1,
+            eval_nll=error / 20,
+            eval_ece=0.25,
+            passes=2.0 if method == "erm" else 4.0,
+        )
+        for method, errors in ERRORS.items()
+        for seed, error in enumerate(errors, 1)
+    ]
+    trial = run_of(Cell(SAMPLE, "amp", 0, values["amp"], trial=True), scale)
+    other = run_of(Cell(SAMPLE, "erm", 1), replace(scale, options={**scale.options, "num_train_epochs": 3}))
+    return scale, [trial, *runs, other]
+
+
+def test_the_table_has_means_and_paired_differences(tabulated: tuple[Scale, list[dict[str, Any]]]) -> None:
+    scale, ledger = tabulated
+    tables = rows_of(Selection(scale), ledger)
+    erm, amp = tables[SAMPLE]
+    assert [row.method for row in (erm, amp)] == ["erm", "amp"]
+    differences = [1.0, 1.5, 5.0]  # of seeds 1 to 3; ERM's fourth has no partner
+    half = 4.302652729911275 * stdev(differences) / 3**0.5  # Student's t, 97.5 %, 2 degrees of freedom
+    found = paired(erm, amp, "eval_error")
+    assert found == pytest.approx((2.5, 2.5 - half, 2.5 + half))
+    text = markdown(tables, with_paper=False)
+    spread = f"{mean(ERRORS['erm']):.2f} ± {stdev(ERRORS['erm']):.2f}"
+    assert f"| ERM (lr 0.1, decay 0.0001) | 4 | {spread} |" in text
+    row = "| AMP (epsilon 0.2, inner_lr 0.3) | 3 | 50.50 ± 1.50 | 49.50 ± 1.50 | 2.525 ± 0.075 | 0.250 ± 0.000 | 4 |"
+    assert f"{row} +2.50 [{2.5 - half:+.2f}, {2.5 + half:+.2f}] | +0.125 [" in text
+    assert "7 runs; commits abc" in text
+
+
+def test_other_hyper_parameters_are_another_row(tabulated: tuple[Scale, list[dict[str, Any]]]) -> None:
+    scale, ledger = tabulated
+    ledger.append(run_of(Cell(SAMPLE, "amp", 1, {"amp_epsilon": 0.1, "amp_inner_lr": 1.0}), scale))
+    ledger.append(run_of(Cell(SAMPLE, "dropout", 1, {"dropout": 0.3}), scale))
+    rows = rows_of(Selection(scale), ledger)[SAMPLE]
+    labels = [(row.label(), len(row.runs)) for row in rows]
+    assert labels[1:] == [
+        ("AMP (epsilon 0.1, inner_lr 1)", 1),
+        ("AMP (epsilon 0.2, inner_lr 0.3)", 3),
+        ("Dropout (rate 0.3)", 1),
+    ]
+    assert [row.method for row in rows_of(Selection(scale, methods=["dropout"]), ledger)[SAMPLE]] == ["erm", "dropout"]
+    with pytest.raises(ValueError, match="seed 1, twice"):
+        rows_of(Selection(scale), [*ledger, ledger[1]])
+
+
+def test_the_paper_stands_beside_runs_of_its_scale() -> None:
+    paper = read_scale("paper")
+    cells = Selection(paper, ["preactresnet18"], ["cifar10"], methods=["erm", "amp"], seeds=[1]).runs()
+    assert [c.method for c in cells] == ["erm", "amp"]
+    text = markdown(rows_of(Selection(paper), [run_of(c, paper, eval_error=5.0) for c in cells]), with_paper=True)
+    assert "| 3.97 ± 0.091 | 0.129 |" in next(line for line in text.splitlines() if line.startswith("| AMP"))
+
+
+def test_the_command_writes_table_and_picture(
+    tabulated: tuple[Scale, list[dict[str, Any]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="draws")
+    scale, ledger = tabulated
+    file = tmp_path / "runs" / "ledger.jsonl"
+    for run in ledger:
+        append_to_ledger(file, run)
+    command = ["--scale", str(scale.path), "--output_dir", str(tmp_path / "runs"), "--table"]
+    reproduce.main(command)
+    text = (tmp_path / "runs" / "table.md").read_text()
+    assert text == markdown(rows_of(Selection(scale), ledger), with_paper=False) + "\n"
+    assert text in capsys.readouterr().out
+    with Image.open(tmp_path / "runs" / "table.png") as picture:
+        assert picture.size[0] > 1000
+    with file.open("a") as broken:
+        broken.write('{"settings": {}}\n')
+    with pytest.raises(ValueError, match=rf"line {len(ledger) + 1}, is not a run"):
+        reproduce.main(command)
+
+
+def test_appending_to_a_ledger_waits_for_its_turn(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+    appending = threading.Thread(target=append_to_ledger, args=(ledger, {"seed": 1}))
+    with FileLock(f"{ledger}.lock"):
+        appending.start()
+        appending.join(0.5)
+        assert appending.is_alive()
+        assert not ledger.exists()
+    appending.join()
+    assert json.loads(ledger.read_text()) == {"seed": 1}
+
+
+def test_the_plan_counts_the_products(capsys: pytest.CaptureFixture[str]) -> None:
+    paper = read_scale("paper")
+    erm, amp = (
+        price.price(cell, paper)
+        for cell in Selection(paper, ["preactresnet18"], ["svhn"], methods=["erm", "amp"], seeds=[1]).runs()
+    )
+    products: list[int] = []
+
+    def count(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        weights = module.weight[0].numel() if isinstance(module, nn.Conv2d) else module.in_features
+        products.append(output.numel() * weights)
+
+    model = timm.create_model("preactresnet18", num_classes=10)
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 32, 32))
+    an_image = 2 * (3 * sum(products) - products[0])  # forward and two backward, but none to the pixels
+    assert (erm.passes, amp.passes) == (200, 400)
+    assert erm.flops == 200 * 73257 * an_image
+    assert amp.flops == 2 * erm.flops
+    chosen = "--models preactresnet18 --datasets svhn --methods erm amp --seeds 1 2"
+    gpu = "--peak_tflops 100 --utilisation 0.5 --gpu X"
+    reproduce.main(f"--scale paper --plan {chosen} {gpu}".split(" "))
+    said = capsys.readouterr().out
+    assert "Computed, not run: counted FLOPs at an assumed 50% of the 100 TFLOP/s of one X" in said
+    assert f"| 2 | 400 | {amp.flops:.2e} | {amp.flops / 50e12 / 3600:.1f} |" in said
+    assert f"All 4 runs: {6 * erm.flops:.2e} FLOPs" in said
