@@ -23,7 +23,6 @@ from torch.optim import SGD
 from torch.optim.optimizer import ParamsT
 from torch.utils._pytree import tree_map_only
 
-from amp_plugin.ascending import Ascending
 from amp_plugin.ascent import AscentPolicy, Parameters
 from amp_plugin.base import OptimizerFactory, check_not_negative, make_base
 from amp_plugin.compilation import not_compiled
@@ -31,12 +30,13 @@ from amp_plugin.distributed import in_process_group
 from amp_plugin.fused import step_where_finite
 from amp_plugin.passes import ExtraPasses
 from amp_plugin.perturbation import Norm
+from amp_plugin.scaled import Scaled
 
 _OF_ASCENT = ("policy", "ball", "total_steps")
 living: weakref.WeakSet[AMP] = weakref.WeakSet()  # for hosts that know only the module, or only the optimizer
 
 
-class AMP(Ascending):
+class AMP(Scaled):
     """Minimises the worst loss within a small ball around the weights, with any base optimizer.
 
     Either pass a closure, as the released class wants it (it clears the gradients, computes the loss, calls
@@ -93,8 +93,6 @@ class AMP(Ascending):
         TypeError: the base optimizer does not take one of the arguments.
     """
 
-    found_inf: Tensor
-    grad_scale: Tensor | None
     in_closure: bool
 
     def __init__(
@@ -136,15 +134,6 @@ class AMP(Ascending):
     def skipped_steps(self) -> int:
         """Steps skipped because an ascent gradient was not finite; waits for the device if `capturable`."""
         return int(self._skipped)
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Whether a gradient scaler calls step() even after an overflow, with `found_inf` and `grad_scale` set.
-
-        It has to where the weights are displaced, or they would stay so, and where a closure is to be refused.
-        Elsewhere it skips the step itself, as hosts expect: accelerate then leaves the schedule where it is.
-        """
-        return self._open or not (self._ascents or self._finished or self._plain)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, which may set ``epsilon`` and ``inner_lr`` beside the base optimizer's options."""
@@ -219,19 +208,6 @@ class AMP(Ascending):
         self._descend()
         return tree_map_only(Tensor, Tensor.detach, results[0])
 
-    @torch.no_grad()
-    def pass_on_overflow(self) -> None:
-        """Tell a gradient scaler of an ascent that was not finite: a gradient of the descent becomes infinite.
-
-        To be called after the last backward pass, before the scaler's ``unscale_`` or ``step``. The scaler then skips
-        the step and lowers its scale. Without this call the step is skipped all the same, but the scale stays.
-        """
-        for grad in self.gradients()[:1] if self._ascents else ():
-            if self.capturable and self._perturbation.finite is not None:
-                grad.add_(torch.where(self._perturbation.finite.to(grad.device), 0.0, torch.inf))
-            elif not self.ascent_was_finite():
-                grad.fill_(torch.inf)
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients, including those that :meth:`step` keeps aside for the descent."""
         self._parked = {}
@@ -281,14 +257,6 @@ class AMP(Ascending):
         self._refuse_scaled_closure()
         return torch.enable_grad()(closure)()
 
-    def _refuse_scaled_closure(self) -> None:
-        if hasattr(self, "found_inf"):
-            raise RuntimeError(
-                "a gradient scaler cannot drive step(closure), because the closure's gradients carry the loss scale;"
-                " use backward(), ascend(grad_scale=scaler.get_scale()), backward(), scaler.step(optimizer), or"
-                " bfloat16, which needs no scaler"
-            )
-
     def _require_ascents(self) -> bool:
         """Refuse to train without the perturbation while claiming to train with it; whether this is a step at all."""
         if not self.ascends or self._ascents == self.inner_iter or self._finished:
@@ -327,11 +295,8 @@ class AMP(Ascending):
             skipped = step_where_finite(self.base_optimizer, flags, self)
             self._skipped = skipped + self._skipped if isinstance(self._skipped, int) else self._skipped.add_(skipped)
             return
-        if hasattr(self, "found_inf"):  # set by a gradient scaler for this call
-            if self.found_inf.item():
-                return  # the scaler will lower its scale
-            if self.grad_scale is not None:  # not unscaled yet
-                torch._foreach_div_(self.gradients(), self.grad_scale.item())
+        if self._scaler_found_inf():
+            return  # it will lower its scale
         if (ascended and not self.ascent_was_finite()) or not all(d.was_finite() for d in finished):
             self._skipped += 1
             warnings.warn(
