@@ -95,7 +95,7 @@ def test_eigenvalues_and_trace_of_a_diagonal_hessian() -> None:
     objective = quadratic([[1.0, 1.0, 1.0], [1.0, 1.0]], [[4.0, -3.0, 0.5], [7.0, 1.0]])
     found = hessian_eigenvalues(objective, k=3, products=5)
     np.testing.assert_allclose(found.values, [7, 4, 1], rtol=1e-9)
-    assert max(found.residuals) < 1e-6
+    assert 6 * torch.finfo(torch.float64).eps <= max(found.residuals) < 1e-6
     assert found.products == 5
     trace = hessian_trace(objective, probes=3)  # random signs give the trace of a diagonal exactly
     assert trace.value == pytest.approx(9.5)

@@ -192,6 +192,7 @@ def _page(
     if found.sharpness is not None or found.trace is not None:
         notes.append(
             "Sharpness and curvature depend on the scale of the weights; the landscapes' steps are relative to it."
+            " Compare models that fit the images equally well: cross-entropy is flat where it is almost 0."
         )
     images = [f"![loss landscape]({name})" for name in pictures]
     return "\n\n".join(["# Flatness", measures_table(measured, of_run), " ".join(notes), *images]) + "\n"

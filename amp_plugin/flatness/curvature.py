@@ -19,7 +19,8 @@ class Eigenvalues:
 
     Attributes:
         values: (k,), the largest first.
-        residuals: (k,), each bounds the distance of the value from an eigenvalue of the Hessian.
+        residuals: (k,), each bounds the distance of the value from an eigenvalue of the Hessian, up to the rounding of
+            the products; at least the rounding of the largest value.
         products: Hessian-vector products that were made.
     """
 
@@ -69,7 +70,9 @@ def hessian_eigenvalues(objective: Objective, k: int = 5, *, products: int = 40,
         found = library.lanczos(
             operator, k=k, max_iter=min(products, operator.size), reorthogonalize=True, which="LA", seed=seed
         )
-    return Eigenvalues(tuple(found.eigenvalues.tolist()), tuple(found.residuals.tolist()), found.iterations)
+    rounding = torch.finfo(operator.dtype).eps * found.eigenvalues.abs().max()
+    residuals = found.residuals.clamp(min=rounding)
+    return Eigenvalues(tuple(found.eigenvalues.tolist()), tuple(residuals.tolist()), found.iterations)
 
 
 def hessian_trace(objective: Objective, *, probes: int = 20, seed: int = 0) -> Trace:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,8 @@ def _scale(values: Mapping[str, Array], *, logarithmic: bool) -> dict[str, Any]:
     low, high = float(finite.min()), float(finite.max())
     levels: Array
     if logarithmic:
-        steps = (1.0, 2.0, 5.0) if high < 10 ** (_LEVELS / 3) * low else (1.0,)
+        per_decade = _LEVELS / math.log10(high / low)
+        steps = (1.0, 2.0, 5.0) if per_decade >= 3 else (1.0, 3.0) if per_decade >= 2 else (1.0,)
         levels = np.asarray(LogLocator(subs=steps, numticks=99).tick_values(low, high))
     else:
         levels = np.asarray(MaxNLocator(_LEVELS).tick_values(low, high if high > low else low + 1))
