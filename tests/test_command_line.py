@@ -57,7 +57,7 @@ def test_the_help_text_of_a_stock_option_is_only_replaced_where_there_is_one() -
     [
         (["--amp_epsilom", "1"], "no option '--amp_epsilom', did you mean '--amp_epsilon'"),
         (["--amp_eps", "1"], "no option '--amp_eps', did you mean '--amp_epsilon'"),
-        (["--epsilon", "1"], "no option '--epsilon', did you mean --amp_epsilon or --adam_epsilon"),
+        (["--epsilon", "1"], "no option '--epsilon', did you mean --amp_epsilon or --adversarial_epsilon or"),
         (["--lr=1"], "no option '--lr', did you mean --learning_rate"),
         (["--amp"], "did you mean --optim amp (Adversarial Model Perturbation) or --bf16 (mixed precision)"),
         (["--zzz"], "no option '--zzz'; --help lists them"),

@@ -166,7 +166,8 @@ class CommandLine(HfArgumentParser):
         name = option.lstrip("-").partition("=")[0].replace("-", "_")
         if name in _ELSEWHERE:
             return f", did you mean --{_ELSEWHERE[name]}"
-        longer = [known for known in self._by_name if f"_{name}_" in f"_{known}_"]
+        as_shown = [action.dest for _, actions in self._groups() for action in actions]
+        longer = [known for known in dict.fromkeys([*as_shown, *self._by_name]) if f"_{name}_" in f"_{known}_"]
         if longer:
             return f", did you mean --{' or --'.join(longer[:3])}"
         return did_you_mean(f"--{name}", self._option_string_actions)
