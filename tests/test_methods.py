@@ -249,6 +249,8 @@ def test_the_trajectory_of_sam(tmp_path: Path, accumulation: int) -> None:
     record = trainer.state.log_history[0]
     assert record["perturbation_norm"] == pytest.approx(0.3)
     assert record["sharpness"] == pytest.approx(record["perturbed_loss"] - record["loss"])
+    trainer.create_model_card()  # as a push in the middle of the training does
+    assert "with SAM around SGD, without AMP." in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
