@@ -76,6 +76,28 @@ def test_a_cell_is_run_once_and_a_failure_stops_no_other(
     assert "1 cells, 1 of them in" in capsys.readouterr().out
 
 
+def test_a_run_that_outlives_its_sweep_keeps_its_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep that is killed outright cannot end what it has started, which may append to the ledger later."""
+    scale = written(tmp_path)
+    cell = Cell(SAMPLE, "erm", 1, VALUES["erm"])
+    monkeypatch.setattr(Sweep, "command", lambda *_: ["sleep", "600"])
+    killed, other = (Sweep(scale, tmp_path / "ledger.jsonl", tmp_path / "runs") for _ in range(2))
+    orphan = killed._start("", cell, 0)
+    assert orphan is not None
+    orphan.lock.close()  # as the end of the sweep's process does
+    try:
+        other.run([cell])
+        assert other.elsewhere == [cell]
+    finally:
+        orphan.process.kill()
+        orphan.process.wait()
+    child = other._start("", cell, 0)
+    assert child is not None
+    child.process.kill()
+    child.process.wait()
+    child.lock.close()
+
+
 @pytest.mark.slow
 def test_an_interrupted_sweep_continues_to_the_same_ledger(tmp_path: Path) -> None:
     """Ctrl-C in the middle of the first runs ends all processes; the same command makes what was left."""

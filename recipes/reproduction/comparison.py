@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from scipy import stats
-
 from reproduction.cells import Cell, Selection, tunable
 from reproduction.methods import methods
 from reproduction.published import Setting, published
@@ -70,7 +68,13 @@ def in_words(values: Mapping[str, Any]) -> str:
 
 
 def interval(numbers: Sequence[float]) -> Interval | None:
-    """Of the mean of at least two numbers."""
+    """Of the mean of at least two numbers; None for fewer.
+
+    Raises:
+        ImportError: scipy is missing (``pip install "amp-plugin[plots]"``).
+    """
+    from scipy import stats  # which a sweep without tables does not need
+
     if len(numbers) < 2:
         return None
     half = stats.t.ppf((1 + _LEVEL) / 2, len(numbers) - 1) * stdev(numbers) / len(numbers) ** 0.5
