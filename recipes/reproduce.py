@@ -25,6 +25,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from guides import marked
 from reproduction import price, records, slurm
 from reproduction.cells import Cell, Selection
 from reproduction.choose import choose
@@ -67,7 +68,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     cluster.add_argument("--sbatch_args", default="", metavar="TEXT", help='E.g. --sbatch_args="--gres=gpu:1".')
     cluster.add_argument("--task", type=int, metavar="I", help="Run the cell of this index alone, as its tasks do.")
     shown = parser.add_argument_group("what --table, --choose and --plan show")
-    shown.add_argument("--page", type=Path, metavar="FILE", help="Default: table.md (or trials.md) in --output_dir.")
+    shown.add_argument("--page", type=Path, metavar="FILE", help="[table.md or trials.md in --output_dir]")
     shown.add_argument("--gpu", default=price.Gpu.name, metavar="NAME", help="[%(default)s]")
     shown.add_argument("--peak_tflops", type=float, default=price.Gpu.peak / 1e12, metavar="X", help="[%(default)s]")
     shown.add_argument("--utilisation", type=float, default=price.Gpu.utilisation, metavar="X", help="[%(default)s]")
@@ -104,13 +105,18 @@ def tabulate(chosen: Selection, args: argparse.Namespace) -> None:
     """Print and write the tables and their picture."""
     tables = rows_of(chosen, records.read(args.ledger))
     text = markdown(tables, chosen.scale.name == PAPER)
-    page = args.page or args.output_dir / "table.md"
+    page: Path = args.page or args.output_dir / "table.md"
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(text + "\n")
+    picture, mark = page.with_suffix(".png"), f"reproduction-{chosen.scale.name}"
+    if marked.has(page, mark):
+        picture = page.with_name(f"{mark}.png")
+        marked.replace(page, mark, f"![Test error and NLL of each method]({picture.name})\n\n{text}")
+    else:
+        page.write_text(text + "\n")
     print(f"{text}\n\ntable: {page}")
     if tables:
-        draw(tables, page.with_suffix(".png"), f"Scale: {chosen.scale.name}", chosen.scale.name == PAPER)
-        print(f"picture: {page.with_suffix('.png')}")
+        draw(tables, picture, f"Scale: {chosen.scale.name}", chosen.scale.name == PAPER)
+        print(f"picture: {picture}")
 
 
 def run(cells: list[Cell], scale: Scale, args: argparse.Namespace, argv: list[str]) -> None:

@@ -220,6 +220,14 @@ def test_the_command_writes_table_and_picture(
     assert text in capsys.readouterr().out
     with Image.open(tmp_path / "runs" / "table.png") as picture:
         assert picture.size[0] > 1000
+    page, mark = tmp_path / "RESULTS.md", f"reproduction-{scale.name}"
+    page.write_text(f"Before.\n<!-- {mark}: begin -->\nold\n<!-- {mark}: end -->\nAfter.\n")
+    reproduce.main([*command, "--page", str(page)])
+    assert text.strip() in page.read_text()
+    assert page.read_text().startswith("Before.\n")
+    assert page.read_text().endswith("After.\n")
+    assert "old" not in page.read_text()
+    assert page.with_name(f"{mark}.png").is_file()
     with file.open("a") as broken:
         broken.write('{"settings": {}}\n')
     with pytest.raises(ValueError, match=rf"line {len(ledger) + 1}, is not a run"):

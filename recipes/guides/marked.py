@@ -25,6 +25,11 @@ def replace(page: Path, mark: str, text: str) -> None:
     page.write_text(f"{before}\n{text}\n{after}")
 
 
+def has(page: Path, mark: str) -> bool:
+    """Whether the page exists and has the marks."""
+    return page.is_file() and f"<!-- {mark}: begin -->" in page.read_text()
+
+
 def _split(page: Path, mark: str) -> tuple[str, str, str]:
     begin, end = f"<!-- {mark}: begin -->\n", f"<!-- {mark}: end -->"
     text = page.read_text()
