@@ -300,8 +300,8 @@ def settings_of(data: DataArguments, model: ModelArguments, training: RecipeArgu
     settings = {**vars(data), "dataset": shown_name(data.dataset), "augment": data.augmentation, **vars(model)}
     if model.pretrained is not None:
         settings |= {"model": None, "model_kwargs": None, "pretrained": model.name}
-    for kind in (RecipeArguments, AMPTrainingArguments):
-        settings.update({name: getattr(training, name) for name in kind.__annotations__})
+    own = {*RecipeArguments.__annotations__, *AMPTrainingArguments.__annotations__}
+    settings.update({f.name: getattr(training, f.name) for f in fields(training) if f.name in own})
     settings.update({name: getattr(training, name) for name in _STOCK})
     settings.update({f.name: getattr(training, f.name) for f in fields(training) if _changed(f, training)})
     return {

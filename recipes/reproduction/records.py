@@ -55,7 +55,7 @@ def comparable(settings: Mapping[str, Any]) -> Settings:
     plain: Settings = json.loads(json.dumps(dict(settings), default=str))
     kwargs = json.loads(plain.pop("model_kwargs", None) or "{}")
     plain |= {f"model_kwargs.{name}": value for name, value in kwargs.items()}
-    return {n: v for n, v in plain.items() if n not in _ELSEWHERE and not n.startswith(_CADENCE)}
+    return {n: v for n, v in plain.items() if n not in _ELSEWHERE and not n.startswith(("_", *_CADENCE))}
 
 
 def same(one: Settings, other: Settings, free: Collection[str] = ()) -> bool:
