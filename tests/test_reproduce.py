@@ -185,12 +185,14 @@ def test_other_hyper_parameters_are_another_row(tabulated: tuple[Scale, list[dic
     scale, ledger = tabulated
     ledger.append(run_of(Cell(SAMPLE, "amp", 1, {"amp_epsilon": 0.1, "amp_inner_lr": 1.0}), scale))
     ledger.append(run_of(Cell(SAMPLE, "dropout", 1, {"dropout": 0.3}), scale))
+    ledger.append(run_of(Cell(SAMPLE, "amp_stale", 1, {"amp_epsilon": 0.2, "amp_inner_lr": 0.3}), scale))
     rows = rows_of(Selection(scale), ledger)[SAMPLE]
     labels = [(row.label(), len(row.runs)) for row in rows]
     assert labels[1:] == [
         ("AMP (epsilon 0.1, inner_lr 1)", 1),
         ("AMP (epsilon 0.2, inner_lr 0.3)", 3),
         ("Dropout (rate 0.3)", 1),
+        ("AMP, stale (epsilon 0.2, inner_lr 0.3)", 1),
     ]
     assert [row.method for row in rows_of(Selection(scale, methods=["dropout"]), ledger)[SAMPLE]] == ["erm", "dropout"]
     with pytest.raises(ValueError, match="seed 1, twice"):

@@ -157,7 +157,7 @@ def _values(scale: Scale, setting: Setting, method: str) -> dict[str, Any] | Non
 
 def tunable(scale: Scale, setting: Setting, method: str) -> list[str]:
     """Names of the hyper-parameters in which runs of one method may differ."""
-    own = [name for name in methods()[method].options if name not in ("optim", "epochs_times")]
+    own = [name for name in methods()[method].options if name not in ("optim", "epochs_times", "amp_ascent")]
     if method == "amp":
         own += ["amp_epsilon", "amp_inner_lr"]
     trials = scale.tuning.trials.get(methods()[method].tuned_as or method, []) if scale.tuning else []
