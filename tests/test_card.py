@@ -16,7 +16,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from amp_plugin import AMPTrainer, AMPTrainingArguments
 from amp_plugin.hub import Run, RunData, model_card
-from amp_plugin.hub.card import pictures_in
+from amp_plugin.hub.card import pictures_in, with_later_pictures
 from amp_plugin.train.card import compared_run
 from amp_plugin.train.command import command_line
 
@@ -72,6 +72,10 @@ def test_pictures_in_the_folder_are_shown_the_curves_first(tmp_path: Path) -> No
     assert names == ["curves.png", "confusion.png", "loss_along_the_gradient.png"]
     card = str(model_card(Run(name="m", architecture="resnet18", pictures=names)))
     assert "![Loss along the gradient](loss_along_the_gradient.png)" in card
+    assert with_later_pictures(card, tmp_path) == card
+    (tmp_path / "landscape.png").touch()
+    later = with_later_pictures(card, tmp_path)
+    assert later == str(model_card(Run(name="m", architecture="resnet18", pictures=[*names, "landscape.png"])))
 
 
 def test_the_command_of_a_recipe_known_by_name_has_its_settings() -> None:

@@ -128,6 +128,17 @@ def pictures_in(folder: Path) -> list[str]:
     return sorted((path.name for path in folder.glob("*.png")), key=lambda name: (name != "curves.png", name))
 
 
+def with_later_pictures(card: str, folder: Path) -> str:
+    """The card with the pictures in the folder that came after it, such as a loss landscape, below those it has."""
+    lines = card.split("\n")
+    shown = [i for i, line in enumerate(lines) if line.startswith("![")]
+    later = [name for name in pictures_in(folder) if f"]({name})" not in card]
+    if shown:
+        end = shown[-1] + 3  # with its caption
+        lines[end:end] = [f"\n![{caption(name)}]({name})\n\n*{caption(name)}.*" for name in later]
+    return "\n".join(lines)
+
+
 def caption(picture: str) -> str:
     """What to write below a picture."""
     stem = Path(picture).stem

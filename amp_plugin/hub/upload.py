@@ -19,7 +19,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from amp_plugin.hub.access import explained, hub_api, require_write_access
-from amp_plugin.hub.card import PLACEHOLDER, Run, model_card
+from amp_plugin.hub.card import PLACEHOLDER, Run, model_card, with_later_pictures
 
 WEIGHTS = "model.safetensors"
 _CARD = "README.md"
@@ -193,9 +193,10 @@ def _require_weights(folder: Path) -> None:
 
 
 def _content(path: Path, repo_id: str, temporary: Path) -> Path | bytes:
-    """What to upload for a file: itself, but the card with the repository's name, and weights that timm can read."""
+    """What to upload for a file: itself, but weights that timm reads, and the card with the repository's name and all pictures."""
     if path.name == _CARD:
-        return path.read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id).encode()
+        card = path.read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id)
+        return with_later_pictures(card, path.parent).encode()
     if path.name == WEIGHTS and _is_wrapped(path):
         weights = {name.removeprefix(_WRAPPER_PREFIX): tensor for name, tensor in load_file(path).items()}
         save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
