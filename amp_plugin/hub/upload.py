@@ -193,7 +193,7 @@ def _require_weights(folder: Path) -> None:
 
 
 def _content(path: Path, repo_id: str, temporary: Path) -> Path | bytes:
-    """What to upload for a file: itself, but weights that timm reads, and the card with its repository and all pictures."""
+    """What to upload for a file: itself, but weights that timm reads, and the card with repository and pictures."""
     if path.name == _CARD:
         card = path.read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id)
         return with_later_pictures(card, path.parent).encode()
