@@ -1,39 +1,30 @@
-"""The way up: an optimizer that leaves its weights for a worse point nearby, and comes back to the bit.
+"""The way up: an optimizer whose steps make passes before that of the descent.
 
-What passes a step makes, the ascent policy decides. Every door of AMP asks :meth:`Ascending.passes_of_step`.
+What passes those are, the ascent policy decides. Every door of AMP asks :meth:`Ascending.passes_of_step`.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from amp_plugin.ascent import AscentPolicy, Parameters, make_policy
-from amp_plugin.ascent.parameters import Ball
-from amp_plugin.base import check_not_negative
+from amp_plugin.displacing import Displacing
 from amp_plugin.distributed import in_process_group
-from amp_plugin.norms import LOW_PRECISION
-from amp_plugin.perturbation import Ascent, Displacement, Norm, Perturbation
-from amp_plugin.sharding import is_distributed
-from amp_plugin.wrapper import OptimizerWrapper
+from amp_plugin.perturbation import Norm
 
 
-class Ascending(OptimizerWrapper):
-    """The part of :class:`amp_plugin.AMP` that perturbs the weights."""
+class Ascending(Displacing):
+    """The part of :class:`amp_plugin.AMP` that perturbs the weights as the ascent policy says."""
 
-    _perturbation_class: ClassVar[type[Perturbation]] = Perturbation
     inner_iter: int
     policy: AscentPolicy
     total_steps: int | None
-    attached: bool
-    _parked: dict[Tensor, Tensor]
-    _finished: list[Displacement]
     _costs: list[float]
 
     def __init__(
@@ -55,15 +46,8 @@ class Ascending(OptimizerWrapper):
         if not self.policy.cost and inner_iter > 1:
             raise ValueError(f"ascent={str(self.policy)!r} has one direction: inner_iter must be 1, got {inner_iter}")
         self.total_steps = None
-        self.ball = Ball(parameters)
-        self._reset(norm, capturable)
-        super().__init__(base, {"epsilon": epsilon, "inner_lr": inner_lr, **self.policy.state})
-        self.ball.choose_anew(self.param_groups)
-
-    @property
-    def norm(self) -> Norm:
-        """Which ball: ``"tensor"`` or ``"global"``."""
-        return self._perturbation.norm
+        options = {"epsilon": epsilon, "inner_lr": inner_lr, **self.policy.state}
+        super().__init__(base, options, norm=norm, parameters=parameters, capturable=capturable)
 
     @property
     def perturbs(self) -> bool:
@@ -76,31 +60,12 @@ class Ascending(OptimizerWrapper):
         return self.perturbs and self.policy.ascends(self.param_groups[0], self.total_steps)
 
     @property
-    def perturbed(self) -> bool:
-        """Whether the weights are at theta + delta now, rather than at theta."""
-        return self._perturbation.active
-
-    @property
     def passes(self) -> float:
         """Forward and backward passes over the batch of the step under way so far, or else of the last step.
 
         Ascents on a part of the batch count as that part. Where each micro-batch is perturbed for itself, the mean.
         """
         return 1.0 + (sum(self._costs) / len(self._costs) if self._costs else 0.0)
-
-    def name_parameters(self, named: nn.Module | Iterable[tuple[str, Tensor]]) -> None:
-        """Tell the names of the parameters that ``parameters=`` chooses from, if they are not known yet.
-
-        Needed only where the optimizer was made of parameters without names and is driven by a closure or
-        :meth:`ascent_passes`; :func:`amp_plugin.attach` and the hosts know the module and do it.
-
-        Args:
-            named: a module, or its ``named_parameters()``.
-
-        Raises:
-            ValueError: none is chosen.
-        """
-        self.ball.choose(self.param_groups, named.named_parameters() if isinstance(named, nn.Module) else named)
 
     def ascent_passes(
         self, batches: Sequence[Any] | None = None, *, grad_scale: float | Tensor = 1.0
@@ -194,109 +159,25 @@ class Ascending(OptimizerWrapper):
             self.restore()
             raise
 
-    def restore(self) -> None:
-        """Put the exact bits of theta back, if the weights are displaced; drops the ascent."""
-        self._perturbation.restore()
-        self._open = False
-        if self.attached or not self.gradients():
-            self._ascents = 0  # no pass at theta + delta was made: a step now would be one without perturbation
-
-    def suspend(self) -> Displacement:
-        """Back to theta between a forward pass at theta + delta and its backward pass (:func:`amp_plugin.attach`)."""
-        self._open, self._ascents = False, 0
-        return self._perturbation.suspend()
-
-    def resume(self, displacement: Displacement) -> None:
-        """To theta + delta again, for the backward pass; RuntimeError if the weights have changed since."""
-        self._perturbation.resume(displacement)
-
-    def finish(self, displacement: Displacement) -> None:
-        """That backward pass is over: the gradients now are those of the descent."""
-        self._finished.append(displacement)
-
-    def gradients(self) -> list[Tensor]:
-        """The gradients that are there, in the order of the groups."""
-        return [p.grad for p in self._params() if p.grad is not None]
-
-    def require_gradients(self) -> None:
-        """RuntimeError if there are none."""
-        if not self.gradients():
-            raise RuntimeError(
-                "ascend() found no gradient: call backward() on the loss at the current weights first; under FSDP with"
-                " gradient synchronisation on, model.set_requires_gradient_sync(True)"
-            )
-
-    def ascent_was_finite(self) -> bool:
-        """Whether the last ascent's gradients were all finite; waits for the device if that is not known yet."""
-        return self._perturbation.was_finite()
-
-    def statistics(self) -> dict[str, Tensor]:
-        """Measures of the last ascent, see :meth:`Perturbation.statistics`; nothing is synchronised."""
-        return self._perturbation.statistics()
-
     def _reset(self, norm: Norm, capturable: bool) -> None:
-        """State that lives within one step only and is never saved."""
-        self.capturable = capturable
-        self._perturbation = self._perturbation_class(norm, tell_host=not capturable)
-        self._ascents = 0  # since the last step
-        self._open = False  # between the first ascend() and restore() or step()
+        super()._reset(norm, capturable)
         self._plain = False  # whether a door was told that this step does not ascend
-        self._parked = {}  # gradients from before step(closure)
-        self._finished = []  # where an attached module took the gradients that are there
         self._costs, self._stepped = [], True  # of each ascent, in passes; whether that was in the step before
-        self.attached = False  # by attach()
-        self._warned: set[str] = set()
 
     def _begin(self) -> None:
         """Something is done for a step; forget the costs of the one before."""
         if self._stepped:
             self._costs, self._stepped = [], False
 
-    def _params(self) -> Iterator[Tensor]:
-        # A tensor listed twice is one weight, to be displaced once; torch hashes tensors in Python, ten times slower.
-        return iter({id(p): p for group in self.param_groups for p in group["params"]}.values())
-
-    def _in_ball(self) -> Iterator[Tensor]:
-        return (p for group in self.param_groups for p in self.ball.of(group))
-
-    def _set_grads(self, grads: Mapping[Tensor, Tensor]) -> None:
-        for p in self._params():
-            p.grad = grads.get(p)
-
-    @torch.no_grad()
     def _ascend(
         self, grad_scale: float | Tensor = 1.0, cost: float = 1.0, directions: Mapping[Tensor, Tensor] | None = None
     ) -> None:
         """Move, along the gradients or else the directions, which are consumed."""
         self._begin()
-        ascents: dict[Tensor, Ascent] = {}
-        for group in self.param_groups:
-            epsilon, inner_lr = group["epsilon"], group["inner_lr"]
-            check_not_negative(epsilon=epsilon, inner_lr=inner_lr)  # a schedule may have changed them
-            for p in self.ball.of(group):
-                along = p.grad if directions is None else directions.get(p)
-                ascents[p] = Ascent(p, along, -inner_lr if group.get("maximize") else inner_lr, epsilon)
-        if any(p.dtype in LOW_PRECISION for p in ascents):
-            self._warn_once("AMP on 16-bit weights loses small displacements; use float32 and autocast")
-        if directions is None:
-            self._warn_without_gradients(ascents)
         if not self._open:
-            self._ascents, self._open = 0, True
             self._costs.append(0.0)
-        self._perturbation.ascend(ascents.values(), grad_scale)
-        self._set_grads({})
-        self._ascents += 1
+        self._displace(grad_scale, directions)
         self._costs[-1] += cost if directions is None else 0.0
-
-    def _warn_without_gradients(self, ball: Iterable[Tensor]) -> None:
-        sharded = [p for p in ball if is_distributed(p) and p.requires_grad]
-        if sharded and all(p.grad is None for p in sharded):
-            raise RuntimeError(
-                "a pass left no gradient on the sharded parameters: leave gradient synchronisation on in the ascent"
-                " pass, model.set_requires_gradient_sync(True); without it FSDP keeps the gradients to itself"
-            )
-        if not self.gradients():
-            warnings.warn("AMP: a pass left no gradient to ascend along", RuntimeWarning, stacklevel=4)
 
     def _waste_pass(self) -> None:
         """:meth:`ascend` in a step that needs no gradient of this batch."""
@@ -312,11 +193,6 @@ class Ascending(OptimizerWrapper):
                 f"AMP: ascent={str(self.policy)!r} needs no gradient in this step, so the backward pass before ascend()"
                 " was wasted; make the ascent's passes in `for _ in optimizer.ascent_passes():`"
             )
-
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, stacklevel=4)
 
     def _refuse_attached(self) -> None:
         if self.attached:

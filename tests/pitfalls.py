@@ -49,7 +49,7 @@ PITFALLS = [
     Pitfall(
         "the perturbation leaks into checkpoints",
         "by running rivals",
-        "ascending.py",
+        "displacing.py",
         "        self._ascents += 1\n",
         '        self._ascents += 1\n        for p in ascents:\n            self.state[p]["theta"] = p.clone()\n',
         "test_wrapper.py::test_the_state_is_the_base_optimizers_and_loads_as_weights_only",
@@ -130,7 +130,7 @@ PITFALLS = [
     Pitfall(
         "16-bit weights swallow small perturbations, and nobody says so",
         "by running rivals",
-        "ascending.py",
+        "displacing.py",
         "        if any(p.dtype in LOW_PRECISION",
         "        if not any(p.dtype in LOW_PRECISION",
         "test_base.py::test_sixteen_bit_weights_are_warned_about_once",
@@ -186,7 +186,7 @@ PITFALLS = [
     Pitfall(
         "gradients that FSDP2 has not synchronised are not in .grad, so the ascent goes nowhere",
         "by running rivals",
-        "ascending.py",
+        "displacing.py",
         "        if sharded and all(",
         "        if not sharded and all(",
         "test_fsdp.py::test_an_ascent_without_gradient_synchronisation_is_an_error_that_says_so",
@@ -202,7 +202,7 @@ PITFALLS = [
     Pitfall(
         "hosts call step() without a closure",
         "davda54/sam#8, #66; kozistr/pytorch_optimizer#64; huggingface/pytorch-image-models#1366",
-        "ascending.py",
+        "displacing.py",
         "        self._finished.append(displacement)\n",
         "        pass\n",
         "test_attach.py::test_it_is_the_closure_bit_for_bit",

@@ -76,7 +76,7 @@ class Window(CountsSteps):
         """Whether the step is inside.
 
         Raises:
-            ValueError: it is given in fractions of a training whose length is not known.
+            ValueError: it is given in fractions of a training whose length is not known, or contains no step of it.
         """
         scale = 1
         if self._fractions:
@@ -86,4 +86,9 @@ class Window(CountsSteps):
                     " optimizer.total_steps, or give whole numbers of steps (AMPTrainer knows the length)"
                 )
             scale = total_steps
-        return bool(round(self.start * scale) <= state["ascent_step"] < round(self.end * scale))
+        start, end = round(self.start * scale), round(self.end * scale)
+        if total_steps is not None and not start < min(end, total_steps):
+            raise ValueError(
+                f"{self} has no step of a training of {total_steps}, which would go without any perturbation"
+            )
+        return bool(start <= state["ascent_step"] < end)

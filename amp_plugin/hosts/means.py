@@ -12,21 +12,23 @@ class Means:
     """Means of what is added under a name, each over the steps that added it."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor | float] = {}
         self._counts: dict[str, int] = {}
 
     def __bool__(self) -> bool:
         return bool(self._sums)
 
-    def add(self, name: str, value: Tensor) -> None:
-        """Add a 0-d tensor; nothing is synchronised."""
-        value = value.detach().float()
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
+    def add(self, name: str, value: Tensor | float) -> None:
+        """Add a 0-d tensor or a number; nothing is copied to or from the device."""
+        value = value.detach().float() if isinstance(value, Tensor) else value
+        self._sums[name] = self._sums.get(name, 0.0) + value
         self._counts[name] = self._counts.get(name, 0) + 1
 
     def taken(self, accelerator: Any) -> dict[str, float]:
         """The means over all processes; then there are none."""
-        sums = accelerator.reduce(torch.stack(list(self._sums.values())), "mean").tolist()
+        device = accelerator.device
+        own = [torch.as_tensor(total, dtype=torch.float32, device=device) for total in self._sums.values()]
+        sums = accelerator.reduce(torch.stack(own), "mean").tolist()
         means = {name: total / self._counts[name] for name, total in zip(self._sums, sums, strict=True)}
         self._sums, self._counts = {}, {}
         return means

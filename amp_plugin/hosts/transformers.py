@@ -231,7 +231,7 @@ class AMPTrainer(CheckpointingTrainer, PublishingTrainer):
 
     def _record(self, amp: AMP) -> None:
         """What this step is worth to the log."""
-        self._means.add("amp_passes", torch.tensor(amp.passes, device=self.args.device))
+        self._means.add("amp_passes", amp.passes)
         if not amp.perturbed:
             return
         amp_loss = torch.stack(self._amp_losses).sum()
