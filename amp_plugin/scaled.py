@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from amp_plugin.ascending import Ascending
+
+
+def scale_of(scaler: Any) -> float | Tensor:
+    """What a gradient scaler multiplies the loss by, on the device, so that nobody waits for it; 1 without a scaler."""
+    if scaler is None:
+        return 1.0
+    scale: Tensor | None = scaler._get_scale_async()
+    return float(scaler.get_scale()) if scale is None else scale  # before the first loss it is only a number
 
 
 class Scaled(Ascending):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 from guides.marked import replace
 
 from amp_plugin.data.settings import BUNDLED
+from amp_plugin.report import read_ledger
 from amp_plugin.report.style import BLUE, VERMILION
 
 HERE = Path(__file__).resolve().parent
@@ -59,8 +59,9 @@ def read(ledger: Path, dataset: str = BUNDLED) -> Sweep:
         ValueError: they differ in more than AMP's two settings and the seed, so that they cannot be compared; or one
             was run twice.
     """
-    runs = [json.loads(line) for line in ledger.read_text().splitlines()]
-    runs = [r for r in runs if r["settings"].get("validation_images") and r["settings"]["dataset"] == dataset]
+    runs = [
+        r for r in read_ledger(ledger) if r["settings"].get("validation_images") and r["settings"]["dataset"] == dataset
+    ]
     common = [{k: v for k, v in run["settings"].items() if k not in _VARIED} for run in runs]
     for other in common:
         if differing := sorted(k for k in {*other, *common[0]} if other.get(k) != common[0].get(k)):

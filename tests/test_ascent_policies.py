@@ -272,6 +272,23 @@ def test_fractions_of_a_training_need_its_length() -> None:
     assert passes == [2.0 if 5 <= t < 12 else 1.0 for t in range(STEPS)]
 
 
+@pytest.mark.parametrize("policy", ["window(20, 30)", "window(0.51, 0.52)", "window(0.99, 1.0)"])
+def test_a_window_without_a_step_of_the_training_is_no_training_with_amp(policy: str) -> None:
+    net, amp = make(policy, None)
+    amp.total_steps = STEPS
+    with pytest.raises(ValueError, match="contains no step of a training of 20: nothing would be perturbed"):
+        LOOPS["closure"](net, amp)(windows_of(1)[0])
+
+
+def test_a_ball_without_any_gradient_is_told() -> None:
+    """Others have one, so a loop that does not prune them would go on as if it trained with AMP."""
+    model = nn.ModuleDict({"used": nn.Linear(3, 2), "idle": nn.Linear(3, 2)})
+    amp = AMP(model.named_parameters(), lr=0.1, parameters="idle")
+    model["used"](torch.ones(1, 3)).sum().backward()
+    with pytest.warns(RuntimeWarning, match="a pass left no gradient to ascend along"):
+        amp.ascend()
+
+
 def test_momentum_without_a_momentum() -> None:
     net, amp = make("momentum", None, momentum=0.0, nesterov=False)
     step = LOOPS["closure"](net, amp)

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from amp_plugin import AMP, AMPTrainer, AMPTrainingArguments, LossModule, amp_backward, attach
+from amp_plugin.scaled import scale_of
 
 STEPS, BATCH, INNER_ITER, OVERFLOW_AT, SCALE = 10, 8, 2, 3, 1024.0
 ASCENTS = tuple(range(INNER_ITER))
@@ -218,6 +219,15 @@ def test_an_overflow_in_any_pass_skips_one_step_and_halves_the_scale_once(
     for seen, weights, lr in zip(facts, with_closures(batches, lrs[:-1]), lrs[1:], strict=True):
         assert same(seen.weights, weights)
         assert door not in HOSTS or seen.lr == pytest.approx(lr)
+
+
+def test_nobody_waits_for_the_loss_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    assert (scale_of(None), scale_of(scaler)) == (1.0, 8.0)
+    scaler.scale(torch.ones(()))
+    monkeypatch.setattr(scaler, "get_scale", lambda: pytest.fail("the device was waited for"))
+    assert isinstance(scale := scale_of(scaler), Tensor)
+    assert scale.item() == 8.0
 
 
 def test_without_passing_it_on_an_overflow_in_the_ascent_still_skips_the_step() -> None:

@@ -88,7 +88,5 @@ class Window(CountsSteps):
             scale = total_steps
         start, end = round(self.start * scale), round(self.end * scale)
         if total_steps is not None and not start < min(end, total_steps):
-            raise ValueError(
-                f"{self} has no step of a training of {total_steps}, which would go without any perturbation"
-            )
+            raise ValueError(f"{self} contains no step of a training of {total_steps}: nothing would be perturbed")
         return bool(start <= state["ascent_step"] < end)

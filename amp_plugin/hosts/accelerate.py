@@ -16,6 +16,7 @@ from amp_plugin.arguments import fresh, tensors_in
 from amp_plugin.distributed import average_gradients, data_parallel, share_overflow
 from amp_plugin.optimizer import AMP, find_amp
 from amp_plugin.passes import BatchNormPolicy, ExtraPasses, RngPolicy
+from amp_plugin.scaled import scale_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -98,7 +99,7 @@ def amp_backward(
         amp.zero_grad()
 
     passes = ExtraPasses(model, batch_norm=batch_norm, rng=rng)
-    scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
+    scale = scale_of(accelerator.scaler)
     versions = [t._version for t in tensors_in(batches)]
     means: list[Tensor] = []
     clear()

@@ -28,6 +28,7 @@ from amp_plugin.hosts.publishing import PublishingTrainer
 from amp_plugin.hosts.training_args import AMPTrainingArguments
 from amp_plugin.optimizer import AMP, find_amp
 from amp_plugin.passes import ExtraPasses
+from amp_plugin.scaled import scale_of
 
 logger = logging.get_logger(__name__)
 
@@ -182,8 +183,7 @@ class AMPTrainer(CheckpointingTrainer, PublishingTrainer):
         """Run the window at theta, perturb, and leave the perturbed state open until `_end_window`."""
         amp.zero_grad()
         amp.total_steps = self.state.max_steps
-        scaler = self.accelerator.scaler
-        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        scale = scale_of(self.accelerator.scaler)
         if self._passes is None or self._passes.module is not model:
             self._passes = ExtraPasses(model, batch_norm=self.args.amp_batch_norm, rng=self.args.amp_rng)  # type: ignore[arg-type]
         passes, made, k = self._passes, 0, len(self._window)

@@ -22,3 +22,21 @@ def append_to_ledger(path: Path, record: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"), path.open("a") as ledger:
         ledger.write(json.dumps(record, default=str) + "\n")
+
+
+def read_ledger(path: Path) -> list[dict[str, Any]]:
+    """The runs in a ledger, the oldest first.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a line is not a run.
+    """
+    records = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            record = json.loads(line)
+            record["settings"]["seed"], record["metrics"]["eval_error"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}, is not a run of train.py ({error!r})") from error
+        records.append(record)
+    return records

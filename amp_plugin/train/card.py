@@ -10,6 +10,7 @@ from typing import Any
 from amp_plugin.data import ImageBatches
 from amp_plugin.data.settings import BUNDLED, SOURCES
 from amp_plugin.hub.card import RunData
+from amp_plugin.report import read_ledger
 from amp_plugin.train.command import command_line
 from amp_plugin.train.described import card_words, trained_with
 from amp_plugin.train.method_options import OBJECTIVES, RADII
@@ -41,7 +42,7 @@ def compared_run(path: str, settings: Mapping[str, Any]) -> dict[str, Any]:
             " or the ledger that it was appended to"
         )
     try:
-        records = [json.loads(line) for line in file.read_text().splitlines()]
+        records = read_ledger(file)
         if file.name == RECORD:
             return dict(records[-1])
         others = [r for r in records if r["settings"]["optim"] != settings["optim"]]

@@ -6,10 +6,11 @@ The runs of the main job and of full CIFAR-10 in four epochs, every seed a point
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from amp_plugin.report import read_ledger
 
 HERE = Path(__file__).resolve().parent
 LEDGER = HERE.parent / "ledger.jsonl"
@@ -29,7 +30,7 @@ Points = dict[tuple[str, str, str], list[float]]
 
 def points(ledger: Path = LEDGER) -> Points:
     """The figures of every run, by job, optimizer and measure."""
-    runs = [json.loads(line) for line in ledger.read_text().splitlines()]
+    runs = read_ledger(ledger)
     found: Points = {}
     for job, settings in JOBS.items():
         for run in runs:

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from amp_plugin.report import read_ledger
 from amp_plugin.train.options import parse, settings_of
 from amp_plugin.train.recipe_file import as_options
 from reproduction.cells import Cell
@@ -22,20 +23,8 @@ _ELSEWHERE = {"cpu_threads", "use_cpu", "per_device_eval_batch_size", "dataloade
 
 
 def read(ledger: Path) -> list[Record]:
-    """The runs in a ledger; none if there is no such file.
-
-    Raises:
-        ValueError: a line is not a run.
-    """
-    records = []
-    for number, line in enumerate(ledger.read_text().splitlines() if ledger.is_file() else (), 1):
-        try:
-            record = json.loads(line)
-            record["settings"]["seed"], record["metrics"]["eval_error"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{ledger}, line {number}, is not a run of train.py ({error!r})") from error
-        records.append(record)
-    return records
+    """The runs in a ledger; none if there is no such file."""
+    return read_ledger(ledger) if ledger.is_file() else []
 
 
 def train_argv(cell: Cell, scale: Scale) -> list[str]:
