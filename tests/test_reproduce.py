@@ -92,6 +92,8 @@ def test_a_scale_must_be_fair_and_whole(tmp_path: Path) -> None:
         written(tmp_path, tuning={**TINY["tuning"], "trials": trials})
     with pytest.raises(ValueError, match="seed of the trials, 0, is among those reported"):
         written(tmp_path, seeds=[0, 1])
+    with pytest.raises(ValueError, match="carried names data sets of the scale"):
+        written(tmp_path, tuning={**TINY["tuning"], "carried": {"cifar10_sample": "cifar11"}})
     with pytest.raises(ValueError, match="a scale names"):
         written(tmp_path, models=None)
 
@@ -136,6 +138,18 @@ def test_the_best_trial_on_held_out_images_is_chosen(tmp_path: Path) -> None:
     assert cell.options(now)["amp_inner_lr"] == 1.0
     (cell,) = Selection(now, methods=["erm_2x"], seeds=[1]).runs()
     assert cell.values == {"weight_decay": 0.0005}, "tuned as ERM"
+
+
+def test_a_data_set_may_take_the_values_chosen_on_another(tmp_path: Path) -> None:
+    carried = {**TINY["tuning"], "carried": {"cifar100": "cifar10_sample"}}
+    scale = written(tmp_path, datasets=["cifar10_sample", "cifar100"], tuning=carried)
+    assert {cell.setting for cell in Selection(scale).trials()} == {SAMPLE}
+    scale = chosen(scale, erm={"learning_rate": 0.3})
+    cells = Selection(scale, methods=["erm"], seeds=[1]).runs()
+    assert [(cell.setting.dataset, cell.values) for cell in cells] == [
+        ("cifar10_sample", {"learning_rate": 0.3}),
+        ("cifar100", {"learning_rate": 0.3}),
+    ]
 
 
 ERRORS = {"erm": [50.0, 52.0, 57.0, 90.0], "amp": [49.0, 50.5, 52.0]}

@@ -143,7 +143,7 @@ class Selection:
             Cell(setting, method, tuning.seed, values, trial=True)
             for method in methods()
             for setting in self.settings()
-            if method in self.methods_of(setting)
+            if setting.dataset not in tuning.carried and method in self.methods_of(setting)
             for values in tuning.trials.get(method, [])
         ]
 
@@ -151,6 +151,7 @@ class Selection:
 def _values(scale: Scale, setting: Setting, method: str) -> dict[str, Any] | None:
     """The hyper-parameters of a run that is reported; None if they have yet to be chosen."""
     if scale.tuning is not None:
+        setting = setting._replace(dataset=scale.tuning.carried.get(setting.dataset, setting.dataset))
         return scale.chosen.get(setting, {}).get(methods()[method].tuned_as or method)
     return published().perturbation[setting.model, setting.augment] if method == "amp" else {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ class Tuning:
         validation_images: training images that are held out, and decide.
         seed: of the trials.
         trials: the values to try, by method; as many for each.
+        carried: data sets without trials, and the one whose chosen values each takes.
     """
 
     validation_images: int
     seed: int
     trials: dict[str, list[dict[str, Any]]]
+    carried: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,10 @@ def _check(scale: Scale) -> None:
         counts = {name: len(trials) for name, trials in scale.tuning.trials.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(f"{scale.path}: every method needs the same number of trials, got {counts}")
+        if unknown := scale.tuning.carried.items() - set(product(scale.datasets, scale.datasets)):
+            raise ValueError(
+                f"{scale.path}: carried names data sets of the scale, {', '.join(scale.datasets)}; got {dict(unknown)}"
+            )
         if scale.tuning.seed in scale.seeds:
             raise ValueError(f"{scale.path}: the seed of the trials, {scale.tuning.seed}, is among those reported")
 
