@@ -30,12 +30,12 @@ from benchmarks.rows import Row, markdown
 from amp_plugin.train.fast import cpu_computes_in_bf16
 
 try:
-    from benchmarks import counts, pipeline, recipe, startup, step
+    from benchmarks import ascents, counts, pipeline, recipe, startup, step
     from benchmarks.picture import draw
 except ModuleNotFoundError as missing:
     sys.exit(f'error: {missing.name} is missing: pip install "amp-plugin[benchmark]"')
 
-SUBJECTS = ("counts", "step", "memory", "recipe", "pipeline", "startup")
+SUBJECTS = ("counts", "step", "ascents", "memory", "recipe", "pipeline", "startup")
 
 
 def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
@@ -46,6 +46,8 @@ def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
         yield from counts.measure()
     if "step" in args.only:
         yield from (step.times(*cell, args.seconds) for cell in cells)
+    if "ascents" in args.only:
+        yield from (ascents.times(*cell, args.seconds) for cell in cells)
     if "memory" in args.only:
         yield from (step.memory(*cell, args.threads) for cell in cells if cell[2] == step.MEMORY_BATCH_SIZE)
     if "recipe" in args.only:

@@ -22,11 +22,13 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from guides import marked
-from reproduction import price, records, slurm
+from reproduction import price, records, slurm, trade_off
 from reproduction.cells import Cell, Selection
 from reproduction.choose import choose
 from reproduction.comparison import rows_of
@@ -34,6 +36,9 @@ from reproduction.picture import draw
 from reproduction.scale import PAPER, Scale, read_scale
 from reproduction.sweep import Sweep
 from reproduction.table import markdown
+
+# Of `benchmark.py --only ascents --sizes 0.3M --batch_sizes 50`.
+BENCHMARK = Path(__file__).with_name("benchmark_ascents.jsonl")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -45,6 +50,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--tune", action="store_true", help="Run the trials that choose hyper-parameters.")
     what.add_argument("--choose", action="store_true", help="Write the best trials' values to SCALE_chosen.yaml.")
     what.add_argument("--table", action="store_true", help="Render the ledger's runs as Markdown and as a picture.")
+    what.add_argument("--trade_off", action="store_true", help="The same of AMP's cheaper modes, against their cost.")
     what.add_argument("--plan", action="store_true", help="Compute what the cells take: passes, FLOPs, GPU hours.")
     cells = parser.add_argument_group("which cells; default: all of the scale")
     cells.add_argument("--scale", default="cpu", metavar="SCALE", help="cpu, paper or a YAML file. [cpu]")
@@ -67,8 +73,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     cluster.add_argument("--slurm", action="store_true", help="Submit a job array, a task for each cell to do.")
     cluster.add_argument("--sbatch_args", default="", metavar="TEXT", help='E.g. --sbatch_args="--gres=gpu:1".')
     cluster.add_argument("--task", type=int, metavar="I", help="Run the cell of this index alone, as its tasks do.")
-    shown = parser.add_argument_group("what --table, --choose and --plan show")
-    shown.add_argument("--page", type=Path, metavar="FILE", help="[table.md or trials.md in --output_dir]")
+    shown = parser.add_argument_group("what --table, --trade_off, --choose and --plan show")
+    shown.add_argument("--page", type=Path, metavar="FILE", help="[one in --output_dir]")
+    shown.add_argument("--benchmark", type=Path, default=BENCHMARK, metavar="FILE", help="Seconds of the modes' steps.")
     shown.add_argument("--gpu", default=price.Gpu.name, metavar="NAME", help="[%(default)s]")
     shown.add_argument("--peak_tflops", type=float, default=price.Gpu.peak / 1e12, metavar="X", help="[%(default)s]")
     shown.add_argument("--utilisation", type=float, default=price.Gpu.utilisation, metavar="X", help="[%(default)s]")
@@ -93,7 +100,14 @@ def main(argv: list[str] | None = None) -> None:
         page.write_text(text + "\n")
         print(f"{text}\n\ntable: {page}\nchosen: {scale.chosen_path}")
     elif args.table:
-        tabulate(chosen, args)
+        tables, paper = rows_of(chosen, records.read(args.ledger)), scale.name == PAPER
+        drawing = partial(draw, tables, f"Scale: {scale.name}", paper) if tables else None
+        show(args, "table", f"reproduction-{scale.name}", markdown(tables, paper), drawing)
+    elif args.trade_off:
+        seconds = trade_off.seconds_of(args.benchmark)
+        modes = {s: trade_off.modes_of(rows, seconds) for s, rows in rows_of(chosen, records.read(args.ledger)).items()}
+        drawing = partial(trade_off.draw, modes) if modes else None
+        show(args, "trade_off", f"trade-off-{scale.name}", trade_off.markdown(modes), drawing)
     elif args.plan:
         gpu = price.Gpu(args.gpu, args.peak_tflops * 1e12, args.utilisation)
         print(price.table([price.price(cell, scale) for cell in chosen.runs()], gpu))
@@ -101,21 +115,19 @@ def main(argv: list[str] | None = None) -> None:
         run(chosen.trials() if args.tune else chosen.runs(), scale, args, sys.argv[1:] if argv is None else argv)
 
 
-def tabulate(chosen: Selection, args: argparse.Namespace) -> None:
-    """Print and write the tables and their picture."""
-    tables = rows_of(chosen, records.read(args.ledger))
-    text = markdown(tables, chosen.scale.name == PAPER)
-    page: Path = args.page or args.output_dir / "table.md"
+def show(args: argparse.Namespace, name: str, mark: str, text: str, draw: Callable[[Path], None] | None) -> None:
+    """Print a text and write it, with its picture, into the page's part of this mark or a page of its own."""
+    page: Path = args.page or args.output_dir / f"{name}.md"
     page.parent.mkdir(parents=True, exist_ok=True)
-    picture, mark = page.with_suffix(".png"), f"reproduction-{chosen.scale.name}"
+    picture = page.with_suffix(".png")
     if marked.has(page, mark):
         picture = page.with_name(f"{mark}.png")
-        marked.replace(page, mark, f"![Test error and NLL of each method]({picture.name})\n\n{text}")
+        marked.replace(page, mark, f"![The tables below as a picture]({picture.name})\n\n{text}")
     else:
         page.write_text(text + "\n")
-    print(f"{text}\n\ntable: {page}")
-    if tables:
-        draw(tables, picture, f"Scale: {chosen.scale.name}", chosen.scale.name == PAPER)
+    print(f"{text}\n\npage: {page}")
+    if draw is not None:
+        draw(picture)
         print(f"picture: {picture}")
 
 

@@ -17,7 +17,7 @@ import benchmark
 import pytest
 import torch
 import transformers.trainer
-from benchmarks import counts, recipe, step
+from benchmarks import ascents, counts, recipe, step
 from benchmarks.memory import peak_memory
 from benchmarks.picture import draw
 from benchmarks.rows import counted, markdown, timed
@@ -134,6 +134,15 @@ def passes_between_turns(monkeypatch: pytest.MonkeyPatch, loop: Any, **arguments
 def test_a_way_makes_the_passes_it_is_named_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = passes_between_turns(monkeypatch, step.WAYS[name][0], make=partial(step.problem, TINY, 2))
     assert passes == 2 * [2 if "AM" in name else 1]
+
+
+@pytest.mark.parametrize("name", ["SGD", *ascents.MODES])
+def test_a_turn_of_a_mode_makes_the_passes_it_is_named_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward calls in four steps; one on a part of the batch is a call too, whose images are counted elsewhere."""
+    loop = ascents.sgd_loop if name == "SGD" else partial(ascents.attached_loop, **ascents.MODES[name])
+    extra = {"SGD": 0, "every(4)": 1, "window(0.75, 1.0)": 1, "stale": 0, "momentum": 0}
+    passes = passes_between_turns(monkeypatch, loop, make=partial(step.problem, TINY, 8))
+    assert passes == 2 * [4 + extra.get(name, 4)]
 
 
 def test_all_ways_train_the_same_weights_in_turn() -> None:

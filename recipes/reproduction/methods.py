@@ -24,6 +24,11 @@ class Method:
     options: dict[str, Any]
     tuned_as: str | None = None
 
+    @property
+    def ascent(self) -> str | None:
+        """AMP's ascent policy; None where the method is another."""
+        return str(self.options.get("amp_ascent", "full")) if self.options["optim"] == "amp" else None
+
 
 @cache
 def methods() -> dict[str, Method]:

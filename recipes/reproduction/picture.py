@@ -15,14 +15,14 @@ _SEED: dict[str, Any] = {"markersize": 4, "markeredgewidth": 0.8, "zorder": 3}
 _PANELS = {"eval_error": "test error %, last epoch", "eval_nll": "test NLL"}
 
 
-def draw(tables: Mapping[Setting, Sequence[Row]], path: Path, title: str, with_paper: bool) -> None:
+def draw(tables: Mapping[Setting, Sequence[Row]], title: str, with_paper: bool, path: Path) -> None:
     """Error and NLL of every method, a pair of panels for each setting.
 
     Args:
         tables: `reproduction.comparison.rows_of`; not empty.
-        path: the PNG to write.
         title: above the picture.
         with_paper: whether the published figures are drawn too.
+        path: the PNG to write.
 
     Raises:
         ImportError: matplotlib is missing (``pip install "amp-plugin[plots]"``).

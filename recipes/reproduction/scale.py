@@ -107,9 +107,9 @@ def _check(scale: Scale) -> None:
         counts = {name: len(trials) for name, trials in scale.tuning.trials.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(f"{scale.path}: every method needs the same number of trials, got {counts}")
-        if unknown := scale.tuning.carried.items() - set(product(scale.datasets, scale.datasets)):
+        if strange := scale.tuning.carried.items() - set(product(scale.datasets, scale.datasets)):
             raise ValueError(
-                f"{scale.path}: carried names data sets of the scale, {', '.join(scale.datasets)}; got {dict(unknown)}"
+                f"{scale.path}: carried names data sets of the scale, {', '.join(scale.datasets)}; got {dict(strange)}"
             )
         if scale.tuning.seed in scale.seeds:
             raise ValueError(f"{scale.path}: the seed of the trials, {scale.tuning.seed}, is among those reported")

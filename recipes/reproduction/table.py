@@ -45,22 +45,24 @@ def _table(setting: Setting, rows: Sequence[Row], with_paper: bool) -> list[str]
     heads += ["paper: error %", "paper: NLL"] if paper else []
     heads += ["ERM minus method: error", "ERM minus method: NLL"]
     reference = reference_of(rows)
-    lines = [_line(heads), _line(["---"] * len(heads))]
+    lines = [line(heads), line(["---"] * len(heads))]
     for row in rows:
         cells = [row.label(), str(len(row.runs))]
-        cells += [_spread(list(row.measured(name).values()), digits) for name, (_, digits) in _MEASURES.items()]
+        cells += [spread(list(row.measured(name).values()), digits) for name, (_, digits) in _MEASURES.items()]
         cells.append(_passes(row))
         cells += _figure(paper.get(row.method)) if paper else []
-        cells += [_difference(paired(reference, row, name), _MEASURES[name][1]) for name in ("eval_error", "eval_nll")]
-        lines.append(_line(cells))
+        cells += [difference(paired(reference, row, name), _MEASURES[name][1]) for name in ("eval_error", "eval_nll")]
+        lines.append(line(cells))
     return lines
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
-def _spread(numbers: Sequence[float], digits: int) -> str:
+def spread(numbers: Sequence[float], digits: int) -> str:
+    """Mean and standard deviation."""
     if not numbers:
         return "-"
     spread = f" ± {stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
@@ -77,7 +79,8 @@ def _figure(figure: Figure | None) -> list[str]:
     return [f"{figure.mean:.2f} ± {figure.std:.3f}", "-" if figure.nll is None else f"{figure.nll:.3f}"]
 
 
-def _difference(found: Interval | None, digits: int) -> str:
+def difference(found: Interval | None, digits: int) -> str:
+    """A mean with its interval."""
     if found is None:
         return "-"
     return f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"

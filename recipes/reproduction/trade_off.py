@@ -1,0 +1,157 @@
+"""What the cheaper modes of AMP cost, and what they keep of its gain: a table and a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from amp_plugin.report.style import AMBER, BLUE, GREEN, PINK, SKY, VERMILION, picture
+from reproduction.comparison import REFERENCE, Row, paired, reference_of
+from reproduction.methods import methods
+from reproduction.published import Setting
+from reproduction.table import difference, line, spread
+
+AMP = "amp"
+SECTION = "Ascent policies"  # of the benchmark
+_MEASURES = {"eval_error": ("test error %", 2), "eval_nll": ("test NLL", 3)}
+_COLOURS = (VERMILION, BLUE, GREEN, PINK, AMBER, SKY, "0.3", "0.6")
+_NOTE = """\
+Passes and seconds are of a step, as multiples of ERM's: passes as each run counted them, seconds as
+`benchmark.py --only ascents` measured them for this network, in turns in one run. "ERM minus mode" is as in the
+table of the methods: paired over seeds, with its 95 % interval, positive where the mode is better. "Kept" is that
+difference as a share of AMP's own over the same seeds; it is left out where AMP's own interval contains 0, for then
+nothing is known to be kept."""
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to train, what it costs, and what came out.
+
+    Attributes:
+        row: its runs.
+        passes: of a step, as a multiple of the reference's.
+        seconds: of a step, as a multiple of the reference's.
+    """
+
+    row: Row
+    passes: float
+    seconds: float
+
+    def label(self) -> str:
+        """Its name without the hyper-parameters, which all modes share."""
+        return methods()[self.row.method].label
+
+
+def seconds_of(benchmark: Path) -> dict[str, float]:
+    """The ratios that `benchmark.py --only ascents` measured, by policy.
+
+    Args:
+        benchmark: its JSON Lines, of one network and batch size.
+
+    Raises:
+        ValueError: the file does not have one.
+    """
+    rows = [json.loads(text) for text in benchmark.read_text().splitlines()] if benchmark.is_file() else []
+    rows = [row for row in rows if row.get("section") == SECTION]
+    if len({row["case"] for row in rows}) != 1:
+        raise ValueError(
+            f"{benchmark} must have the ascent policies of one network and batch size; make it with"
+            " benchmark.py --only ascents --sizes 0.3M --batch_sizes 50"
+        )
+    return {row["name"]: row["ratio"] for row in rows}
+
+
+def modes_of(rows: Sequence[Row], seconds: Mapping[str, float]) -> list[Mode]:
+    """ERM, ERM for longer, and AMP with each policy, as far as there are runs.
+
+    Args:
+        rows: of one setting, from `reproduction.comparison.rows_of`.
+        seconds: `seconds_of`.
+    """
+    reference = reference_of(rows)
+    if reference is None:
+        return []
+    passes = mean(reference.measured("passes").values())
+    modes = []
+    for row in rows:
+        method = methods()[row.method]
+        if row is reference:
+            cost = 1.0
+        elif method.ascent is not None:
+            cost = seconds[method.ascent]
+        elif method.tuned_as == REFERENCE:
+            cost = float(method.options["epochs_times"])  # the same step, so many times as often
+        else:
+            continue
+        modes.append(Mode(row, mean(row.measured("passes").values()) / passes, cost))
+    return sorted(modes, key=lambda mode: (mode.row.method != REFERENCE, mode.passes, mode.seconds))
+
+
+def markdown(tables: Mapping[Setting, Sequence[Mode]]) -> str:
+    """A table for each setting, and what its columns mean."""
+    parts = []
+    for setting, modes in tables.items():
+        heads = ["mode", "passes", "seconds", "seeds", *(head for head, _ in _MEASURES.values())]
+        heads += [f"{what}: {head}" for what in ("ERM minus mode", "kept") for head, _ in _MEASURES.values()]
+        parts += [f"### {setting.dataset}, {setting.model}", "", line(heads), line(["---"] * len(heads))]
+        rows = [mode.row for mode in modes]
+        reference, amp = reference_of(rows), next((row for row in rows if row.method == AMP), None)
+        for mode in modes:
+            cells = [mode.label(), f"{mode.passes:.2f}", f"{mode.seconds:.2f}", str(len(mode.row.runs))]
+            cells += [spread(list(mode.row.measured(name).values()), digits) for name, (_, digits) in _MEASURES.items()]
+            cells += [difference(paired(reference, mode.row, name), digits) for name, (_, digits) in _MEASURES.items()]
+            cells += [_percent(kept(reference, amp, mode.row, name)) for name in _MEASURES]
+            parts.append(line(cells))
+        parts.append("")
+    return "\n".join([*parts, _NOTE])
+
+
+def kept(reference: Row | None, amp: Row | None, row: Row, name: str) -> float | None:
+    """The share of AMP's gain in one measure; None where AMP's own is not told from 0, or no two seeds have all."""
+    if reference is None or amp is None or row in (reference, amp):
+        return None
+    gain = paired(reference, amp, name)
+    by_seed = [some.measured(name) for some in (reference, amp, row)]
+    seeds = set.intersection(*map(set, by_seed))
+    if gain is None or gain.low <= 0 <= gain.high or len(seeds) < 2:
+        return None
+    erm, full, ours = (mean(some[seed] for seed in seeds) for some in by_seed)
+    return (erm - ours) / (erm - full)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
+
+
+def draw(tables: Mapping[Setting, Sequence[Mode]], path: Path) -> None:
+    """Error and NLL against the measured seconds, a pair of panels for each setting; SGD for longer is joined to SGD.
+
+    Args:
+        tables: modes by setting; not empty.
+        path: the PNG to write.
+
+    Raises:
+        ImportError: matplotlib is missing (``pip install "amp-plugin[plots]"``).
+    """
+    with picture(path, "What the ascent costs, and what it brings", (10.5, 0.9 + 3.6 * len(tables))) as figure:
+        grid = figure.subplots(len(tables), len(_MEASURES), squeeze=False)
+        for axes, (setting, modes) in zip(grid, tables.items(), strict=True):
+            for panel, (name, (head, _)) in zip(axes, _MEASURES.items(), strict=True):
+                points = [(mode, list(mode.row.measured(name).values())) for mode in modes]
+                plain = [(mode.seconds, mean(y)) for mode, y in points if methods()[mode.row.method].ascent is None]
+                panel.plot(*zip(*plain, strict=True), color="0.5", linestyle="--", linewidth=1, zorder=1)
+                for place, (mode, numbers) in enumerate(points):
+                    colour = _COLOURS[place % len(_COLOURS)]
+                    panel.plot([mode.seconds] * len(numbers), numbers, "o", color=colour, markersize=3, alpha=0.5)
+                    label = f"{mode.label()}: {mode.passes:.2f} passes"
+                    panel.plot(
+                        [mode.seconds], [mean(numbers)], "sD"[place % 2], color=colour, markersize=7, label=label
+                    )
+                panel.set_title(setting.dataset, loc="left")
+                panel.set_xlabel("seconds of a training, SGD = 1 (measured)")
+                panel.set_ylabel(head)
+        handles = {label: h for panel in grid.flat for h, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
