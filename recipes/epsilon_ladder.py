@@ -1,0 +1,174 @@
+"""How epsilon and inner_lr move with the width of the network, the batch size and the training length.
+
+    python recipes/epsilon_ladder.py --data_root DATA  # run what is missing, around reproduce.py's CPU scale
+    python recipes/epsilon_ladder.py --ledger recipes/ledger.jsonl --table  # into the guide CHOOSING_EPSILON.md
+
+recipes/reproduction/ladder.yaml has the rungs. On each, ERM and AMP at a few strengths, which multiply epsilon and
+inner_lr alike, are trained and judged on held-out training images. Runs go to a ledger as those of reproduce.py do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from guides import marked
+from reproduction import records
+from reproduction.cells import Cell, Selection
+from reproduction.scale import Scale, Tuning, read_scale
+from reproduction.sweep import Sweep
+from reproduction.table import line
+
+from amp_plugin.report.style import BLUE, VERMILION
+
+HERE = Path(__file__).resolve().parent
+LADDER = HERE / "reproduction" / "ladder.yaml"
+MARK = "epsilon-ladder"
+PICTURE = "epsilon_ladder.png"
+_MEASURES = {"eval_nll": ("validation NLL", 3), "eval_error": ("validation error %", 2)}
+
+Metrics = dict[str, float]
+# By rung; 0 is ERM, the others the strengths that have been run.
+Found = dict[str, dict[float, Metrics]]
+
+
+def rungs(path: Path = LADDER) -> dict[str, tuple[Scale, dict[float, Cell]]]:
+    """The runs of each rung, by strength; 0 is ERM."""
+    data = yaml.safe_load(path.read_text())
+    base = read_scale("cpu")
+    ((model, args),), tuning = base.models.items(), base.tuning
+    if tuning is None:
+        raise ValueError(f"{base.path} has no held-out images")
+    ladder = {}
+    for name, rung in data["rungs"].items():
+        strengths = sorted({*data["strengths"], *rung.get("strengths", ())})
+        balls = [{"amp_epsilon": s * data["epsilon"], "amp_inner_lr": s * data["inner_lr"]} for s in strengths]
+        trials: dict[str, list[dict[str, Any]]] = {"erm": [{}], "amp": balls}
+        scale = replace(
+            base,
+            models={model: {**args, **rung.get("model", {})}},
+            datasets=["cifar10"],
+            options={**base.options, **rung.get("options", {})},
+            methods=list(trials),
+            tuning=Tuning(tuning.validation_images, tuning.seed, trials),
+        )
+        ladder[name] = scale, dict(zip((0.0, *strengths), Selection(scale).trials(), strict=True))
+    return ladder
+
+
+def found_in(ledger: Path) -> Found:
+    """The figures of the runs that stand in a ledger."""
+    runs = records.read(ledger)
+    return {
+        name: {s: run["metrics"] for s, cell in cells.items() if (run := records.find(cell, scale, runs))}
+        for name, (scale, cells) in rungs().items()
+    }
+
+
+def best(runs: dict[float, Metrics], measure: str) -> float:
+    """The strength with the lowest value of a measure."""
+    return min(runs, key=lambda strength: runs[strength][measure])
+
+
+def table(found: Found) -> str:
+    """A row for each rung and strength; the lowest of a rung is bold."""
+    data = yaml.safe_load(LADDER.read_text())
+    heads = ["rung", "epsilon", "inner_lr", *(head for head, _ in _MEASURES.values()), "train loss"]
+    lines = [line(heads), line(["---"] * len(heads))]
+    for name, runs in found.items():
+        for strength, metrics in runs.items():
+            ball = [f"{strength * data[key]:g}" for key in ("epsilon", "inner_lr")] if strength else ["ERM", "-"]
+            cells = [f"{metrics[measure]:.{digits}f}" for measure, (_, digits) in _MEASURES.items()]
+            marks = ["**" if strength == best(runs, measure) else "" for measure in _MEASURES]
+            figures = [f"{mark}{cell}{mark}" for mark, cell in zip(marks, cells, strict=True)]
+            lines.append(line([name, *ball, *figures, f"{metrics['loss']:.3f}"]))
+    return "\n".join(lines)
+
+
+def section(found: Found) -> str:
+    """What stands in the page."""
+    return f"![Validation NLL and error of every rung against the strength]({PICTURE})\n\n{table(found)}"
+
+
+def digest(found: Found) -> str:
+    """Of the figures; the picture carries it, so that a test sees which figures it was drawn from."""
+    return hashlib.sha256(table(found).encode()).hexdigest()
+
+
+def draw(found: Found) -> Any:
+    """NLL and error against the strength, a panel a rung; dashed: ERM.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ImportError: matplotlib is missing (``pip install "amp-plugin[plots]"``).
+    """
+    from matplotlib.figure import Figure  # the object interface: no global state, no display
+
+    figure = Figure(figsize=(1.7 * len(found) + 1, 4.6), layout="constrained", facecolor="white")
+    grid = figure.subplots(len(_MEASURES), len(found), sharey="row", squeeze=False)
+    for row, (measure, (head, _)) in zip(grid, _MEASURES.items(), strict=True):
+        row[0].set_ylabel(head)
+        for axes, (name, runs) in zip(row, found.items(), strict=True):
+            points = [(strength, metrics[measure]) for strength, metrics in runs.items() if strength]
+            axes.plot(*zip(*points, strict=True), "o-", color=BLUE, markersize=4, label="AMP") if points else None
+            if 0.0 in runs:
+                axes.axhline(runs[0.0][measure], color=VERMILION, linestyle="--", linewidth=1, label="ERM")
+            axes.set_xscale("log", base=2)
+            axes.grid(alpha=0.3)
+            axes.set_title(name, fontsize=10)
+    figure.supxlabel("strength, by which epsilon and inner_lr of the base are multiplied", fontsize=9)
+    grid[0][0].legend(frameon=False, fontsize="small")
+    return figure
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_root", metavar="DIR", help="Folder of the data sets; default: the Hub.")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/ladder"), metavar="DIR", help="[%(default)s]")
+    parser.add_argument(
+        "--ledger", type=Path, metavar="FILE", help="JSON Lines. Default: ledger.jsonl in --output_dir."
+    )
+    parser.add_argument("--rungs", nargs="+", metavar="NAME", help='E.g. "width 8"; default: all.')
+    parser.add_argument("--table", action="store_true", help="Render what the ledger has, into the page.")
+    parser.add_argument("--page", type=Path, default=HERE / "guides" / "CHOOSING_EPSILON.md", metavar="FILE")
+    args = parser.parse_args(argv)
+    args.ledger = args.ledger or args.output_dir / "ledger.jsonl"
+    if unknown := set(args.rungs or ()) - rungs().keys():
+        parser.error(f"--rungs {', '.join(sorted(unknown))}: there are {', '.join(rungs())}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run, or render."""
+    args = parse(argv)
+    if args.table:
+        found = {name: runs for name, runs in found_in(args.ledger).items() if runs}
+        marked.replace(args.page, MARK, section(found))
+        picture = args.page.parent / PICTURE
+        draw(found).savefig(picture, dpi=100, metadata={"Description": digest(found)})
+        print(f"{args.page}: {sum(map(len, found.values()))} runs of {len(found)} rungs\n{picture}")
+        return
+    for name, (scale, cells) in rungs().items():
+        if args.rungs is None or name in args.rungs:
+            print(name)
+            sweep = Sweep(scale, args.ledger, args.output_dir, args.data_root)
+            sweep.run(list(cells.values()))
+            if sweep.failures:
+                sys.exit("\n".join(map(str, sweep.failures)))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command continues")

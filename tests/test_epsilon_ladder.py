@@ -1,0 +1,86 @@
+"""The ladder's table and picture: they show the ledger's runs, and the page shows the ledger."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import epsilon_ladder
+import pytest
+from epsilon_ladder import best, digest, draw, found_in, rungs, section, table
+from guides import marked
+from PIL import Image
+from tiny_scale import run_of
+
+LEDGER, PAGE = (epsilon_ladder.HERE / name for name in ("ledger.jsonl", "guides/CHOOSING_EPSILON.md"))
+NLLS = {0.0: 2.5, 0.5: 2.0, 1.0: 1.5, 2.0: 1.75}
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Path:
+    """All runs of two rungs, and on the test images one that does not count."""
+    path = tmp_path / "ledger.jsonl"
+    runs: list[dict[str, Any]] = []
+    for name, factor in (("base", 1), ("width 8", 2)):
+        scale, cells = rungs()[name]
+        for s, nll in NLLS.items():
+            runs.append(run_of(cells[s], scale, eval_nll=factor * nll, eval_error=20.0 + s, loss=0.5))
+    tested = {**runs[0], "settings": {**runs[0]["settings"], "validation_images": None}}
+    path.write_text("".join(json.dumps(r) + "\n" for r in [*runs, tested]))
+    return path
+
+
+def test_a_rung_differs_from_the_base_in_one_thing() -> None:
+    _, cells = rungs()["base"]
+    assert [c.values for c in cells.values()][1:] == [
+        {"amp_epsilon": s * 0.2, "amp_inner_lr": s * 0.3} for s in cells if s
+    ], "both are multiplied"
+    options = {name: cells[0.0].options(scale) for name, (scale, cells) in rungs().items()}
+    for name, ours in options.items():
+        differing = {key for key in ours if ours[key] != options["base"][key]} - {"learning_rate"}
+        assert len(differing) == (name != "base"), name
+    assert options["batch 100"]["learning_rate"] == 2 * options["base"]["learning_rate"]
+
+
+def test_rows_are_the_runs_of_a_rung_and_the_lowest_is_bold(ledger: Path) -> None:
+    found = found_in(ledger)
+    assert {name: len(runs) for name, runs in found.items() if runs} == {"base": 4, "width 8": 4}
+    assert best(found["base"], "eval_nll") == 1.0
+    lines = table({name: runs for name, runs in found.items() if runs}).splitlines()
+    assert lines[2:6] == [
+        "| base | ERM | - | 2.500 | **20.00** | 0.500 |",
+        "| base | 0.1 | 0.15 | 2.000 | 20.50 | 0.500 |",
+        "| base | 0.2 | 0.3 | **1.500** | 21.00 | 0.500 |",
+        "| base | 0.4 | 0.6 | 1.750 | 22.00 | 0.500 |",
+    ]
+
+
+def test_the_picture_has_the_runs(ledger: Path) -> None:
+    pytest.importorskip("matplotlib", reason="draws")
+    found = {name: runs for name, runs in found_in(ledger).items() if runs}
+    amp, erm = draw(found).axes[1].get_lines()
+    assert (list(amp.get_xdata()), list(amp.get_ydata())) == ([0.5, 1.0, 2.0], [4.0, 3.0, 3.5])
+    assert list(erm.get_ydata()) == [5.0, 5.0]
+
+
+def test_the_script_puts_both_into_a_page(ledger: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="draws")
+    page = tmp_path / "page.md"
+    shutil.copy(PAGE, page)
+    epsilon_ladder.main(["--table", "--ledger", str(ledger), "--page", str(page)])
+    found = {name: runs for name, runs in found_in(ledger).items() if runs}
+    assert marked.read(page, epsilon_ladder.MARK) == section(found)
+    with Image.open(tmp_path / epsilon_ladder.PICTURE) as picture:
+        assert picture.text["Description"] == digest(found)  # type: ignore[attr-defined]
+    with pytest.raises(SystemExit):
+        epsilon_ladder.main(["--rungs", "width 9"])
+    assert "--rungs width 9: there are base, width 8" in capsys.readouterr().err
+
+
+def test_the_guide_shows_the_ledger() -> None:
+    found = {name: runs for name, runs in found_in(LEDGER).items() if runs}
+    assert marked.read(PAGE, epsilon_ladder.MARK) == section(found)
+    with Image.open(PAGE.parent / epsilon_ladder.PICTURE) as picture:
+        assert picture.text["Description"] == digest(found)  # type: ignore[attr-defined]
