@@ -13,20 +13,12 @@ import torch
 from ascent_doors import BALL, DOORS, LOOPS, SGD, CountingNet, Seen, make, samples_of, train, train_with_trainer
 from ascent_reference import RULES, STEPS, Batch, policy_trajectory, stale
 from exactness_problem import Net
-from problems import small_batches
+from passes import OWNS_BATCH, PAGE, POLICIES, seen_of, table, windows_of
 from torch import nn
 from torch.nn import functional as F
 
 from amp_plugin import AMP, LossModule, attach
 from amp_plugin.ascent import Every, Subset, make_policy
-
-POLICIES = list(RULES)
-OWNS_BATCH = ("closure", "ascend")  # doors that cannot be told a part of the batch
-
-
-def windows_of(micro_batches: int, size: int = 8) -> list[list[Batch]]:
-    every = iter(small_batches(STEPS * micro_batches, size, torch.float64))
-    return [[next(every) for _ in range(micro_batches)] for _ in range(STEPS)]
 
 
 def reference(policy: tuple[str, str | None], windows: list[list[Batch]], each: bool = False) -> Any:
@@ -53,7 +45,7 @@ def test_trajectory_and_passes(door: str, policy: tuple[str, str | None], micro_
         with pytest.raises(ValueError, match=r"a closure or a bare ascend\(\) keeps it.*attach.*amp_backward"):
             train(door, *policy, windows)
         return
-    seen = train(door, *policy, windows)
+    seen = seen_of(door, policy, micro_batches)
     want = reference(policy, windows, each=door == "attach")
     assert_close(seen.weights, want)
     passes = RULES[policy][1]
@@ -64,6 +56,11 @@ def test_trajectory_and_passes(door: str, policy: tuple[str, str | None], micro_
     if door == "AMPTrainer":
         assert [log["amp_passes"] for log in seen.logs if "loss" in log] == expected
         assert seen.flos == sum(expected) * samples_of(windows) * 6 * 3 * 8 * 8
+
+
+@pytest.mark.filterwarnings("ignore:AMP. ascent=")
+def test_the_table_is_what_is_counted() -> None:
+    assert PAGE.read_text() == table() + "\n"
 
 
 def test_stale_keeps_the_gradient_although_sgd_writes_into_it() -> None:
