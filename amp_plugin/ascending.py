@@ -26,6 +26,7 @@ class Ascending(Displacing):
     policy: AscentPolicy
     total_steps: int | None
     _costs: list[float]
+    _unreached: list[Tensor]
 
     def __init__(
         self,
@@ -125,6 +126,8 @@ class Ascending(Displacing):
         for _ in range(self.inner_iter):
             with self.ball.pruned(self.param_groups) if prune else nullcontext():
                 yield part
+            if prune and self.ball.prunes(self.param_groups):
+                self._unreached = [p for p in self._in_ball() if p.grad is None]
             self._ascend(grad_scale, share)
 
     @torch.no_grad()
@@ -161,6 +164,7 @@ class Ascending(Displacing):
 
     def _reset(self, norm: Norm, capturable: bool) -> None:
         super()._reset(norm, capturable)
+        self._unreached = []  # of the ball, when other parameters required no gradient
         self._plain = False  # whether a door was told that this step does not ascend
         self._costs, self._stepped = [], True  # of each ascent, in passes; whether that was in the step before
 
@@ -178,6 +182,16 @@ class Ascending(Displacing):
             self._costs.append(0.0)
         self._displace(grad_scale, directions)
         self._costs[-1] += cost if directions is None else 0.0
+
+    def _warn_unreached(self) -> None:
+        """In the descent, where every parameter may require a gradient again."""
+        unreached, self._unreached = self._unreached, []
+        if number := sum(p.grad is not None for p in unreached):
+            self._warn_once(
+                f"AMP: {number} parameters of the ball (parameters={self.ball.parameters!r}) have a gradient, but had"
+                " none in the ascent pass, so they were not perturbed: gradient checkpointing with use_reentrant=True"
+                " drops the gradients behind an input that requires none; take use_reentrant=False"
+            )
 
     def _waste_pass(self) -> None:
         """:meth:`ascend` in a step that needs no gradient of this batch."""

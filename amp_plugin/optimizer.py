@@ -286,6 +286,7 @@ class AMP(Scaled):
                 "a gradient hook changed the weights while they were perturbed, and the change was undone: an optimizer"
                 " that steps inside the backward pass cannot be used with AMP; let AMP's base_optimizer make the step"
             )
+        self._warn_unreached()
         finished, self._finished = self._finished, []
         ascended, self._ascents = self._ascents > 0, 0
         if self.capturable:

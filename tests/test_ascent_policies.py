@@ -277,6 +277,16 @@ def test_a_window_without_a_step_of_the_training_is_no_training_with_amp(policy:
         LOOPS["closure"](net, amp)(windows_of(1)[0])
 
 
+@pytest.mark.parametrize("policy", ["every(8), window(9, 15)", "window(0.9, 1.0), every(17)"])
+def test_a_window_that_every_kth_step_misses_is_no_training_with_amp(policy: str) -> None:
+    net, amp = make(policy, None)
+    amp.total_steps = STEPS
+    with pytest.raises(ValueError, match="none of its steps is in its window; nothing would be perturbed"):
+        LOOPS["closure"](net, amp)(windows_of(1)[0])
+    net, amp = make("every(8), window(9, 17)", None)
+    LOOPS["closure"](net, amp)(windows_of(1)[0])
+
+
 def test_a_ball_without_any_gradient_is_told() -> None:
     """Others have one, so a loop that does not prune them would go on as if it trained with AMP."""
     model = nn.ModuleDict({"used": nn.Linear(3, 2), "idle": nn.Linear(3, 2)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -133,6 +134,21 @@ def test_checkpointed_layers_run_again_at_the_perturbed_weights(run: Run) -> Non
     m.model.block[0].register_forward_hook(lambda *_: seen.append((theta - m.model.weight).norm().item() > 0.0))
     step(small_batches(1, dtype=torch.float64)[0])
     assert seen == [False, False, True, True], "each of both passes, and once more in its backward pass"
+
+
+@pytest.mark.parametrize("door", [by_attach, by_closure])
+def test_a_part_of_the_ball_that_reentrant_checkpointing_hides_is_told(door: Door) -> None:
+    """With the stem outside, nothing requires a gradient before the block, and its own is lost in the ascent pass."""
+    message = "have a gradient, but had none in the ascent pass, so they were not perturbed.*use_reentrant=False"
+    ball = r"\.(block|head)\."
+    hidden, seen = module(reentrant), module(not_reentrant)
+    step = door(hidden, AMP(hidden.named_parameters(), epsilon=0.1, inner_lr=0.5, parameters=ball, **SGD_ARGS))
+    with pytest.warns(UserWarning, match=message):
+        train(hidden, step)
+    step = door(seen, AMP(seen.named_parameters(), epsilon=0.1, inner_lr=0.5, parameters=ball, **SGD_ARGS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(seen, step)
 
 
 # --- hooks on saved tensors

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from amp_plugin.ascent.policy import AscentPolicy, Full
+from amp_plugin.ascent.schedule import Every, Window
 from amp_plugin.ascent.stale import Remembered
 from amp_plugin.ascent.subset import Subset
 
@@ -64,7 +65,19 @@ class Combined(AscentPolicy):
         return all(p.foreseeable for p in self.policies)
 
     def ascends(self, state: Mapping[str, Any], total_steps: int | None) -> bool:
-        """Whether all agree."""
+        """Whether all agree.
+
+        Raises:
+            ValueError: one cannot tell, or no step of a window is one of every k.
+        """
+        of = {type(p): p for p in self.policies}
+        window, every = of.get(Window), of.get(Every)
+        if isinstance(window, Window) and isinstance(every, Every):
+            steps = window.steps(total_steps)
+            if -(-steps.start // every.k) * every.k not in steps:
+                raise ValueError(
+                    f"ascent={str(self)!r}: none of its steps is in its window; nothing would be perturbed"
+                )
         return all(p.ascends(state, total_steps) for p in self.policies)
 
     def part(self, batches: Sequence[Any] | None) -> tuple[Sequence[Any], float]:

@@ -73,10 +73,14 @@ class Window(CountsSteps):
         return isinstance(self.start, float) or isinstance(self.end, float)
 
     def ascends(self, state: Mapping[str, Any], total_steps: int | None) -> bool:
-        """Whether the step is inside.
+        """Whether the step is inside."""
+        return state["ascent_step"] in self.steps(total_steps)
+
+    def steps(self, total_steps: int | None) -> range:
+        """Those inside.
 
         Raises:
-            ValueError: it is given in fractions of a training whose length is not known, or contains no step of it.
+            ValueError: they are given in fractions of a training whose length is not known, or there is none in it.
         """
         scale = 1
         if self._fractions:
@@ -87,6 +91,8 @@ class Window(CountsSteps):
                 )
             scale = total_steps
         start, end = round(self.start * scale), round(self.end * scale)
-        if total_steps is not None and not start < min(end, total_steps):
+        if total_steps is not None:
+            end = min(end, total_steps)
+        if not start < end:
             raise ValueError(f"{self} contains no step of a training of {total_steps}: nothing would be perturbed")
-        return bool(start <= state["ascent_step"] < end)
+        return range(start, end)
