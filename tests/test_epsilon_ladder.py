@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_scale import run_of
 
 LEDGER, PAGE = (epsilon_ladder.HERE / name for name in ("ledger.jsonl", "guides/CHOOSING_EPSILON.md"))
-NLLS = {0.0: 2.5, 0.5: 2.0, 1.0: 1.5, 2.0: 1.75}
+NLLS = {0.0: 2.5, 0.5: 2.0, 1.0: 1.5, 2.0: 1.75}  # of the strengths that have been run
 
 
 @pytest.fixture
