@@ -17,7 +17,8 @@ from reproduction.table import difference, line, spread
 AMP = "amp"
 SECTION = "Ascent policies"  # of the benchmark
 _MEASURES = {"eval_error": ("test error %", 2), "eval_nll": ("test NLL", 3)}
-_COLOURS = (VERMILION, BLUE, GREEN, PINK, AMBER, SKY, "0.3", "0.6")
+# Okabe and Ito's have fewer colours than there are modes; the second round has another mark.
+_STYLES = [(colour, mark) for mark in "sDv" for colour in (VERMILION, BLUE, GREEN, PINK, AMBER, SKY)]
 _NOTE = """\
 Passes and seconds are of a step, as multiples of ERM's: passes as each run counted them, seconds as
 `benchmark.py --only ascents` measured them for this network, in turns in one run. "ERM minus mode" is as in the
@@ -143,13 +144,11 @@ def draw(tables: Mapping[Setting, Sequence[Mode]], path: Path) -> None:
                 points = [(mode, list(mode.row.measured(name).values())) for mode in modes]
                 plain = [(mode.seconds, mean(y)) for mode, y in points if methods()[mode.row.method].ascent is None]
                 panel.plot(*zip(*plain, strict=True), color="0.5", linestyle="--", linewidth=1, zorder=1)
-                for place, (mode, numbers) in enumerate(points):
-                    colour = _COLOURS[place % len(_COLOURS)]
+                for mode, numbers in points:
+                    colour, mark = _STYLES[list(methods()).index(mode.row.method) % len(_STYLES)]
                     panel.plot([mode.seconds] * len(numbers), numbers, "o", color=colour, markersize=3, alpha=0.5)
                     label = f"{mode.label()}: {mode.passes:.2f} passes"
-                    panel.plot(
-                        [mode.seconds], [mean(numbers)], "sD"[place % 2], color=colour, markersize=7, label=label
-                    )
+                    panel.plot([mode.seconds], [mean(numbers)], mark, color=colour, markersize=7, label=label)
                 panel.set_title(setting.dataset, loc="left")
                 panel.set_xlabel("seconds of a training, SGD = 1 (measured)")
                 panel.set_ylabel(head)
