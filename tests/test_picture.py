@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from statistics import mean
 
+import make_picture
 import pytest
-from guides import make_picture
-from guides.make_picture import JOBS, MEASURES, PICTURES
+from make_picture import JOBS, MEASURES, PICTURES
 
 
 def test_every_run_is_a_point_and_the_bar_their_mean() -> None:
@@ -22,5 +22,5 @@ def test_every_run_is_a_point_and_the_bar_their_mean() -> None:
 
 def test_the_pictures_are_of_the_ledger_as_it_is() -> None:
     for path in PICTURES.values():
-        assert make_picture.digest(make_picture.points()) in path.read_text(), "run recipes/guides/make_picture.py"
+        assert make_picture.digest(make_picture.points()) in path.read_text(), "run recipes/make_picture.py"
         assert path.stat().st_size < 200_000

@@ -15,6 +15,7 @@ import timm
 import torch
 from benchmarks.rows import timed
 from filelock import FileLock
+from guides import marked
 from PIL import Image
 from reproduction import price, records, trade_off
 from reproduction.cells import Cell, Selection
@@ -310,6 +311,18 @@ def test_the_trade_off_needs_measured_seconds_of_one_network(traded: list[str], 
     file.unlink()
     with pytest.raises(ValueError, match="must have the ascent policies"):
         reproduce.main(traded)
+
+
+def test_the_pages_show_the_ledger() -> None:
+    pytest.importorskip("scipy", reason="intervals")
+    rows = rows_of(Selection(read_scale("cpu")), records.read(ROOT / "recipes" / "ledger.jsonl"))
+    seconds = trade_off.seconds_of(reproduce.BENCHMARK)
+    modes = {setting: trade_off.modes_of(some, seconds) for setting, some in rows.items()}
+    for page, mark, text in (
+        ("RESULTS.md", "reproduction-cpu", markdown(rows, with_paper=False)),
+        ("guides/ASCENT.md", "trade-off-cpu", trade_off.markdown(modes)),
+    ):
+        assert marked.read(ROOT / "recipes" / page, mark).endswith(text), "render it anew from the ledger"
 
 
 def test_appending_to_a_ledger_waits_for_its_turn(tmp_path: Path) -> None:
