@@ -112,6 +112,7 @@ def draw(found: Found) -> Any:
     from matplotlib.figure import Figure  # the object interface: no global state, no display
 
     figure = Figure(figsize=(1.7 * len(found) + 1, 4.6), layout="constrained", facecolor="white")
+    ticks = yaml.safe_load(LADDER.read_text())["strengths"]
     grid = figure.subplots(len(_MEASURES), len(found), sharey="row", squeeze=False)
     for row, (measure, (head, _)) in zip(grid, _MEASURES.items(), strict=True):
         row[0].set_ylabel(head)
@@ -120,7 +121,10 @@ def draw(found: Found) -> Any:
             axes.plot(*zip(*points, strict=True), "o-", color=BLUE, markersize=4, label="AMP") if points else None
             if 0.0 in runs:
                 axes.axhline(runs[0.0][measure], color=VERMILION, linestyle="--", linewidth=1, label="ERM")
-            axes.set_xscale("log", base=2)
+            axes.set_xscale("log")
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.minorticks_off()
+            axes.set_xlim(0.8 * min(ticks), 1.25 * max(ticks))
             axes.grid(alpha=0.3)
             axes.set_title(name, fontsize=10)
     figure.supxlabel("strength, by which epsilon and inner_lr of the base are multiplied", fontsize=9)
