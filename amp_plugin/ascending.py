@@ -6,7 +6,6 @@ What passes those are, the ascent policy decides. Every door of AMP asks :meth:`
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -124,9 +123,9 @@ class Ascending(Displacing):
             return
         part, share = self.policy.part(batches)
         for _ in range(self.inner_iter):
-            with self.ball.pruned(self.param_groups) if prune else nullcontext():
+            with self.ball.pruned(self.param_groups if prune else []) as outside:
                 yield part
-            if prune and self.ball.prunes(self.param_groups):
+            if outside:
                 self._unreached = [p for p in self._in_ball() if p.grad is None]
             self._ascend(grad_scale, share)
 

@@ -44,10 +44,9 @@ def rungs(path: Path = LADDER) -> dict[str, tuple[Scale, dict[float, Cell]]]:
     ((model, args),), tuning = base.models.items(), base.tuning
     if tuning is None:
         raise ValueError(f"{base.path} has no held-out images")
+    balls = [{"amp_epsilon": s * data["epsilon"], "amp_inner_lr": s * data["inner_lr"]} for s in data["strengths"]]
     ladder = {}
     for name, rung in data["rungs"].items():
-        strengths = sorted({*data["strengths"], *rung.get("strengths", ())})
-        balls = [{"amp_epsilon": s * data["epsilon"], "amp_inner_lr": s * data["inner_lr"]} for s in strengths]
         trials: dict[str, list[dict[str, Any]]] = {"erm": [{}], "amp": balls}
         scale = replace(
             base,
@@ -57,7 +56,7 @@ def rungs(path: Path = LADDER) -> dict[str, tuple[Scale, dict[float, Cell]]]:
             methods=list(trials),
             tuning=Tuning(tuning.validation_images, tuning.seed, trials),
         )
-        ladder[name] = scale, dict(zip((0.0, *strengths), Selection(scale).trials(), strict=True))
+        ladder[name] = scale, dict(zip((0.0, *data["strengths"]), Selection(scale).trials(), strict=True))
     return ladder
 
 
@@ -118,7 +117,8 @@ def draw(found: Found) -> Any:
         row[0].set_ylabel(head)
         for axes, (name, runs) in zip(row, found.items(), strict=True):
             points = [(strength, metrics[measure]) for strength, metrics in runs.items() if strength]
-            axes.plot(*zip(*points, strict=True), "o-", color=BLUE, markersize=4, label="AMP") if points else None
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", color=BLUE, markersize=4, label="AMP")
             if 0.0 in runs:
                 axes.axhline(runs[0.0][measure], color=VERMILION, linestyle="--", linewidth=1, label="ERM")
             axes.set_xscale("log")

@@ -308,6 +308,9 @@ def test_the_trade_off_needs_measured_seconds_of_one_network(traded: list[str], 
     file.write_text(file.read_text() + json.dumps(other))
     with pytest.raises(ValueError, match=r"must have the ascent policies of one network .* --only ascents"):
         reproduce.main(traded)
+    file.write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"no seconds of every\(4\): run benchmark.py --only ascents anew"):
+        reproduce.main(traded)
     file.unlink()
     with pytest.raises(ValueError, match="must have the ascent policies"):
         reproduce.main(traded)

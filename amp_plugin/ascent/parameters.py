@@ -62,8 +62,8 @@ class Ball:
         return self.parameters is not None and not any(is_distributed(p) for g in groups for p in g["params"])
 
     @contextmanager
-    def pruned(self, groups: Groups) -> Iterator[None]:
-        """Let no gradient be computed for parameters outside."""
+    def pruned(self, groups: Groups) -> Iterator[list[Tensor]]:
+        """Let no gradient be computed for parameters outside; gives those for which one would have been."""
         outside: list[Tensor] = []
         if self.prunes(groups):
             inside = {p for group in groups for p in self.of(group)}
@@ -71,7 +71,7 @@ class Ball:
         try:
             for p in outside:
                 p.requires_grad_(False)
-            yield
+            yield outside
         finally:
             for p in outside:
                 p.requires_grad_(True)

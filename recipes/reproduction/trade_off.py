@@ -71,6 +71,9 @@ def modes_of(rows: Sequence[Row], seconds: Mapping[str, float]) -> list[Mode]:
     Args:
         rows: of one setting, from `reproduction.comparison.rows_of`.
         seconds: `seconds_of`.
+
+    Raises:
+        ValueError: a mode's seconds were not measured.
     """
     reference = reference_of(rows)
     if reference is None:
@@ -82,6 +85,10 @@ def modes_of(rows: Sequence[Row], seconds: Mapping[str, float]) -> list[Mode]:
         if row is reference:
             cost = 1.0
         elif method.ascent is not None:
+            if method.ascent not in seconds:
+                raise ValueError(
+                    f"the benchmark has no seconds of {method.ascent}: run benchmark.py --only ascents anew"
+                )
             cost = seconds[method.ascent]
         elif method.tuned_as == REFERENCE:
             cost = float(method.options["epochs_times"])  # the same step, so many times as often
