@@ -10,7 +10,6 @@ inner_lr alike, are trained and judged on held-out training images. Runs go to a
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from reproduction.scale import Scale, Tuning, read_scale
 from reproduction.sweep import Sweep
 from reproduction.table import line
 
-from amp_plugin.report.style import BLUE, VERMILION
+from amp_plugin.report.style import BLUE, VERMILION, picture
 
 HERE = Path(__file__).resolve().parent
 LADDER = HERE / "reproduction" / "ladder.yaml"
@@ -94,42 +93,35 @@ def section(found: Found) -> str:
     return f"![Validation NLL and error of every rung against the strength]({PICTURE})\n\n{table(found)}"
 
 
-def digest(found: Found) -> str:
-    """Of the figures; the picture carries it, so that a test sees which figures it was drawn from."""
-    return hashlib.sha256(table(found).encode()).hexdigest()
-
-
-def draw(found: Found) -> Any:
+def draw(found: Found, path: Path) -> None:
     """NLL and error against the strength, a panel a rung; dashed: ERM.
 
-    Returns:
-        The matplotlib figure.
+    Args:
+        found: the figures of the rungs that have runs.
+        path: the PNG to write.
 
     Raises:
         ImportError: matplotlib is missing (``pip install "amp-plugin[plots]"``).
     """
-    from matplotlib.figure import Figure  # the object interface: no global state, no display
-
-    figure = Figure(figsize=(1.7 * len(found) + 1, 4.6), layout="constrained", facecolor="white")
     ticks = yaml.safe_load(LADDER.read_text())["strengths"]
-    grid = figure.subplots(len(_MEASURES), len(found), sharey="row", squeeze=False)
-    for row, (measure, (head, _)) in zip(grid, _MEASURES.items(), strict=True):
-        row[0].set_ylabel(head)
-        for axes, (name, runs) in zip(row, found.items(), strict=True):
-            points = [(strength, metrics[measure]) for strength, metrics in runs.items() if strength]
-            if points:
-                axes.plot(*zip(*points, strict=True), "o-", color=BLUE, markersize=4, label="AMP")
-            if 0.0 in runs:
-                axes.axhline(runs[0.0][measure], color=VERMILION, linestyle="--", linewidth=1, label="ERM")
-            axes.set_xscale("log")
-            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            axes.minorticks_off()
-            axes.set_xlim(0.8 * min(ticks), 1.25 * max(ticks))
-            axes.grid(alpha=0.3)
-            axes.set_title(name, fontsize=10)
-    figure.supxlabel("strength, by which epsilon and inner_lr of the base are multiplied", fontsize=9)
-    grid[0][0].legend(frameon=False, fontsize="small")
-    return figure
+    title = "AMP by its strength, on each rung"
+    with picture(path, title, (1.7 * len(found) + 1, 4.8), figures=table(found)) as figure:
+        grid: Any = figure.subplots(len(_MEASURES), len(found), sharey="row", squeeze=False)
+        for row, (measure, (head, _)) in zip(grid, _MEASURES.items(), strict=True):
+            row[0].set_ylabel(head)
+            for axes, (name, runs) in zip(row, found.items(), strict=True):
+                points = [(strength, metrics[measure]) for strength, metrics in runs.items() if strength]
+                if points:
+                    axes.plot(*zip(*points, strict=True), "o-", color=BLUE, markersize=4, label="AMP")
+                if 0.0 in runs:
+                    axes.axhline(runs[0.0][measure], color=VERMILION, linestyle="--", linewidth=1, label="ERM")
+                axes.set_xscale("log")
+                axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+                axes.minorticks_off()
+                axes.set_xlim(0.8 * min(ticks), 1.25 * max(ticks))
+                axes.set_title(name, fontsize=10)
+        figure.supxlabel("strength, by which epsilon and inner_lr of the base are multiplied", fontsize=9)
+        grid[0][0].legend(frameon=False, fontsize="small")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -156,9 +148,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.table:
         found = {name: runs for name, runs in found_in(args.ledger).items() if runs}
         marked.replace(args.page, MARK, section(found))
-        picture = args.page.parent / PICTURE
-        draw(found).savefig(picture, dpi=100, metadata={"Description": digest(found)})
-        print(f"{args.page}: {sum(map(len, found.values()))} runs of {len(found)} rungs\n{picture}")
+        draw(found, args.page.parent / PICTURE)
+        print(f"{args.page}: {sum(map(len, found.values()))} runs of {len(found)} rungs\n{args.page.parent / PICTURE}")
         return
     for name, (scale, cells) in rungs().items():
         if args.rungs is None or name in args.rungs:

@@ -9,7 +9,6 @@ Takes the runs of one data set that report on held-out training images (`train.p
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from guides.marked import replace
 
 from amp_plugin.data.settings import BUNDLED
 from amp_plugin.report import read_ledger
-from amp_plugin.report.style import BLUE, VERMILION
+from amp_plugin.report.style import BLUE, VERMILION, picture
 
 HERE = Path(__file__).resolve().parent
 MARK = "epsilon-sweep"
@@ -102,36 +101,29 @@ def section(sweep: Sweep) -> str:
     return f"![Validation NLL and error against inner_lr and epsilon]({PICTURE})\n\n{table(sweep)}"
 
 
-def digest(sweep: Sweep) -> str:
-    """Of the figures; the picture carries it, so that a test sees which figures it was drawn from."""
-    return hashlib.sha256(table(sweep).encode()).hexdigest()
-
-
-def draw(sweep: Sweep) -> Any:
+def draw(sweep: Sweep, path: Path) -> None:
     """NLL and error on held-out images, against each of the two settings while the other is held.
 
-    Returns:
-        The matplotlib figure.
+    Args:
+        sweep: the runs; not empty.
+        path: the PNG to write.
 
     Raises:
         ImportError: matplotlib is missing (``pip install "amp-plugin[plots]"``).
     """
-    from matplotlib.figure import Figure  # the object interface: no global state, no display
-
-    figure = Figure(figsize=(9, 6.4), layout="constrained", facecolor="white")
-    grid = figure.subplots(2, 2, sharey="row", sharex="col")
-    for row, (measure, name) in zip(grid, _SHOWN.items(), strict=True):
-        row[0].set_ylabel(name)
-        for axes, varied, held in zip(row, Setting._fields, reversed(Setting._fields), strict=True):
-            _lines(axes, sweep, measure, varied, held)
-    for axes, varied in zip(grid[-1], Setting._fields, strict=True):
-        axes.set_xlabel(varied)
-        axes.set_xscale("log")
-        tried = sorted({getattr(s, varied) for s in sweep if s != SGD})
-        axes.set_xticks(tried, [f"{x:g}" for x in tried])
-        axes.minorticks_off()
-    figure.suptitle("Line: mean over seeds; points: the seeds; band: SGD, all seeds")
-    return figure
+    title = "Line: mean over seeds; points: the seeds; band: SGD, all seeds"
+    with picture(path, title, (9, 6.4), figures=table(sweep)) as figure:
+        grid: Any = figure.subplots(2, 2, sharey="row", sharex="col")
+        for row, (measure, name) in zip(grid, _SHOWN.items(), strict=True):
+            row[0].set_ylabel(name)
+            for axes, varied, held in zip(row, Setting._fields, reversed(Setting._fields), strict=True):
+                _lines(axes, sweep, measure, varied, held)
+        for axes, varied in zip(grid[-1], Setting._fields, strict=True):
+            axes.set_xlabel(varied)
+            axes.set_xscale("log")
+            tried = sorted({getattr(s, varied) for s in sweep if s != SGD})
+            axes.set_xticks(tried, [f"{x:g}" for x in tried])
+            axes.minorticks_off()
 
 
 def _lines(axes: Any, sweep: Sweep, measure: str, varied: str, held: str) -> None:
@@ -147,7 +139,6 @@ def _lines(axes: Any, sweep: Sweep, measure: str, varied: str, held: str) -> Non
         axes.plot([x for x, _ in line], [mean(ys) for _, ys in line], color=colour, label=f"AMP, {held} {level:g}")
         for x, ys in line:
             axes.plot([x] * len(ys), ys, "o", color=colour, markersize=4, alpha=0.6)
-    axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize="small")
 
 
@@ -188,9 +179,8 @@ def main(argv: list[str] | None = None) -> None:
     replace(args.page, MARK, section(sweep))
     print(f"{args.page}: {sum(map(len, sweep.values()))} runs of {len(sweep)} settings")
     if sweep:
-        picture = args.page.parent / PICTURE
-        draw(sweep).savefig(picture, dpi=100, metadata={"Description": digest(sweep)})
-        print(picture)
+        draw(sweep, args.page.parent / PICTURE)
+        print(args.page.parent / PICTURE)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ far from that: every seed a point.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -16,6 +15,7 @@ from reproduction.comparison import rows_of
 from reproduction.scale import read_scale
 
 from amp_plugin.report import read_ledger
+from amp_plugin.report.style import stamp
 
 HERE = Path(__file__).resolve().parent
 LEDGER = HERE / "ledger.jsonl"
@@ -49,9 +49,9 @@ def points(ledger: Path = LEDGER) -> Points:
     return found
 
 
-def digest(data: Points) -> str:
-    """Of the figures; the pictures carry it, so that a test sees which figures they were drawn from."""
-    return hashlib.sha256(repr(sorted(data.items())).encode()).hexdigest()
+def listed(data: Points) -> str:
+    """The figures as a text, a line each, which the pictures are stamped with."""
+    return "\n".join(map(str, sorted(data.items())))
 
 
 def draw(data: Points, theme: str) -> Any:
@@ -99,7 +99,7 @@ def main() -> None:
     matplotlib.rcParams["svg.hashsalt"] = "amp_plugin"  # the same figures give the same file
     data = points()
     for theme, path in PICTURES.items():
-        draw(data, theme).savefig(path, metadata={"Description": digest(data), "Date": None})
+        draw(data, theme).savefig(path, metadata={**stamp(listed(data)), "Date": None})
         print(path)
 
 

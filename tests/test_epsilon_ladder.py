@@ -9,10 +9,11 @@ from typing import Any
 
 import epsilon_ladder
 import pytest
-from epsilon_ladder import best, digest, draw, found_in, rungs, section, table
+from epsilon_ladder import best, draw, found_in, rungs, section, table
 from guides import marked
-from PIL import Image
 from tiny_scale import run_of
+
+from amp_plugin.report.style import shows
 
 LEDGER, PAGE = (epsilon_ladder.HERE / name for name in ("ledger.jsonl", "guides/CHOOSING_EPSILON.md"))
 NLLS = {0.0: 2.5, 0.5: 2.0, 1.0: 1.5, 2.0: 1.75}  # of the strengths that have been run
@@ -57,10 +58,9 @@ def test_rows_are_the_runs_of_a_rung_and_the_lowest_is_bold(ledger: Path) -> Non
     ]
 
 
-def test_the_picture_has_the_runs(ledger: Path) -> None:
-    pytest.importorskip("matplotlib", reason="draws")
-    found = {name: runs for name, runs in found_in(ledger).items() if runs}
-    amp, erm = draw(found).axes[1].get_lines()
+def test_the_picture_has_the_runs(ledger: Path, tmp_path: Path, drawn: list[Any]) -> None:
+    draw({name: runs for name, runs in found_in(ledger).items() if runs}, tmp_path / "picture.png")
+    amp, erm = drawn[0].axes[1].get_lines()
     assert (list(amp.get_xdata()), list(amp.get_ydata())) == ([0.5, 1.0, 2.0], [4.0, 3.0, 3.5])
     assert list(erm.get_ydata()) == [5.0, 5.0]
 
@@ -72,8 +72,7 @@ def test_the_script_puts_both_into_a_page(ledger: Path, tmp_path: Path, capsys: 
     epsilon_ladder.main(["--table", "--ledger", str(ledger), "--page", str(page)])
     found = {name: runs for name, runs in found_in(ledger).items() if runs}
     assert marked.read(page, epsilon_ladder.MARK) == section(found)
-    with Image.open(tmp_path / epsilon_ladder.PICTURE) as picture:
-        assert picture.text["Description"] == digest(found)  # type: ignore[attr-defined]
+    assert shows(tmp_path / epsilon_ladder.PICTURE, table(found))
     with pytest.raises(SystemExit):
         epsilon_ladder.main(["--rungs", "width 9"])
     assert "--rungs width 9: there are base, width 8" in capsys.readouterr().err
@@ -82,5 +81,4 @@ def test_the_script_puts_both_into_a_page(ledger: Path, tmp_path: Path, capsys: 
 def test_the_guide_shows_the_ledger() -> None:
     found = {name: runs for name, runs in found_in(LEDGER).items() if runs}
     assert marked.read(PAGE, epsilon_ladder.MARK) == section(found)
-    with Image.open(PAGE.parent / epsilon_ladder.PICTURE) as picture:
-        assert picture.text["Description"] == digest(found)  # type: ignore[attr-defined]
+    assert shows(PAGE.parent / epsilon_ladder.PICTURE, table(found)), "run recipes/epsilon_ladder.py --table"

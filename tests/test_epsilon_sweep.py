@@ -10,9 +10,10 @@ from typing import Any
 
 import epsilon_sweep
 import pytest
-from epsilon_sweep import SGD, Setting, digest, draw, read, section, table
+from epsilon_sweep import SGD, Setting, draw, read, section, table
 from guides import marked
-from PIL import Image
+
+from amp_plugin.report.style import shows
 
 LEDGER, PAGE = (epsilon_sweep.HERE / name for name in ("ledger.jsonl", "guides/CHOOSING_EPSILON.md"))
 GRID = [Setting(0.2, s) for s in (0.1, 0.3, 1.0)] + [Setting(e, 0.3) for e in (0.05, 0.5)]
@@ -50,10 +51,10 @@ def test_rows_are_means_over_seeds_of_the_held_out_images(ledger: Path) -> None:
     assert lines[3].startswith("| 0.05 | 0.3 | 2 | 5.375 ± 0.177 |")
 
 
-def test_the_picture_has_the_means(ledger: Path) -> None:
-    pytest.importorskip("matplotlib", reason="draws")
+def test_the_picture_has_the_means(ledger: Path, tmp_path: Path, drawn: list[Any]) -> None:
     sweep = read(ledger)
-    axes = draw(sweep).axes[1]
+    draw(sweep, tmp_path / "picture.png")
+    axes = drawn[0].axes[1]
     [line] = [line for line in axes.get_lines() if line.get_label() == "AMP, epsilon 0.2"]
     expected = [mean(r["metrics"]["eval_nll"] for r in sweep[Setting(0.2, s)]) for s in (0.1, 0.3, 1.0)]
     assert list(line.get_xdata()) == [0.1, 0.3, 1.0]
@@ -74,8 +75,7 @@ def test_the_script_puts_both_into_a_page(ledger: Path, tmp_path: Path) -> None:
     epsilon_sweep.main(["--ledger", str(ledger), "--page", str(page)])
     sweep = read(ledger)
     assert marked.read(page, epsilon_sweep.MARK) == section(sweep)
-    with Image.open(tmp_path / epsilon_sweep.PICTURE) as picture:
-        assert picture.text["Description"] == digest(sweep)  # type: ignore[attr-defined]
+    assert shows(tmp_path / epsilon_sweep.PICTURE, table(sweep))
     page.write_text("no marks")
     with pytest.raises(ValueError, match="once each"):
         marked.read(page, epsilon_sweep.MARK)
@@ -85,5 +85,4 @@ def test_the_page_shows_the_ledger() -> None:
     sweep = read(LEDGER)
     assert marked.read(PAGE, epsilon_sweep.MARK) == section(sweep), "run python recipes/epsilon_sweep.py"
     if sweep:
-        with Image.open(PAGE.parent / epsilon_sweep.PICTURE) as picture:
-            assert picture.text["Description"] == digest(sweep), "run python recipes/epsilon_sweep.py"  # type: ignore[attr-defined]
+        assert shows(PAGE.parent / epsilon_sweep.PICTURE, table(sweep)), "run python recipes/epsilon_sweep.py"

@@ -8,6 +8,8 @@ import make_picture
 import pytest
 from make_picture import JOBS, MEASURES, PICTURES
 
+from amp_plugin.report.style import shows
+
 
 def test_every_run_is_a_point_and_the_bar_their_mean() -> None:
     pytest.importorskip("matplotlib", reason="draws")
@@ -22,5 +24,5 @@ def test_every_run_is_a_point_and_the_bar_their_mean() -> None:
 
 def test_the_pictures_are_of_the_ledger_as_it_is() -> None:
     for path in PICTURES.values():
-        assert make_picture.digest(make_picture.points()) in path.read_text(), "run recipes/make_picture.py"
+        assert shows(path, make_picture.listed(make_picture.points())), "run recipes/make_picture.py"
         assert path.stat().st_size < 200_000

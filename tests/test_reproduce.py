@@ -29,6 +29,7 @@ from tiny_scale import SAMPLE, TINY, chosen, run_of, written
 from torch import nn
 
 from amp_plugin.report import append_to_ledger
+from amp_plugin.report.style import shows
 from amp_plugin.train.options import parse, settings_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -254,13 +255,16 @@ def test_the_command_writes_table_and_picture(
 
 @pytest.fixture
 def traded(tabulated: tuple[Scale, list[dict[str, Any]]], tmp_path: Path) -> list[str]:
-    """The command that makes the trade-off of the runs above and two more methods."""
+    """The command that makes the trade-off of the runs above and more methods; those at other values do not belong."""
     scale, ledger = tabulated
     amp, erm = {"amp_epsilon": 0.2, "amp_inner_lr": 0.3}, {"learning_rate": 0.1}
     for method, values, errors, passes in (
         ("amp_every4", amp, [50.0, 51.5, 53.0], 2.5),
         ("erm_2x", erm, [49.5, 50.0, 52.0], 4.0),
         ("dropout", {"dropout": 0.1}, [49.0, 51.0, 54.0], 2.0),
+        ("amp", {**amp, "amp_epsilon": 0.1}, [10.0, 10.5], 4.0),
+        ("amp_every4", {**amp, "amp_epsilon": 0.1}, [10.0, 10.5], 2.5),
+        ("erm", {"learning_rate": 0.3}, [10.0, 10.5], 2.0),
     ):
         for seed, error in enumerate(errors, 1):
             figures = {"eval_error": error, "eval_nll": 2.0 + error / 1000, "eval_ece": 0.1, "passes": passes}
@@ -325,7 +329,9 @@ def test_the_pages_show_the_ledger() -> None:
         ("RESULTS.md", "reproduction-cpu", markdown(rows, with_paper=False)),
         ("guides/ASCENT.md", "trade-off-cpu", trade_off.markdown(modes)),
     ):
-        assert marked.read(ROOT / "recipes" / page, mark).endswith(text), "render it anew from the ledger"
+        file = ROOT / "recipes" / page
+        assert marked.read(file, mark).endswith(text), "render it anew from the ledger"
+        assert shows(file.with_name(f"{mark}.png"), text), "draw it anew from the ledger"
 
 
 def test_appending_to_a_ledger_waits_for_its_turn(tmp_path: Path) -> None:

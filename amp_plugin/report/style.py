@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,13 +27,14 @@ _STYLE = {
 
 
 @contextmanager
-def picture(path: Path, title: str, size: tuple[float, float]) -> Iterator[Figure]:
+def picture(path: Path, title: str, size: tuple[float, float], figures: str = "") -> Iterator[Figure]:
     """A figure to draw on, saved as a PNG at the end.
 
     Args:
         path: the PNG to write.
         title: above the picture.
         size: width and height in inches, of 120 pixels each.
+        figures: the text with the figures that are drawn, for `shows`.
 
     Raises:
         ImportError: matplotlib is missing (``pip install "amp-plugin[plots]"``).
@@ -44,4 +46,14 @@ def picture(path: Path, title: str, size: tuple[float, float]) -> Iterator[Figur
         figure = Figure(figsize=size, layout="compressed")
         figure.suptitle(title)
         yield figure
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, dpi=120, metadata=stamp(figures) if figures else None)
+
+
+def stamp(figures: str) -> dict[str, str]:
+    """Metadata for a picture's file that says which figures it was drawn from; `shows` reads it."""
+    return {"Description": hashlib.sha256(figures.encode()).hexdigest()}
+
+
+def shows(path: Path, figures: str) -> bool:
+    """Whether a picture, PNG or SVG, was drawn from these figures."""
+    return stamp(figures)["Description"].encode() in path.read_bytes()

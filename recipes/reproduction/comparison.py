@@ -89,9 +89,9 @@ def paired(reference: Row | None, row: Row, name: str) -> Interval | None:
     return interval([theirs[seed] - ours[seed] for seed in theirs.keys() & ours.keys()])
 
 
-def reference_of(rows: Sequence[Row]) -> Row | None:
-    """ERM with the hyper-parameters of which there are most seeds."""
-    return max((row for row in rows if row.method == REFERENCE), key=lambda row: len(row.runs), default=None)
+def reference_of(rows: Sequence[Row], method: str = REFERENCE) -> Row | None:
+    """What others are compared with: a method (ERM unless told) with the hyper-parameters that have most seeds."""
+    return max((row for row in rows if row.method == method), key=lambda row: len(row.runs), default=None)
 
 
 def rows_of(chosen: Selection, ledger: Sequence[Record]) -> dict[Setting, list[Row]]:

@@ -10,6 +10,7 @@ from typing import Any
 from amp_plugin.report.style import AMBER, BLUE, VERMILION, picture
 from reproduction.comparison import REFERENCE, Row, interval, reference_of
 from reproduction.published import Setting, published
+from reproduction.table import markdown
 
 _SEED: dict[str, Any] = {"markersize": 4, "markeredgewidth": 0.8, "zorder": 3}
 _PANELS = {"eval_error": "test error %, last epoch", "eval_nll": "test NLL"}
@@ -28,7 +29,7 @@ def draw(tables: Mapping[Setting, Sequence[Row]], title: str, with_paper: bool, 
         ImportError: matplotlib is missing (``pip install "amp-plugin[plots]"``).
     """
     heights = [0.9 + 0.3 * len(rows) for rows in tables.values()]
-    with picture(path, title, (10.5, 0.8 + sum(heights))) as figure:
+    with picture(path, title, (10.5, 0.8 + sum(heights)), markdown(tables, with_paper)) as figure:
         grid: Any = figure.subplots(len(tables), 2, squeeze=False, height_ratios=heights)
         for axes, (setting, rows) in zip(grid, tables.items(), strict=True):
             paper = published().results.get(setting, {}) if with_paper else {}

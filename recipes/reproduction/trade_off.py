@@ -66,7 +66,7 @@ def seconds_of(benchmark: Path) -> dict[str, float]:
 
 
 def modes_of(rows: Sequence[Row], seconds: Mapping[str, float]) -> list[Mode]:
-    """ERM, ERM for longer, and AMP with each policy, as far as there are runs.
+    """ERM, ERM for longer, and AMP with each policy, as far as there are runs with the hyper-parameters they share.
 
     Args:
         rows: of one setting, from `reproduction.comparison.rows_of`.
@@ -75,13 +75,16 @@ def modes_of(rows: Sequence[Row], seconds: Mapping[str, float]) -> list[Mode]:
     Raises:
         ValueError: a mode's seconds were not measured.
     """
-    reference = reference_of(rows)
+    reference, amp = reference_of(rows), reference_of(rows, AMP)
     if reference is None:
         return []
     passes = mean(reference.measured("passes").values())
+    shared = {REFERENCE: reference.values, AMP: None if amp is None else amp.values}
     modes = []
     for row in rows:
         method = methods()[row.method]
+        if row.values != shared.get(method.tuned_as or row.method, row.values):
+            continue
         if row is reference:
             cost = 1.0
         elif method.ascent is not None:
@@ -106,7 +109,7 @@ def markdown(tables: Mapping[Setting, Sequence[Mode]]) -> str:
         heads += [f"{what}: {head}" for what in ("ERM minus mode", "kept") for head, _ in _MEASURES.values()]
         parts += [f"### {setting.dataset}, {setting.model}", "", line(heads), line(["---"] * len(heads))]
         rows = [mode.row for mode in modes]
-        reference, amp = reference_of(rows), next((row for row in rows if row.method == AMP), None)
+        reference, amp = reference_of(rows), reference_of(rows, AMP)
         for mode in modes:
             cells = [mode.label(), f"{mode.passes:.2f}", f"{mode.seconds:.2f}", str(len(mode.row.runs))]
             cells += [spread(list(mode.row.measured(name).values()), digits) for name, (_, digits) in _MEASURES.items()]
@@ -144,7 +147,8 @@ def draw(tables: Mapping[Setting, Sequence[Mode]], path: Path) -> None:
     Raises:
         ImportError: matplotlib is missing (``pip install "amp-plugin[plots]"``).
     """
-    with picture(path, "What the ascent costs, and what it brings", (10.5, 0.9 + 3.6 * len(tables))) as figure:
+    title = "What the ascent costs, and what it brings"
+    with picture(path, title, (10.5, 0.9 + 3.6 * len(tables)), markdown(tables)) as figure:
         grid = figure.subplots(len(tables), len(_MEASURES), squeeze=False)
         for axes, (setting, modes) in zip(grid, tables.items(), strict=True):
             for panel, (name, (head, _)) in zip(axes, _MEASURES.items(), strict=True):
