@@ -110,19 +110,21 @@ def main(argv: list[str] | None = None) -> None:
         show(args, "trade_off", f"trade-off-{scale.name}", trade_off.markdown(modes), drawing)
     elif args.plan:
         gpu = price.Gpu(args.gpu, args.peak_tflops * 1e12, args.utilisation)
-        print(price.table([price.price(cell, scale) for cell in chosen.runs()], gpu))
+        text = price.table([price.price(cell, scale) for cell in chosen.runs()], gpu)
+        show(args, "plan", f"plan-{scale.name}", text, None)
     else:
         run(chosen.trials() if args.tune else chosen.runs(), scale, args, sys.argv[1:] if argv is None else argv)
 
 
 def show(args: argparse.Namespace, name: str, mark: str, text: str, draw: Callable[[Path], None] | None) -> None:
-    """Print a text and write it, with its picture, into the page's part of this mark or a page of its own."""
+    """Print a text and write it, with its picture if it has one, into the page's part of this mark or its own page."""
     page: Path = args.page or args.output_dir / f"{name}.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     picture = page.with_suffix(".png")
     if marked.has(page, mark):
         picture = page.with_name(f"{mark}.png")
-        marked.replace(page, mark, f"![The tables below as a picture]({picture.name})\n\n{text}")
+        link = f"![The tables below as a picture]({picture.name})\n\n" if draw else ""
+        marked.replace(page, mark, link + text)
     else:
         page.write_text(text + "\n")
     print(f"{text}\n\npage: {page}")

@@ -346,7 +346,7 @@ def test_appending_to_a_ledger_waits_for_its_turn(tmp_path: Path) -> None:
     assert json.loads(ledger.read_text()) == {"seed": 1}
 
 
-def test_the_plan_counts_the_products(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_counts_the_products(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paper = read_scale("paper")
     erm, amp = (
         price.price(cell, paper)
@@ -370,8 +370,21 @@ def test_the_plan_counts_the_products(capsys: pytest.CaptureFixture[str]) -> Non
     assert amp.flops == 2 * erm.flops
     chosen = "--models preactresnet18 --datasets svhn --methods erm amp --seeds 1 2"
     gpu = "--peak_tflops 100 --utilisation 0.5 --gpu X"
-    reproduce.main(f"--scale paper --plan {chosen} {gpu}".split(" "))
+    reproduce.main(f"--scale paper --plan {chosen} {gpu} --output_dir {tmp_path}".split(" "))
     said = capsys.readouterr().out
+    assert (tmp_path / "plan.md").read_text() in said
     assert "Computed, not run: counted FLOPs at an assumed 50% of the 100 TFLOP/s of one X" in said
     assert f"| 2 | 400 | {amp.flops:.2e} | {amp.flops / 50e12 / 3600:.1f} |" in said
     assert f"All 4 runs: {6 * erm.flops:.2e} FLOPs" in said
+
+
+def test_the_committed_plan_is_what_the_command_computes() -> None:
+    paper = read_scale("paper")
+    page = marked.read(ROOT / "recipes" / "PLAN.md", "plan-paper").splitlines()
+    cells = {(cell.setting, cell.method) for cell in Selection(paper).runs()}
+    assert sum(line.startswith("| ") for line in page) == 2 + len(cells)
+    prices = [price.price(cell, paper) for cell in Selection(paper, ["preactresnet18"], methods=["erm", "amp"]).runs()]
+    first, _, _, _, *rows, _, _ = price.table(prices, price.Gpu()).splitlines()
+    assert first in page
+    assert rows
+    assert set(rows) <= set(page), "run recipes/reproduce.py --scale paper --plan --page recipes/PLAN.md"
