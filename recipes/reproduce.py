@@ -74,7 +74,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     cluster.add_argument("--sbatch_args", default="", metavar="TEXT", help='E.g. --sbatch_args="--gres=gpu:1".')
     cluster.add_argument("--task", type=int, metavar="I", help="Run the cell of this index alone, as its tasks do.")
     shown = parser.add_argument_group("what --table, --trade_off, --choose and --plan show")
-    shown.add_argument("--page", type=Path, metavar="FILE", help="[one in --output_dir]")
+    shown.add_argument(
+        "--page", type=Path, metavar="FILE", help="Its part between marks is replaced. [one in --output_dir]"
+    )
     shown.add_argument("--benchmark", type=Path, default=BENCHMARK, metavar="FILE", help="Seconds of the modes' steps.")
     shown.add_argument("--gpu", default=price.Gpu.name, metavar="NAME", help="[%(default)s]")
     shown.add_argument("--peak_tflops", type=float, default=price.Gpu.peak / 1e12, metavar="X", help="[%(default)s]")
@@ -94,39 +96,33 @@ def main(argv: list[str] | None = None) -> None:
         scale = replace(scale, launch=shlex.split(args.launch_args))
     chosen = Selection(scale, args.models, args.datasets, args.augment, args.methods, args.seeds)
     if args.choose:
-        text = choose(scale, chosen.trials(), records.read(args.ledger))
-        page = args.page or args.output_dir / "trials.md"
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(text + "\n")
-        print(f"{text}\n\ntable: {page}\nchosen: {scale.chosen_path}")
+        show(args, "trials", scale, choose(scale, chosen.trials(), records.read(args.ledger)))
+        print(f"chosen: {scale.chosen_path}")
     elif args.table:
         tables, paper = rows_of(chosen, records.read(args.ledger)), scale.name == PAPER
         drawing = partial(draw, tables, f"Scale: {scale.name}", paper) if tables else None
-        show(args, "table", f"reproduction-{scale.name}", markdown(tables, paper), drawing)
+        show(args, "reproduction", scale, markdown(tables, paper), drawing)
     elif args.trade_off:
         seconds = trade_off.seconds_of(args.benchmark)
         modes = {s: trade_off.modes_of(rows, seconds) for s, rows in rows_of(chosen, records.read(args.ledger)).items()}
         drawing = partial(trade_off.draw, modes) if modes else None
-        show(args, "trade_off", f"trade-off-{scale.name}", trade_off.markdown(modes), drawing)
+        show(args, "trade-off", scale, trade_off.markdown(modes), drawing)
     elif args.plan:
         gpu = price.Gpu(args.gpu, args.peak_tflops * 1e12, args.utilisation)
-        text = price.table([price.price(cell, scale) for cell in chosen.runs()], gpu)
-        show(args, "plan", f"plan-{scale.name}", text, None)
+        show(args, "plan", scale, price.table([price.price(cell, scale) for cell in chosen.runs()], gpu))
     else:
         run(chosen.trials() if args.tune else chosen.runs(), scale, args, sys.argv[1:] if argv is None else argv)
 
 
-def show(args: argparse.Namespace, name: str, mark: str, text: str, draw: Callable[[Path], None] | None) -> None:
-    """Print a text and write it, with its picture if it has one, into the page's part of this mark or its own page."""
-    page: Path = args.page or args.output_dir / f"{name}.md"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    picture = page.with_suffix(".png")
-    if marked.has(page, mark):
-        picture = page.with_name(f"{mark}.png")
-        link = f"![The tables below as a picture]({picture.name})\n\n" if draw else ""
-        marked.replace(page, mark, link + text)
-    else:
-        page.write_text(text + "\n")
+def show(
+    args: argparse.Namespace, what: str, scale: Scale, text: str, draw: Callable[[Path], None] | None = None
+) -> None:
+    """Print a text and put it, with its picture if it has one, between the marks of a page."""
+    mark = f"{what}-{scale.name}"
+    page: Path = args.page or args.output_dir / f"{mark}.md"
+    picture = page.with_name(f"{mark}.png")
+    link = "" if draw is None else f"![The tables below as a picture]({picture.name})\n\n"
+    marked.replace(page, mark, link + text)
     print(f"{text}\n\npage: {page}")
     if draw is not None:
         draw(picture)

@@ -13,6 +13,7 @@ import pytest
 import reproduce
 import timm
 import torch
+import yaml
 from benchmarks.rows import timed
 from filelock import FileLock
 from guides import marked
@@ -234,19 +235,24 @@ def test_the_command_writes_table_and_picture(
         append_to_ledger(file, run)
     command = ["--scale", str(scale.path), "--output_dir", str(tmp_path / "runs"), "--table"]
     reproduce.main(command)
-    text = (tmp_path / "runs" / "table.md").read_text()
-    assert text == markdown(rows_of(Selection(scale), ledger), with_paper=False) + "\n"
+    text, mark = markdown(rows_of(Selection(scale), ledger), with_paper=False), f"reproduction-{scale.name}"
+    link = f"![The tables below as a picture]({mark}.png)\n\n"
+    assert marked.read(tmp_path / "runs" / f"{mark}.md", mark) == link + text
     assert text in capsys.readouterr().out
-    with Image.open(tmp_path / "runs" / "table.png") as picture:
+    with Image.open(tmp_path / "runs" / f"{mark}.png") as picture:
         assert picture.size[0] > 1000
-    page, mark = tmp_path / "RESULTS.md", f"reproduction-{scale.name}"
+    page = tmp_path / "RESULTS.md"
     page.write_text(f"Before.\n<!-- {mark}: begin -->\nold\n<!-- {mark}: end -->\nAfter.\n")
     reproduce.main([*command, "--page", str(page)])
-    assert text.strip() in page.read_text()
+    assert text in page.read_text()
     assert page.read_text().startswith("Before.\n")
     assert page.read_text().endswith("After.\n")
     assert "old" not in page.read_text()
     assert page.with_name(f"{mark}.png").is_file()
+    page.write_text("mine\n")
+    with pytest.raises(ValueError, match=r"must have the lines .* once each"):
+        reproduce.main([*command, "--page", str(page)])
+    assert page.read_text() == "mine\n", "a page without the marks is left as it is"
     with file.open("a") as broken:
         broken.write('{"settings": {}}\n')
     with pytest.raises(ValueError, match=rf"line {len(ledger) + 1}, is not a run"):
@@ -282,15 +288,16 @@ def test_what_a_cheaper_mode_keeps(traded: list[str], tmp_path: Path, capsys: py
     """AMP's gain of 2.5 ± 5.4 is not told from 0 here, so no share of it is told either."""
     pytest.importorskip("matplotlib", reason="draws")
     reproduce.main(traded)
-    text = (tmp_path / "runs" / "trade_off.md").read_text()
-    assert text.strip() in capsys.readouterr().out
+    text = marked.read(tmp_path / "runs" / "trade-off-tiny.md", "trade-off-tiny")
+    said = capsys.readouterr().out
+    assert text.removeprefix("![The tables below as a picture](trade-off-tiny.png)\n\n") in said
     lines = [cells[1:-1] for row in text.splitlines() if (cells := row.split(" | "))[0].startswith("| AMP, every(4)")]
     assert lines[0][:3] == ["1.25", "1.30", "3"]
     assert lines[0][-3:] == ["+1.50 [-3.91, +6.91]", "+0.599 [+0.154, +1.043]", "-"]
     modes = [row.split(" | ")[0] for row in text.splitlines() if row.startswith("| ")]
     assert modes == ["| mode", "| ---", "| ERM", "| AMP, every(4)", "| ERM, twice the epochs", "| AMP"]
     assert "| ERM, twice the epochs | 2.00 | 2.00 | 3 | 50.50 ± 1.32 |" in text
-    with Image.open(tmp_path / "runs" / "trade_off.png") as picture:
+    with Image.open(tmp_path / "runs" / "trade-off-tiny.png") as picture:
         assert picture.size[0] > 1000
 
 
@@ -320,9 +327,10 @@ def test_the_trade_off_needs_measured_seconds_of_one_network(traded: list[str], 
         reproduce.main(traded)
 
 
-def test_the_pages_show_the_ledger() -> None:
+def test_the_pages_show_the_ledger(tmp_path: Path) -> None:
     pytest.importorskip("scipy", reason="intervals")
-    rows = rows_of(Selection(read_scale("cpu")), records.read(ROOT / "recipes" / "ledger.jsonl"))
+    scale, ledger = read_scale("cpu"), records.read(ROOT / "recipes" / "ledger.jsonl")
+    rows = rows_of(Selection(scale), ledger)
     seconds = trade_off.seconds_of(reproduce.BENCHMARK)
     modes = {setting: trade_off.modes_of(some, seconds) for setting, some in rows.items()}
     for page, mark, text in (
@@ -332,6 +340,10 @@ def test_the_pages_show_the_ledger() -> None:
         file = ROOT / "recipes" / page
         assert marked.read(file, mark).endswith(text), "render it anew from the ledger"
         assert shows(file.with_name(f"{mark}.png"), text), "draw it anew from the ledger"
+    anew = replace(scale, path=tmp_path / scale.path.name)
+    trials = choose(anew, Selection(anew).trials(), ledger)
+    assert marked.read(ROOT / "recipes" / "RESULTS.md", "trials-cpu") == trials, "run --choose anew"
+    assert yaml.safe_load(anew.chosen_path.read_text()) == yaml.safe_load(scale.chosen_path.read_text())
 
 
 def test_appending_to_a_ledger_waits_for_its_turn(tmp_path: Path) -> None:
@@ -372,7 +384,7 @@ def test_the_plan_counts_the_products(tmp_path: Path, capsys: pytest.CaptureFixt
     gpu = "--peak_tflops 100 --utilisation 0.5 --gpu X"
     reproduce.main(f"--scale paper --plan {chosen} {gpu} --output_dir {tmp_path}".split(" "))
     said = capsys.readouterr().out
-    assert (tmp_path / "plan.md").read_text() in said
+    assert marked.read(tmp_path / "plan-paper.md", "plan-paper") in said
     assert "Computed, not run: counted FLOPs at an assumed 50% of the 100 TFLOP/s of one X" in said
     assert f"| 2 | 400 | {amp.flops:.2e} | {amp.flops / 50e12 / 3600:.1f} |" in said
     assert f"All 4 runs: {6 * erm.flops:.2e} FLOPs" in said

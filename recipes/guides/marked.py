@@ -16,25 +16,27 @@ def read(page: Path, mark: str) -> str:
 
 
 def replace(page: Path, mark: str, text: str) -> None:
-    """Put a text between the marks.
+    """Put a text between the marks; a page that is not there yet is made of nothing else.
 
     Raises:
         ValueError: the page has not these marks once each.
     """
+    if not page.exists():
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text("\n".join(_marks(mark)) + "\n")
     before, _, after = _split(page, mark)
     page.write_text(f"{before}\n{text}\n{after}")
 
 
-def has(page: Path, mark: str) -> bool:
-    """Whether the page exists and has the marks."""
-    return page.is_file() and f"<!-- {mark}: begin -->" in page.read_text()
+def _marks(mark: str) -> tuple[str, str]:
+    return f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
 
 
 def _split(page: Path, mark: str) -> tuple[str, str, str]:
-    begin, end = f"<!-- {mark}: begin -->\n", f"<!-- {mark}: end -->"
+    begin, end = _marks(mark)
     text = page.read_text()
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"{page} must have the lines {begin.strip()!r} and {end!r} once each, in this order")
-    before, rest = text.split(begin)
+    if text.count(f"{begin}\n") != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{page} must have the lines {begin!r} and {end!r} once each, in this order")
+    before, rest = text.split(f"{begin}\n")
     part, after = rest.split(end)
-    return before + begin, part, end + after
+    return f"{before}{begin}\n", part, end + after
