@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from reproduction.table import line
 from amp_plugin.report.style import BLUE, VERMILION, picture
 
 HERE = Path(__file__).resolve().parent
-LADDER = HERE / "reproduction" / "ladder.yaml"
 MARK = "epsilon-ladder"
 PICTURE = "epsilon_ladder.png"
 _MEASURES = {"eval_nll": ("validation NLL", 3), "eval_error": ("validation error %", 2)}
@@ -36,15 +36,21 @@ Metrics = dict[str, float]
 Found = dict[str, dict[float, Metrics]]
 
 
-def rungs(path: Path = LADDER) -> dict[str, tuple[Scale, dict[float, Cell]]]:
+@cache
+def ladder() -> dict[str, Any]:
+    """What ladder.yaml says."""
+    data: dict[str, Any] = yaml.safe_load((HERE / "reproduction" / "ladder.yaml").read_text())
+    return data
+
+
+def rungs() -> dict[str, tuple[Scale, dict[float, Cell]]]:
     """The runs of each rung, by strength; 0 is ERM."""
-    data = yaml.safe_load(path.read_text())
-    base = read_scale("cpu")
+    data, base = ladder(), read_scale("cpu")
     ((model, args),), tuning = base.models.items(), base.tuning
     if tuning is None:
         raise ValueError(f"{base.path} has no held-out images")
     balls = [{"amp_epsilon": s * data["epsilon"], "amp_inner_lr": s * data["inner_lr"]} for s in data["strengths"]]
-    ladder = {}
+    found = {}
     for name, rung in data["rungs"].items():
         trials: dict[str, list[dict[str, Any]]] = {"erm": [{}], "amp": balls}
         scale = replace(
@@ -55,8 +61,8 @@ def rungs(path: Path = LADDER) -> dict[str, tuple[Scale, dict[float, Cell]]]:
             methods=list(trials),
             tuning=Tuning(tuning.validation_images, tuning.seed, trials),
         )
-        ladder[name] = scale, dict(zip((0.0, *data["strengths"]), Selection(scale).trials(), strict=True))
-    return ladder
+        found[name] = scale, dict(zip((0.0, *data["strengths"]), Selection(scale).trials(), strict=True))
+    return found
 
 
 def found_in(ledger: Path) -> Found:
@@ -75,12 +81,11 @@ def best(runs: dict[float, Metrics], measure: str) -> float:
 
 def table(found: Found) -> str:
     """A row for each rung and strength; the lowest of a rung is bold."""
-    data = yaml.safe_load(LADDER.read_text())
     heads = ["rung", "epsilon", "inner_lr", *(head for head, _ in _MEASURES.values()), "train loss"]
     lines = [line(heads), line(["---"] * len(heads))]
     for name, runs in found.items():
         for strength, metrics in runs.items():
-            ball = [f"{strength * data[key]:g}" for key in ("epsilon", "inner_lr")] if strength else ["ERM", "-"]
+            ball = [f"{strength * ladder()[key]:g}" for key in ("epsilon", "inner_lr")] if strength else ["ERM", "-"]
             cells = [f"{metrics[measure]:.{digits}f}" for measure, (_, digits) in _MEASURES.items()]
             marks = ["**" if strength == best(runs, measure) else "" for measure in _MEASURES]
             figures = [f"{mark}{cell}{mark}" for mark, cell in zip(marks, cells, strict=True)]
@@ -103,7 +108,7 @@ def draw(found: Found, path: Path) -> None:
     Raises:
         ImportError: matplotlib is missing (``pip install "amp-plugin[plots]"``).
     """
-    ticks = yaml.safe_load(LADDER.read_text())["strengths"]
+    ticks = ladder()["strengths"]
     title = "AMP by its strength, on each rung"
     with picture(path, title, (1.7 * len(found) + 1, 4.8), figures=table(found)) as figure:
         grid: Any = figure.subplots(len(_MEASURES), len(found), sharey="row", squeeze=False)
