@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +80,15 @@ def best(runs: dict[float, Metrics], measure: str) -> float:
 
 
 def table(found: Found) -> str:
-    """A row for each rung and strength; the lowest of a rung is bold."""
+    """A row for each rung and strength; the lowest of a rung whose strengths have all been run is bold."""
     heads = ["rung", "epsilon", "inner_lr", *(head for head, _ in _MEASURES.values()), "train loss"]
     lines = [line(heads), line(["---"] * len(heads))]
     for name, runs in found.items():
+        whole = len(runs) == 1 + len(ladder()["strengths"])
         for strength, metrics in runs.items():
             ball = [f"{strength * ladder()[key]:g}" for key in ("epsilon", "inner_lr")] if strength else ["ERM", "-"]
             cells = [f"{metrics[measure]:.{digits}f}" for measure, (_, digits) in _MEASURES.items()]
-            marks = ["**" if strength == best(runs, measure) else "" for measure in _MEASURES]
+            marks = ["**" if whole and strength == best(runs, measure) else "" for measure in _MEASURES]
             figures = [f"{mark}{cell}{mark}" for mark, cell in zip(marks, cells, strict=True)]
             lines.append(line([name, *ball, *figures, f"{metrics['loss']:.3f}"]))
     return "\n".join(lines)
@@ -152,8 +153,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.table:
         found = {name: runs for name, runs in found_in(args.ledger).items() if runs}
-        marked.replace(args.page, MARK, section(found))
-        draw(found, args.page.parent / PICTURE)
+        if not found:
+            raise ValueError(f"{args.ledger} has no runs of the ladder; run it first, or name their --ledger")
+        marked.replace(args.page, MARK, section(found), partial(draw, found, args.page.parent / PICTURE))
         print(f"{args.page}: {sum(map(len, found.values()))} runs of {len(found)} rungs\n{args.page.parent / PICTURE}")
         return
     for name, (scale, cells) in rungs().items():

@@ -9,8 +9,10 @@ Takes the runs of one data set that report on held-out training images (`train.p
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -55,12 +57,15 @@ def read(ledger: Path, dataset: str = BUNDLED) -> Sweep:
         dataset: that they were trained on.
 
     Raises:
-        ValueError: they differ in more than AMP's two settings and the seed, so that they cannot be compared; or one
-            was run twice.
+        FileNotFoundError: there is no such ledger.
+        ValueError: it has none of them; or they differ in more than AMP's two settings and the seed, so that they
+            cannot be compared; or one was run twice.
     """
     runs = [
         r for r in read_ledger(ledger) if r["settings"].get("validation_images") and r["settings"]["dataset"] == dataset
     ]
+    if not runs:
+        raise ValueError(f"{ledger} has no runs on {dataset} with validation_images")
     common = [{k: v for k, v in run["settings"].items() if k not in _VARIED} for run in runs]
     for other in common:
         if differing := sorted(k for k in {*other, *common[0]} if other.get(k) != common[0].get(k)):
@@ -95,9 +100,7 @@ def table(sweep: Sweep) -> str:
 
 
 def section(sweep: Sweep) -> str:
-    """What stands in the page: the table, and the picture if there is something to draw."""
-    if not sweep:
-        return "No runs of the sweep are in the ledger yet."
+    """What stands in the page: the picture and the table."""
     return f"![Validation NLL and error against inner_lr and epsilon]({PICTURE})\n\n{table(sweep)}"
 
 
@@ -175,13 +178,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Render."""
     args = parse(argv)
-    sweep = read(args.ledger, args.dataset)
-    replace(args.page, MARK, section(sweep))
-    print(f"{args.page}: {sum(map(len, sweep.values()))} runs of {len(sweep)} settings")
-    if sweep:
-        draw(sweep, args.page.parent / PICTURE)
-        print(args.page.parent / PICTURE)
+    sweep, drawn = read(args.ledger, args.dataset), args.page.parent / PICTURE
+    replace(args.page, MARK, section(sweep), partial(draw, sweep, drawn))
+    print(f"{args.page}: {sum(map(len, sweep.values()))} runs of {len(sweep)} settings\n{drawn}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from guides import marked
 from reproduction import price, records, slurm, trade_off
@@ -39,6 +40,9 @@ from reproduction.table import markdown
 
 # Of `benchmark.py --only ascents --sizes 0.3M --batch_sizes 50`.
 BENCHMARK = Path(__file__).with_name("benchmark_ascents.jsonl")
+
+
+T = TypeVar("T")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -96,22 +100,34 @@ def main(argv: list[str] | None = None) -> None:
         scale = replace(scale, launch=shlex.split(args.launch_args))
     chosen = Selection(scale, args.models, args.datasets, args.augment, args.methods, args.seeds)
     if args.choose:
-        show(args, "trials", scale, choose(scale, chosen.trials(), records.read(args.ledger)))
+        choice = choose(scale, chosen.trials(), records.read(args.ledger))
+        found(choice.runs, args)
+        show(args, "trials", scale, choice.table)
+        scale.chosen_path.write_text(choice.file)
         print(f"chosen: {scale.chosen_path}")
     elif args.table:
-        tables, paper = rows_of(chosen, records.read(args.ledger)), scale.name == PAPER
-        drawing = partial(draw, tables, f"Scale: {scale.name}", paper) if tables else None
-        show(args, "reproduction", scale, markdown(tables, paper), drawing)
+        tables, paper = found(rows_of(chosen, records.read(args.ledger)), args), scale.name == PAPER
+        show(args, "reproduction", scale, markdown(tables, paper), partial(draw, tables, f"Scale: {scale.name}", paper))
     elif args.trade_off:
-        seconds = trade_off.seconds_of(args.benchmark)
-        modes = {s: trade_off.modes_of(rows, seconds) for s, rows in rows_of(chosen, records.read(args.ledger)).items()}
-        drawing = partial(trade_off.draw, modes) if modes else None
-        show(args, "trade-off", scale, trade_off.markdown(modes), drawing)
+        seconds, tables = trade_off.seconds_of(args.benchmark), rows_of(chosen, records.read(args.ledger))
+        modes = found({setting: trade_off.modes_of(rows, seconds) for setting, rows in tables.items()}, args)
+        show(args, "trade-off", scale, trade_off.markdown(modes), partial(trade_off.draw, modes))
     elif args.plan:
         gpu = price.Gpu(args.gpu, args.peak_tflops * 1e12, args.utilisation)
         show(args, "plan", scale, price.table([price.price(cell, scale) for cell in chosen.runs()], gpu))
     else:
         run(chosen.trials() if args.tune else chosen.runs(), scale, args, sys.argv[1:] if argv is None else argv)
+
+
+def found(runs: T, args: argparse.Namespace) -> T:
+    """The runs that shall be shown.
+
+    Raises:
+        ValueError: there are none, and a page that has some shall keep them.
+    """
+    if not runs:
+        raise ValueError(f"{args.ledger} has no runs of these cells; run them first, or name their --ledger")
+    return runs
 
 
 def show(
@@ -122,11 +138,8 @@ def show(
     page: Path = args.page or args.output_dir / f"{mark}.md"
     picture = page.with_name(f"{mark}.png")
     link = "" if draw is None else f"![The tables below as a picture]({picture.name})\n\n"
-    marked.replace(page, mark, link + text)
-    print(f"{text}\n\npage: {page}")
-    if draw is not None:
-        draw(picture)
-        print(f"picture: {picture}")
+    marked.replace(page, mark, link + text, partial(draw, picture) if draw else lambda: None)
+    print(f"{text}\n\npage: {page}" + (f"\npicture: {picture}" if draw else ""))
 
 
 def run(cells: list[Cell], scale: Scale, args: argparse.Namespace, argv: list[str]) -> None:

@@ -16,17 +16,17 @@ from tiny_scale import run_of
 from amp_plugin.report.style import shows
 
 LEDGER, PAGE = (epsilon_ladder.HERE / name for name in ("ledger.jsonl", "guides/CHOOSING_EPSILON.md"))
-NLLS = {0.0: 2.5, 0.5: 2.0, 1.0: 1.5, 2.0: 1.75}  # of the strengths that have been run
+NLLS = {0.0: 2.5, 0.5: 2.0, 1.0: 1.5, 2.0: 1.75, 4.0: 3.0}  # by strength
 
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Path:
-    """All runs of two rungs, and on the test images one that does not count."""
+    """All runs of a rung, those of another but one, and on the test images one that does not count."""
     path = tmp_path / "ledger.jsonl"
     runs: list[dict[str, Any]] = []
     for name, factor in (("base", 1), ("width 8", 2)):
         scale, cells = rungs()[name]
-        for s, nll in NLLS.items():
+        for s, nll in list(NLLS.items())[: 5 if name == "base" else 4]:  # the last of the other has not been run
             runs.append(run_of(cells[s], scale, eval_nll=factor * nll, eval_error=20.0 + s, loss=0.5))
     tested = {**runs[0], "settings": {**runs[0]["settings"], "validation_images": None}}
     path.write_text("".join(json.dumps(r) + "\n" for r in [*runs, tested]))
@@ -47,14 +47,17 @@ def test_a_rung_differs_from_the_base_in_one_thing() -> None:
 
 def test_rows_are_the_runs_of_a_rung_and_the_lowest_is_bold(ledger: Path) -> None:
     found = found_in(ledger)
-    assert {name: len(runs) for name, runs in found.items() if runs} == {"base": 4, "width 8": 4}
+    assert {name: len(runs) for name, runs in found.items() if runs} == {"base": 5, "width 8": 4}
     assert best(found["base"], "eval_nll") == 1.0
     lines = table({name: runs for name, runs in found.items() if runs}).splitlines()
-    assert lines[2:6] == [
+    assert lines[2:9] == [
         "| base | ERM | - | 2.500 | **20.00** | 0.500 |",
         "| base | 0.1 | 0.15 | 2.000 | 20.50 | 0.500 |",
         "| base | 0.2 | 0.3 | **1.500** | 21.00 | 0.500 |",
         "| base | 0.4 | 0.6 | 1.750 | 22.00 | 0.500 |",
+        "| base | 0.8 | 1.2 | 3.000 | 24.00 | 0.500 |",
+        "| width 8 | ERM | - | 5.000 | 20.00 | 0.500 |",
+        "| width 8 | 0.1 | 0.15 | 4.000 | 20.50 | 0.500 |",
     ]
 
 
@@ -73,6 +76,10 @@ def test_the_script_puts_both_into_a_page(ledger: Path, tmp_path: Path, capsys: 
     found = {name: runs for name, runs in found_in(ledger).items() if runs}
     assert marked.read(page, epsilon_ladder.MARK) == section(found)
     assert shows(tmp_path / epsilon_ladder.PICTURE, table(found))
+    before = page.read_text()
+    with pytest.raises(ValueError, match=r"no\.jsonl has no runs of the ladder"):
+        epsilon_ladder.main(["--table", "--ledger", str(tmp_path / "no.jsonl"), "--page", str(page)])
+    assert page.read_text() == before
     with pytest.raises(SystemExit):
         epsilon_ladder.main(["--rungs", "width 9"])
     assert "--rungs width 9: there are base, width 8" in capsys.readouterr().err

@@ -66,6 +66,8 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
         read(written(tmp_path, [run(SGD, 1, 1.0), run(SGD, 2, 1.0, model="other")]))
     with pytest.raises(ValueError, match="seed 1, is there twice"):
         read(written(tmp_path, [run(SGD, 1, 1.0), run(SGD, 1, 2.0)]))
+    with pytest.raises(ValueError, match="no runs on cifar100 with validation_images"):
+        read(written(tmp_path, [run(SGD, 1, 1.0)]), "cifar100")
 
 
 def test_the_script_puts_both_into_a_page(ledger: Path, tmp_path: Path) -> None:
@@ -84,5 +86,4 @@ def test_the_script_puts_both_into_a_page(ledger: Path, tmp_path: Path) -> None:
 def test_the_page_shows_the_ledger() -> None:
     sweep = read(LEDGER)
     assert marked.read(PAGE, epsilon_sweep.MARK) == section(sweep), "run python recipes/epsilon_sweep.py"
-    if sweep:
-        assert shows(PAGE.parent / epsilon_sweep.PICTURE, table(sweep)), "run python recipes/epsilon_sweep.py"
+    assert shows(PAGE.parent / epsilon_sweep.PICTURE, table(sweep)), "run python recipes/epsilon_sweep.py"

@@ -13,7 +13,6 @@ import pytest
 import reproduce
 import timm
 import torch
-import yaml
 from benchmarks.rows import timed
 from filelock import FileLock
 from guides import marked
@@ -132,10 +131,12 @@ def test_the_best_trial_on_held_out_images_is_chosen(tmp_path: Path) -> None:
     ledger = [run_of(c, scale, eval_error=e, eval_nll=n) for c, (e, n) in zip(trials, scores, strict=False)]
     tested = replace(trials[0], trial=False)
     ledger.append(run_of(tested, scale, eval_error=1.0, eval_nll=0.1))  # on the test images: must not be seen
-    said = choose(scale, trials, ledger)
-    assert said.count("| chosen |") == 2
-    assert "| dropout | rate 0.2 | - | - | to do |" in said
-    assert "| amp | epsilon 0.1, inner_lr 1 | 20.00 | 1.000 | chosen |" in said
+    choice = choose(scale, trials, ledger)
+    assert choice.runs == 4
+    assert choice.table.count("| chosen |") == 2
+    assert "| dropout | rate 0.2 | - | - | to do |" in choice.table
+    assert "| amp | epsilon 0.1, inner_lr 1 | 20.00 | 1.000 | chosen |" in choice.table
+    scale.chosen_path.write_text(choice.file)
     now = read_scale(str(scale.path))
     assert now.chosen == {SAMPLE: {"erm": {"weight_decay": 0.0005}, "amp": trials[3].values}}
     (cell,) = Selection(now, methods=["amp"], seeds=[1]).runs()
@@ -253,10 +254,40 @@ def test_the_command_writes_table_and_picture(
     with pytest.raises(ValueError, match=r"must have the lines .* once each"):
         reproduce.main([*command, "--page", str(page)])
     assert page.read_text() == "mine\n", "a page without the marks is left as it is"
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [f"{mark}.png"]
     with file.open("a") as broken:
         broken.write('{"settings": {}}\n')
     with pytest.raises(ValueError, match=rf"line {len(ledger) + 1}, is not a run"):
         reproduce.main(command)
+
+
+@pytest.mark.parametrize("what", ["--table", "--trade_off", "--choose"])
+def test_without_runs_a_page_stays_as_it_is(traded: list[str], what: str, tmp_path: Path) -> None:
+    command = [*traded, "--ledger", str(tmp_path / "no.jsonl"), "--page", str(tmp_path / "page.md")]
+    command[command.index("--trade_off")] = what
+    page = "\n".join(f"<!-- {m}-tiny: begin -->\nold\n<!-- {m}-tiny: end -->" for m in ("reproduction", "trials"))
+    (tmp_path / "page.md").write_text(page)
+    files = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"no\.jsonl has no runs of these cells; run them first"):
+        reproduce.main(command)
+    assert (tmp_path / "page.md").read_text() == page
+    assert sorted(tmp_path.iterdir()) == files, "and nothing is chosen"
+
+
+def test_nothing_is_chosen_where_the_trials_cannot_be_shown(tmp_path: Path) -> None:
+    scale = written(tmp_path)
+    ledger = tmp_path / "ledger.jsonl"
+    for cell in Selection(scale).trials():
+        append_to_ledger(ledger, run_of(cell, scale, eval_nll=1.0))
+    page = tmp_path / "page.md"
+    page.write_text("mine")
+    command = ["--scale", str(scale.path), "--ledger", str(ledger), "--choose", "--page", str(page)]
+    with pytest.raises(ValueError, match="once each"):
+        reproduce.main(command)
+    assert not scale.chosen_path.exists()
+    page.unlink()
+    reproduce.main(command)
+    assert read_scale(str(scale.path)).chosen[SAMPLE].keys() == {"erm", "amp", "dropout"}
 
 
 @pytest.fixture
@@ -293,7 +324,8 @@ def test_what_a_cheaper_mode_keeps(traded: list[str], tmp_path: Path, capsys: py
     assert text.removeprefix("![The tables below as a picture](trade-off-tiny.png)\n\n") in said
     lines = [cells[1:-1] for row in text.splitlines() if (cells := row.split(" | "))[0].startswith("| AMP, every(4)")]
     assert lines[0][:3] == ["1.25", "1.30", "3"]
-    assert lines[0][-3:] == ["+1.50 [-3.91, +6.91]", "+0.599 [+0.154, +1.043]", "-"]
+    assert lines[0][-5:-3] == ["+1.50 [-3.91, +6.91]", "+0.599 [+0.154, +1.043]"]
+    assert lines[0][-3:] == ["-1.00 [-1.00, -1.00]", "+0.473 [+0.291, +0.656]", "-"]
     modes = [row.split(" | ")[0] for row in text.splitlines() if row.startswith("| ")]
     assert modes == ["| mode", "| ---", "| ERM", "| AMP, every(4)", "| ERM, twice the epochs", "| AMP"]
     assert "| ERM, twice the epochs | 2.00 | 2.00 | 3 | 50.50 ± 1.32 |" in text
@@ -340,10 +372,10 @@ def test_the_pages_show_the_ledger(tmp_path: Path) -> None:
         file = ROOT / "recipes" / page
         assert marked.read(file, mark).endswith(text), "render it anew from the ledger"
         assert shows(file.with_name(f"{mark}.png"), text), "draw it anew from the ledger"
-    anew = replace(scale, path=tmp_path / scale.path.name)
-    trials = choose(anew, Selection(anew).trials(), ledger)
-    assert marked.read(ROOT / "recipes" / "RESULTS.md", "trials-cpu") == trials, "run --choose anew"
-    assert yaml.safe_load(anew.chosen_path.read_text()) == yaml.safe_load(scale.chosen_path.read_text())
+    anew = replace(scale, path=tmp_path / scale.path.name)  # where nothing has been chosen yet
+    choice = choose(anew, Selection(anew).trials(), ledger)
+    assert marked.read(ROOT / "recipes" / "RESULTS.md", "trials-cpu") == choice.table, "run --choose anew"
+    assert scale.chosen_path.read_text() == choice.file
 
 
 def test_appending_to_a_ledger_waits_for_its_turn(tmp_path: Path) -> None:

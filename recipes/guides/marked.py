@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -11,20 +12,26 @@ def read(page: Path, mark: str) -> str:
     Raises:
         ValueError: the page has not these marks once each.
     """
-    _, part, _ = _split(page, mark)
+    _, part, _ = _split(page, page.read_text(), mark)
     return part.strip("\n")
 
 
-def replace(page: Path, mark: str, text: str) -> None:
+def replace(page: Path, mark: str, text: str, draw: Callable[[], object] = lambda: None) -> None:
     """Put a text between the marks; a page that is not there yet is made of nothing else.
 
+    Args:
+        page: Markdown.
+        mark: name of the part.
+        text: for it.
+        draw: makes the picture that the text links to; if it fails, the page stays as it was.
+
     Raises:
-        ValueError: the page has not these marks once each.
+        ValueError: the page has not these marks once each; nothing has been drawn or written.
     """
-    if not page.exists():
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text("\n".join(_marks(mark)) + "\n")
-    before, _, after = _split(page, mark)
+    now = page.read_text() if page.exists() else "\n".join(_marks(mark)) + "\n"
+    before, _, after = _split(page, now, mark)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    draw()
     page.write_text(f"{before}\n{text}\n{after}")
 
 
@@ -32,9 +39,8 @@ def _marks(mark: str) -> tuple[str, str]:
     return f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
 
 
-def _split(page: Path, mark: str) -> tuple[str, str, str]:
+def _split(page: Path, text: str, mark: str) -> tuple[str, str, str]:
     begin, end = _marks(mark)
-    text = page.read_text()
     if text.count(f"{begin}\n") != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"{page} must have the lines {begin!r} and {end!r} once each, in this order")
     before, rest = text.split(f"{begin}\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -20,18 +20,30 @@ _HEAD = """\
 """
 
 
-def choose(scale: Scale, trials: Sequence[Cell], ledger: list[records.Record]) -> str:
-    """Write the best trial of each method whose trials are all in the ledger to the scale's file of chosen values.
+class Choice(NamedTuple):
+    """What the trials decided.
 
-    What the file has of others stays.
+    Attributes:
+        runs: how many of the trials are in the ledger.
+        table: all trials and which were chosen, in Markdown.
+        file: for the scale's file of chosen values.
+    """
+
+    runs: int
+    table: str
+    file: str
+
+
+def choose(scale: Scale, trials: Sequence[Cell], ledger: list[records.Record]) -> Choice:
+    """Choose the best trial of each method whose trials are all in the ledger; what was chosen for others stays.
 
     Args:
         scale: with its tuning.
         trials: of the scale.
         ledger: its runs.
 
-    Returns:
-        All trials and which were chosen, as a table in Markdown.
+    Raises:
+        ValueError: the scale has no trials.
     """
     tuning = scale.tuning
     if tuning is None:
@@ -45,8 +57,10 @@ def choose(scale: Scale, trials: Sequence[Cell], ledger: list[records.Record]) -
         "| data set | model | augmentation | method | hyper-parameters | validation error % | validation NLL | |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    count = 0
     for (setting, method), cells in grouped.items():
         runs = {i: run["metrics"] for i, cell in enumerate(cells) if (run := records.find(cell, scale, ledger))}
+        count += len(runs)
         best = (
             min(runs, key=lambda i: (runs[i]["eval_error"], runs[i]["eval_nll"])) if len(runs) == len(cells) else None
         )
@@ -56,6 +70,7 @@ def choose(scale: Scale, trials: Sequence[Cell], ledger: list[records.Record]) -
             lines.append(f"{head} | {figures} | {'chosen' if i == best else '' if i in runs else 'to do'} |")
         if best is not None:
             place = data.setdefault(setting.model, {}).setdefault(setting.augment, {}).setdefault(setting.dataset, {})
+            place.pop(method, None)  # the order is that of the trials, whenever they were made
             place[method] = {
                 "values": cells[best].values,
                 "validation_error": round(runs[best]["eval_error"], 4),
@@ -64,5 +79,4 @@ def choose(scale: Scale, trials: Sequence[Cell], ledger: list[records.Record]) -
     head = _HEAD.format(
         images=tuning.validation_images, seed=tuning.seed, trials=len(next(iter(tuning.trials.values())))
     )
-    path.write_text(head + yaml.safe_dump(data, sort_keys=False))
-    return "\n".join(lines)
+    return Choice(count, "\n".join(lines), head + yaml.safe_dump(data, sort_keys=False))

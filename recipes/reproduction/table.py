@@ -26,11 +26,9 @@ def markdown(tables: Mapping[Setting, Sequence[Row]], with_paper: bool) -> str:
     """All tables with a heading each, and below them what the columns mean and what made the runs.
 
     Args:
-        tables: `reproduction.comparison.rows_of`.
+        tables: `reproduction.comparison.rows_of`; not empty.
         with_paper: whether the published figures stand beside ours.
     """
-    if not tables:
-        return "No runs of these cells are in the ledger yet."
     parts = []
     for setting, rows in tables.items():
         parts += [f"### {setting.dataset}, {setting.model}, augmentation {setting.augment}", ""]
