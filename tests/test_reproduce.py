@@ -325,7 +325,7 @@ def test_what_a_cheaper_mode_keeps(traded: list[str], tmp_path: Path, capsys: py
     lines = [cells[1:-1] for row in text.splitlines() if (cells := row.split(" | "))[0].startswith("| AMP, every(4)")]
     assert lines[0][:3] == ["1.25", "1.30", "3"]
     assert lines[0][-5:-3] == ["+1.50 [-3.91, +6.91]", "+0.599 [+0.154, +1.043]"]
-    assert lines[0][-3:] == ["-1.00 [-1.00, -1.00]", "+0.473 [+0.291, +0.656]", "-"]
+    assert lines[0][-3:] == ["-1.00 [-1.00, -1.00]", "+0.474 [+0.291, +0.656]", "-"]
     modes = [row.split(" | ")[0] for row in text.splitlines() if row.startswith("| ")]
     assert modes == ["| mode", "| ---", "| ERM", "| AMP, every(4)", "| ERM, twice the epochs", "| AMP"]
     assert "| ERM, twice the epochs | 2.00 | 2.00 | 3 | 50.50 ± 1.32 |" in text
