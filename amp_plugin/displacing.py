@@ -154,7 +154,7 @@ class Displacing(OptimizerWrapper):
                 "a pass left no gradient on the sharded parameters: leave gradient synchronisation on in the ascent"
                 " pass, model.set_requires_gradient_sync(True); without it FSDP keeps the gradients to itself"
             )
-        if all(p.grad is None for p in ball):
+        if ball and all(p.grad is None for p in ball):
             warnings.warn("AMP: a pass left no gradient to ascend along", RuntimeWarning, stacklevel=5)
 
     def _warn_once(self, message: str) -> None:

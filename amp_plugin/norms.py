@@ -13,9 +13,9 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def plain_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, in the same storage, as a real tensor."""
+    """What this process holds of a tensor, as a real one in the same storage; a lazily conjugated one is conjugated."""
     tensor = local_part(tensor)
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def norms_of(tensors: list[Tensor]) -> Tensor:

@@ -221,6 +221,21 @@ class AMP(Scaled):
         self.policy.settle(self.base_optimizer)
         return super().state_dict()
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As the base optimizer loads it, whose own checkpoint it may be.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+        """
+        self._require_clean("load a state")
+        super().load_state_dict(state_dict)
+        self.policy.forget()
+
+    def eval(self) -> None:
+        """For a base optimizer with modes: the evaluation's; RuntimeError while the weights are perturbed."""
+        self._require_clean("leave the training's mode")
+        super().eval()
+
     def __getstate__(self) -> dict[str, Any]:
         self._require_clean("copy or pickle AMP")
         self.policy.settle(self.base_optimizer)
@@ -228,11 +243,7 @@ class AMP(Scaled):
         return {**super().__getstate__(), **own, "_skipped": self.skipped_steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "norm" in state:  # from a copy or a pickle
-            self._reset(state.pop("norm"), state.pop("capturable"))
-        else:
-            self._require_clean("load a state")
-            self.policy.forget()
+        self._reset(state.pop("norm"), state.pop("capturable"))
         super().__setstate__(state)
 
     def __repr__(self) -> str:

@@ -17,6 +17,7 @@ from amp_plugin.compilation import not_compiled
 from amp_plugin.host_value import HostValue
 from amp_plugin.norms import all_finite, norms_of, overall_norm, plain_part
 from amp_plugin.sharding import Split, laid_out_like, local_part, split_of, whole_norms
+from amp_plugin.shared_memory import part_shared
 
 Norm = Literal["tensor", "global"]
 NORMS: tuple[str, ...] = get_args(Norm)
@@ -133,6 +134,7 @@ class Perturbation:
         again = self.active
         if not again:
             self._finite = self._flag = None
+            self._ratios = []
         buckets = self._buckets(ascents)
         if not buckets:
             return
@@ -276,6 +278,7 @@ class Perturbation:
             bucket.params.append(plain)
             bucket.backups.append(self._backup(param, plain))
             bucket.deltas.append(delta)
+        part_shared([b.deltas for b in buckets.values()])
         if entering:
             torch._foreach_copy_([self._backups[p] for p in entering], [plain_part(p) for p in entering])
             self._displaced.update(entering)  # only now: restore() must never meet a backup that is not filled

@@ -45,7 +45,8 @@ class Scaled(Ascending):
         To be called after the last backward pass, before the scaler's ``unscale_`` or ``step``. The scaler then skips
         the step and lowers its scale. Without this call the step is skipped all the same, but the scale stays.
         """
-        for grad in self.gradients()[:1] if self._ascents else ():
+        filled = [grad for grad in self.gradients() if grad.numel()] if self._ascents else []
+        for grad in filled[:1]:
             if self.capturable and self._perturbation.finite is not None:
                 grad.add_(torch.where(self._perturbation.finite.to(grad.device), 0.0, torch.inf))
             elif not self.ascent_was_finite():

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 
 class OptimizerWrapper(Optimizer):
@@ -47,17 +48,46 @@ class OptimizerWrapper(Optimizer):
         self.base_optimizer.add_param_group(param_group)
         self._fill_options()
 
+    def state_dict(self) -> dict[str, Any]:
+        """As the base optimizer saves it: some save more than torch does, and each knows how to load its own."""
+        return self.base_optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As the base optimizer loads it; what it saved without this one is filled up with the defaults."""
+        self.base_optimizer.load_state_dict(state_dict)
+        self._fill_options()
+
+    def register_state_dict_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As of the base optimizer, which is what the hook is given; and so the other three."""
+        return self.base_optimizer.register_state_dict_pre_hook(*args, **kwargs)
+
+    def register_state_dict_post_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As of the base optimizer."""
+        return self.base_optimizer.register_state_dict_post_hook(*args, **kwargs)
+
+    def register_load_state_dict_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As of the base optimizer."""
+        return self.base_optimizer.register_load_state_dict_pre_hook(*args, **kwargs)
+
+    def register_load_state_dict_post_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As of the base optimizer."""
+        return self.base_optimizer.register_load_state_dict_post_hook(*args, **kwargs)
+
+    def train(self) -> None:
+        """For a base optimizer with modes (schedule-free ones have): the training's; for others nothing."""
+        getattr(self.base_optimizer, "train", _nothing)()
+
+    def eval(self) -> None:
+        """For a base optimizer with modes: the evaluation's; for others nothing."""
+        getattr(self.base_optimizer, "eval", _nothing)()
+
     def __getstate__(self) -> dict[str, Any]:
         return {"defaults": self.defaults, "base_optimizer": self.base_optimizer, "_options": self._options}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if "base_optimizer" in state:  # from a copy or a pickle
-            super().__setstate__(state)
-        else:  # from load_state_dict: groups and state, perhaps of a checkpoint that the base optimizer alone wrote
-            self.base_optimizer.__setstate__(state)
-            self._fill_options()
 
     def _fill_options(self) -> None:
         for group in self.param_groups:
             for name, default in self._options.items():
                 group.setdefault(name, default)
+
+
+def _nothing() -> None: ...

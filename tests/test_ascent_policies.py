@@ -304,6 +304,108 @@ def test_momentum_without_a_momentum() -> None:
         step(windows_of(1)[1])
 
 
+@pytest.mark.parametrize("base", ["adopt", "laprop", "novograd"])
+def test_momentum_along_something_else_than_gradients(base: str) -> None:
+    p = nn.Parameter(torch.ones(2, 3))
+    amp = AMP([p], lr=0.01, base_optimizer=base, ascent="momentum")
+    amp.step(lambda: p.sum().backward())
+    with pytest.raises(RuntimeError, match=r"keeps nothing to ascend along; .* whose exp_avg is of gradients"):
+        amp.step(lambda: p.sum().backward())
+
+
+@pytest.mark.parametrize("base", ["SGD", "AdamW"])
+@pytest.mark.parametrize("ascent", ["full", "stale", "momentum"])
+def test_maximising_the_worst_direction_is_downhill(ascent: str, base: str) -> None:
+    """With a constant gradient of 3 each goes along its negative."""
+    p = nn.Parameter(torch.zeros(1))
+    extra = {"momentum": 0.5} if base == "SGD" else {}
+    amp = AMP([p], 1e-3, 10.0, 0.1, base_optimizer=base, ascent=ascent, maximize=True, **extra)  # type: ignore[arg-type]
+    for step in range(3):
+        for _ in amp.ascent_passes():
+            (3 * p).sum().backward()
+        (3 * p).sum().backward()
+        if step:
+            moved = amp.statistics()["perturbation_norm"].item()
+            assert p.item() < 0, "SGD and AdamW go uphill from 0, so only the perturbation can lead below"
+            assert 0.005 < moved <= 0.3 + 1e-6
+        amp.step()
+        amp.zero_grad()
+
+
+@pytest.mark.parametrize("ascent", ["full", "stale", "momentum"])
+def test_what_is_not_trained_any_more_is_not_perturbed(ascent: str) -> None:
+    """A frozen layer and, for the gradient of the step before, a head that was not used in it."""
+    model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+    amp = AMP(model.parameters(), 0.1, epsilon=1.0, inner_lr=1.0, momentum=0.9, ascent=ascent)
+
+    def backward(used: int = 2) -> None:
+        x = torch.ones(2, 3)
+        for layer in list(model)[:used]:
+            x = layer(x)
+        x.square().mean().backward()
+
+    def step(used: int = 2) -> list[bool]:
+        """Which layers are displaced where the descent's gradient is taken."""
+        theta = [layer.weight.detach().clone() for layer in model]
+        for _ in amp.ascent_passes():
+            backward(used)
+        moved = [not torch.equal(t, layer.weight) for t, layer in zip(theta, model, strict=True)]
+        backward(used)
+        amp.step()
+        amp.zero_grad()
+        return moved
+
+    step()
+    assert step() == [True, True]
+    if ascent == "stale":
+        assert step(used=1) == [True, True]
+        assert step() == [True, False], "the second had no gradient in the step before"
+        assert step() == [True, True]
+    model[0].requires_grad_(False)
+    assert step() == [False, True]
+    assert step() == [False, True]
+
+
+def test_stale_after_a_time_without_a_ball() -> None:
+    """A schedule that begins at epsilon 0, or comes back from it: nothing old is ascended along."""
+    p = nn.Parameter(torch.zeros(1))
+    amp = AMP([p], 0.0, epsilon=0.0, inner_lr=0.1, ascent="stale")
+    moved = []
+    for step, epsilon in enumerate([0.0, 0.0, 10.0, 10.0, 0.0, 10.0, 10.0]):
+        amp.param_groups[0]["epsilon"] = epsilon
+        for _ in amp.ascent_passes():
+            raise AssertionError("stale makes no pass")
+        moved.append(round(p.item(), 6))
+        ((step + 1.0) * p).sum().backward()
+        amp.step()
+        amp.zero_grad()
+    assert moved == [0.0, 0.0, 0.0, 0.3, 0.0, 0.0, 0.6]
+
+
+def test_stale_without_any_gradient_is_told() -> None:
+    used, idle = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    amp = AMP([("used", used), ("idle", idle)], lr=0.1, parameters="idle", ascent="stale")
+    used.sum().backward()
+    with pytest.warns(RuntimeWarning, match="no gradient was left for the next step to ascend along"):
+        amp.step()
+
+
+def test_a_ball_whose_parameters_were_replaced() -> None:
+    """As hosts do that shard them."""
+    model = nn.Linear(3, 2)
+    amp = AMP(model.named_parameters(), lr=0.1, parameters="weight")
+    model.weight = nn.Parameter(model.weight.detach().clone())
+    amp.param_groups[0]["params"][0] = model.weight
+    model(torch.ones(1, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"no parameter is in the ball \(parameters='weight'\).*name_parameters"):
+        amp.ascend()
+    amp.name_parameters(model)
+    theta = model.weight.detach().clone()
+    amp.ascend()
+    assert not torch.equal(theta, model.weight)
+    amp.restore()
+
+
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [

@@ -275,3 +275,20 @@ def test_a_gradient_scaler_with_a_closure_is_refused(attached: bool) -> None:
     with pytest.raises(RuntimeError, match=r"gradient scaler cannot drive step\(closure\)"):
         scaler.step(optimizer, closure_for(optimizer, model, (x, y)))
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_an_overflow_is_passed_on_whatever_parameter_comes_first(first: int) -> None:
+    """One without entries cannot carry the infinity by which the scaler learns of it."""
+    params = [torch.nn.Parameter(torch.ones(n)) for n in (first, 2)]
+    amp = AMP(params, 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for factor in (torch.inf, 1.0):
+        scaler.scale(sum(factor * p.sum() for p in params)).backward()
+        if factor == 1.0:
+            amp.pass_on_overflow()
+        else:
+            amp.ascend(grad_scale=8.0)
+    scaler.step(amp)
+    scaler.update()
+    assert scaler.get_scale() == 4.0

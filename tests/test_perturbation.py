@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from amp_plugin.perturbation import Ascent, Perturbation
+from amp_plugin.shared_memory import part_shared
 
 
 def moved(p: Perturbation, theta: Tensor, grad: Tensor, inner_lr: float = 1.0, epsilon: float = 0.5) -> Tensor:
@@ -207,3 +209,44 @@ def test_gradients_may_be_wider_than_their_weights(norm: str) -> None:
     assert [q.tolist() for q in params] == [[0.5] * 3, 0.5, [0.5] * 5]
     p.restore()
     assert not any(q.any() for q in params)
+
+
+@pytest.mark.parametrize("norm", ["tensor", "global"])
+@pytest.mark.parametrize(
+    "pair", [lambda p, q: p[None] + q[None], lambda p, q: torch.cat([p, 2 * p])[None] + q.repeat(2)]
+)
+def test_a_gradient_that_parameters_share_counts_once_for_each(norm: str, pair: Callable[..., Tensor]) -> None:
+    """Autograd gives both the same memory when they are added through views (pytorch#34082)."""
+    moved = []
+    for shared in (True, False):
+        p, q = torch.ones(4, requires_grad=True), torch.zeros(4, requires_grad=True)
+        pair(p, q).square().sum().backward()
+        if not shared:
+            for t in (p, q):
+                assert t.grad is not None
+                t.grad = t.grad.clone()
+        Perturbation(norm).ascend([Ascent(t, t.grad, 1.0, 0.4) for t in (p, q)])
+        moved.append(torch.stack([p, q]).detach())
+    assert torch.equal(*moved)
+    assert moved[0].abs().sum() > 4.1, "they have moved"
+
+
+def test_memory_that_overlaps_at_an_offset_is_parted() -> None:
+    memory = torch.arange(8.0)
+    first, second = [memory[:4], memory[4:]], [memory[2:6], torch.empty(0)]
+    part_shared([first, second])
+    tensors = first + second
+    torch._foreach_mul_(tensors, 2)
+    assert [t.tolist() for t in tensors] == [[0, 2, 4, 6], [8, 10, 12, 14], [4, 6, 8, 10], []]
+    disjoint = [memory[:4], memory[4:]]
+    part_shared([disjoint])
+    assert disjoint[1].data_ptr() == memory[4:].data_ptr(), "memory that is not shared is not copied"
+
+
+def test_a_lazily_conjugated_gradient() -> None:
+    p = torch.tensor([1 + 1j, 2.0], requires_grad=True)
+    (p.conj() * torch.tensor([3 + 4j, 0.0])).real.sum().backward()
+    assert p.grad is not None
+    expected = (p + 0.1 * p.grad.resolve_conj()).detach()
+    Perturbation().ascend([Ascent(p, p.grad, 0.1, 10.0)])
+    torch.testing.assert_close(p.detach(), expected)

@@ -27,7 +27,7 @@ def test_the_state_is_the_base_optimizers_and_loads_as_weights_only() -> None:
     assert str(torch.load(file, weights_only=True)) == str(ours)
 
 
-@pytest.mark.parametrize("base", ["SGD", "adamw", "lamb"])
+@pytest.mark.parametrize("base", ["SGD", "adamw", "lamb", "radamlegacy"])
 @pytest.mark.parametrize("norm", ["tensor", "global"])
 def test_resume_is_bit_exact(base: str, norm: Any) -> None:
     kwargs = {"lr": 0.01, "base_optimizer": base, "norm": norm, "momentum": 0.9 if base == "SGD" else None}
@@ -113,13 +113,75 @@ def test_no_copy_and_no_load_while_the_weights_are_perturbed() -> None:
         optimizer.load_state_dict(state)
 
 
+class Quantised(torch.optim.SGD):
+    """Keeps codes, a generator's state and modes, as 8-bit, random and schedule-free optimizers do."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr, momentum=0.9)
+        self.draws, self.mode = 0, "train"
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        self.draws += 1
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p]["codes"] = torch.full(p.shape, self.draws, dtype=torch.uint8)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "draws": self.draws}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.draws = state_dict["draws"]
+        for state in self.state.values():
+            state["codes"] = state["codes"].to(torch.uint8)
+
+    def train(self) -> None:
+        self.mode = "train"
+
+    def eval(self) -> None:
+        self.mode = "eval"
+
+
+def test_the_base_optimizer_saves_and_loads_its_own_state() -> None:
+    model = small_net()
+    amp = AMP(model.parameters(), 0.1, base_optimizer=Quantised)
+    train(amp, model, small_batches(3))
+    saved = copy.deepcopy(amp.state_dict())
+    again = AMP(small_net().parameters(), 0.1, base_optimizer=Quantised)
+    again.load_state_dict(saved)
+    base: Any = again.base_optimizer
+    assert base.draws == 3
+    assert {state["codes"].dtype for state in again.state.values()} == {torch.uint8}
+    assert {int(state["codes"].max()) for state in again.state.values()} == {3}
+
+
+def test_the_modes_of_the_base_optimizer_are_switched_at_the_clean_weights() -> None:
+    model = small_net()
+    amp = AMP(model.parameters(), 0.1, base_optimizer=Quantised)
+    base: Any = amp.base_optimizer
+    amp.eval()
+    assert base.mode == "eval"
+    amp.train()
+    assert base.mode == "train"
+    closure_for(amp, model, small_batches(1)[0])()
+    amp.ascend()
+    amp.train()  # as the stock Trainer does in every step
+    with pytest.raises(RuntimeError, match="cannot leave the training's mode while the weights are perturbed"):
+        amp.eval()
+    assert base.mode == "train"
+    AMP(small_net().parameters(), 0.1).eval()  # SGD has none
+
+
 def test_hooks_run_once_per_step() -> None:
     model, batch = small_net(), small_batches(1)[0]
     optimizer = AMP(model.parameters(), 0.1)
     calls: list[str] = []
     optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
     optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    optimizer.register_state_dict_pre_hook(lambda _: calls.append("before saving"))
+    optimizer.register_state_dict_post_hook(lambda *_: calls.append("saved"))
+    optimizer.register_load_state_dict_pre_hook(lambda *_: calls.append("before loading"))
     optimizer.register_load_state_dict_post_hook(lambda _: calls.append("load"))
     optimizer.step(closure_for(optimizer, model, batch))
     optimizer.load_state_dict(optimizer.state_dict())
-    assert calls == ["pre", "post", "load"]
+    assert calls == ["pre", "post", "before saving", "saved", "before loading", "load"]

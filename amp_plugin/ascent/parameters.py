@@ -28,10 +28,12 @@ class Ball:
         self._chosen: set[Tensor] | None = None  # once the names are known
 
     def choose(self, groups: Groups, named: Iterable[tuple[str, Tensor]]) -> None:
-        """Choose by these names, if that has not been done yet; ValueError if none is chosen."""
-        if self.parameters is None or self._chosen is not None:
+        """Choose by these names, unless that has been done for these parameters; ValueError if none is chosen."""
+        if self.parameters is None:
             return
         own = {id(p) for group in groups for p in group["params"]}
+        if self._chosen is not None and all(id(p) in own for p in self._chosen):
+            return
         self._chosen = chosen_parameters(self.parameters, {name: p for name, p in named if id(p) in own})
 
     def choose_anew(self, groups: Groups) -> None:

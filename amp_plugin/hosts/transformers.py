@@ -83,6 +83,11 @@ class AMPTrainer(CheckpointingTrainer, PublishingTrainer):
         )
         if "lomo" in args.optim or args.optim.endswith("_layerwise"):
             raise refusal  # before the stock Trainer asks for their packages, or hooks the parameters
+        if "8bit" in args.optim and "torch" not in args.optim:
+            raise ValueError(
+                f"--optim {args.optim}: with bitsandbytes the stock Trainer keeps the state of embeddings in 32 bits,"
+                " which it does by the optimizer's class and so not inside AMP; use e.g. amp_adamw_torch_8bit (torchao)"
+            )
         base, kwargs = Trainer.get_optimizer_cls_and_kwargs(args.base_arguments(), model)
         special = {"params", "model", "optimizer_dict"} & kwargs.keys()
         if special or not (isinstance(base, type) and issubclass(base, Optimizer)):

@@ -230,3 +230,9 @@ def test_a_refusal_names_what_to_use_instead(tmp_path: Path, sign: str, instead:
 
     with pytest.raises(ValueError, match=f"--optim amp does not work exactly with {instead}"):
         trained(gpt2(), documents(4), tmp_path, kind=Elsewhere)
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "adamw_bnb_8bit", "paged_lion_8bit"])
+def test_optimizers_that_the_trainer_treats_by_their_class_are_refused(tmp_path: Path, optim: str) -> None:
+    with pytest.raises(ValueError, match=rf"--optim amp_{optim}: with bitsandbytes .* amp_adamw_torch_8bit"):
+        trained(bert(), documents(4), tmp_path, optim=f"amp_{optim}", learning_rate=0.1)
