@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -212,23 +212,22 @@ def test_gradients_may_be_wider_than_their_weights(norm: str) -> None:
 
 
 @pytest.mark.parametrize("norm", ["tensor", "global"])
-@pytest.mark.parametrize(
-    "pair", [lambda p, q: p[None] + q[None], lambda p, q: torch.cat([p, 2 * p])[None] + q.repeat(2)]
-)
-def test_a_gradient_that_parameters_share_counts_once_for_each(norm: str, pair: Callable[..., Tensor]) -> None:
-    """Autograd gives both the same memory when they are added through views (pytorch#34082)."""
+@pytest.mark.parametrize("size", [4, 8])
+def test_a_gradient_that_parameters_share_counts_once_for_each(norm: Any, size: int) -> None:
+    """Autograd gives both the same memory, or one a part of the other's, if they are added through views."""
     moved = []
     for shared in (True, False):
-        p, q = torch.ones(4, requires_grad=True), torch.zeros(4, requires_grad=True)
-        pair(p, q).square().sum().backward()
+        p, q = torch.ones(4, requires_grad=True), torch.zeros(size, requires_grad=True)
+        (torch.cat([p, torch.ones(size - 4)])[None] + q[None]).square().sum().backward()
+        assert p.grad is not None
+        assert q.grad is not None
+        assert p.grad.untyped_storage().data_ptr() == q.grad.untyped_storage().data_ptr()
         if not shared:
-            for t in (p, q):
-                assert t.grad is not None
-                t.grad = t.grad.clone()
+            p.grad, q.grad = p.grad.clone(), q.grad.clone()
         Perturbation(norm).ascend([Ascent(t, t.grad, 1.0, 0.4) for t in (p, q)])
-        moved.append(torch.stack([p, q]).detach())
+        moved.append(torch.cat([p, q]).detach())
     assert torch.equal(*moved)
-    assert moved[0].abs().sum() > 4.1, "they have moved"
+    assert moved[0][:4].min() > 1.05, "they have moved"
 
 
 def test_memory_that_overlaps_at_an_offset_is_parted() -> None:
