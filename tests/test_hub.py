@@ -15,9 +15,10 @@ import timm
 import torch
 from hub_pushes import FAULTS, TOKENS
 from hub_server import Hub, Repository, card_errors, environment, hub_server
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import amp_plugin  # noqa: F401  # registers the architectures
+from amp_plugin.hub import HubError, push_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "ann/first-run"
@@ -210,6 +211,17 @@ def test_a_failed_push_loses_nothing_and_can_be_repeated(happened: dict[str, Any
         assert result["published meanwhile"] == 0, "a commit is all or nothing"
     assert result["published"] == ["README.md", "config.json", "model.safetensors"]
     assert result["weights"] == happened["401"]["weights"]
+
+
+def test_weights_that_are_not_whole_are_told_before_the_hub_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "model.safetensors"
+    save_file({"weight": torch.ones(8)}, weights)
+    weights.write_bytes(weights.read_bytes()[:-4])
+    monkeypatch.setattr("amp_plugin.hub.upload.require_write_access", lambda *_, **__: pytest.fail("asked the Hub"))
+    with pytest.raises(HubError, match=r"model\.safetensors' is not whole .* train or save again\. Nothing was pushed"):
+        push_folder(tmp_path, NAME)
 
 
 def test_the_client_waits_as_long_as_the_hub_asks(happened: dict[str, Any]) -> None:

@@ -13,12 +13,12 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd
 from huggingface_hub.utils._paths import filter_repo_objects
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import nn
 
-from amp_plugin.hub.access import explained, hub_api, require_write_access
+from amp_plugin.hub.access import HubError, explained, hub_api, require_write_access
 from amp_plugin.hub.card import PLACEHOLDER, Run, model_card, with_later_pictures
 
 WEIGHTS = "model.safetensors"
@@ -185,11 +185,18 @@ def upload_later(
 
 
 def _require_weights(folder: Path) -> None:
-    if not any(folder.glob("*.safetensors")):
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
         raise FileNotFoundError(
             f"there is no model to push in {str(folder)!r}: no {WEIGHTS}. Give the output folder of a finished run, or"
             " one that save_pretrained wrote"
         )
+    for path in files:
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as error:
+            raise HubError(f"{str(path)!r} is not whole ({error}); train or save again. Nothing was pushed") from error
 
 
 def _content(path: Path, repo_id: str, temporary: Path) -> Path | bytes:
