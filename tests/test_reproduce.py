@@ -197,6 +197,8 @@ def test_the_table_has_means_and_paired_differences(tabulated: tuple[Scale, list
     assert f"| ERM (lr 0.1, decay 0.0001) | 4 | {spread} |" in text
     row = "| AMP (epsilon 0.2, inner_lr 0.3) | 3 | 50.50 ± 1.50 | 49.50 ± 1.50 | 2.525 ± 0.075 | 0.250 ± 0.000 | 4 |"
     assert f"{row} +2.50 [{2.5 - half:+.2f}, {2.5 + half:+.2f}] | +0.125 [" in text
+    (line,) = (line for line in text.splitlines() if line.startswith("| ERM ("))
+    assert f"| - | - | -2.50 [{-2.5 - half:+.2f}, {-2.5 + half:+.2f}] | -0.125 [" in line, "and against AMP"
     assert "7 runs; commits abc" in text
 
 

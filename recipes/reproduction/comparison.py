@@ -14,6 +14,7 @@ from reproduction.records import Record, comparable, expected, is_trial, same
 from reproduction.scale import Scale
 
 REFERENCE = "erm"
+AMP = "amp"
 _LEVEL = 0.95
 _SYMBOLS = {
     "adversarial_epsilon": "epsilon",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 
-from reproduction.comparison import Interval, Row, paired, reference_of
+from reproduction.comparison import AMP, Interval, Row, paired, reference_of
 from reproduction.published import Figure, Setting, published
 from reproduction.records import Record
 
@@ -15,11 +15,12 @@ _MEASURES = {  # by metric: heading and digits
     "eval_nll": ("NLL", 3),
     "eval_ece": ("ECE", 3),
 }
+_LIBRARIES = ("torch", "transformers")
 _NOTE = """\
 Mean ± standard deviation over seeds. "Best" is the lowest test error of the epochs that were tested, so the test images
-chose it; it stands here because the released code reports it. "ERM minus method" is the mean over the seeds that both
-have, with its 95 % interval by Student's t: positive where the method is better; not corrected for the number of
-methods. "Passes" counts forward and backward passes over the training images."""
+chose it; it stands here because the released code reports it. "ERM minus method" and "AMP minus method" are means over
+the seeds that both have, with a 95 % interval by Student's t: positive where the method is better; not corrected for the
+number of methods. "Passes" counts forward and backward passes over the training images."""
 
 
 def markdown(tables: Mapping[Setting, Sequence[Row]], with_paper: bool) -> str:
@@ -41,15 +42,19 @@ def _table(setting: Setting, rows: Sequence[Row], with_paper: bool) -> list[str]
     paper = published().results.get(setting, {}) if with_paper else {}
     heads = ["method", "seeds", *(head for head, _ in _MEASURES.values()), "passes"]
     heads += ["paper: error %", "paper: NLL"] if paper else []
-    heads += ["ERM minus method: error", "ERM minus method: NLL"]
-    reference = reference_of(rows)
+    others = {"ERM": reference_of(rows), "AMP": reference_of(rows, AMP)}
+    heads += [f"{name} minus method: {measure}" for name in others for measure in ("error", "NLL")]
     lines = [line(heads), line(["---"] * len(heads))]
     for row in rows:
         cells = [row.label(), str(len(row.runs))]
         cells += [spread(list(row.measured(name).values()), digits) for name, (_, digits) in _MEASURES.items()]
         cells.append(_passes(row))
         cells += _figure(paper.get(row.method)) if paper else []
-        cells += [difference(paired(reference, row, name), _MEASURES[name][1]) for name in ("eval_error", "eval_nll")]
+        cells += [
+            difference(paired(other, row, name), _MEASURES[name][1])
+            for other in others.values()
+            for name in ("eval_error", "eval_nll")
+        ]
         lines.append(line(cells))
     return lines
 
@@ -86,5 +91,6 @@ def difference(found: Interval | None, digits: int) -> str:
 
 def _origin(runs: Sequence[Record]) -> str:
     commits = sorted({str(run.get("commit"))[:12] for run in runs})
-    torch = sorted({str(run.get("versions", {}).get("torch")) for run in runs})
-    return f"{len(runs)} runs; commits {', '.join(commits)}; torch {', '.join(torch)}."
+    versions = {name: sorted({str(run.get("versions", {}).get(name)) for run in runs}) for name in _LIBRARIES}
+    said = "; ".join(f"{name} {', '.join(some)}" for name, some in versions.items())
+    return f"{len(runs)} runs; commits {', '.join(commits)}; {said}."

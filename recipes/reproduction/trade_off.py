@@ -9,12 +9,11 @@ from pathlib import Path
 from statistics import mean
 
 from amp_plugin.report.style import AMBER, BLUE, GREEN, PINK, SKY, VERMILION, picture
-from reproduction.comparison import REFERENCE, Row, paired, reference_of
+from reproduction.comparison import AMP, REFERENCE, Row, paired, reference_of
 from reproduction.methods import methods
 from reproduction.published import Setting
 from reproduction.table import difference, line, spread
 
-AMP = "amp"
 SECTION = "Ascent policies"  # of the benchmark
 _MEASURES = {"eval_error": ("test error %", 2), "eval_nll": ("test NLL", 3)}
 # Okabe and Ito's have fewer colours than there are modes; the second round has another mark.
