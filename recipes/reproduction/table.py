@@ -19,8 +19,8 @@ _LIBRARIES = ("torch", "transformers")
 _NOTE = """\
 Mean ± standard deviation over seeds. "Best" is the lowest test error of the epochs that were tested, so the test images
 chose it; it stands here because the released code reports it. "ERM minus method" and "AMP minus method" are means over
-the seeds that both have, with a 95 % interval by Student's t: positive where the method is better; not corrected for the
-number of methods. "Passes" counts forward and backward passes over the training images."""
+the seeds that both have, with a 95 % interval by Student's t: positive where the method is better; not corrected for
+the number of methods. "Passes" counts forward and backward passes over the training images."""
 
 
 def markdown(tables: Mapping[Setting, Sequence[Row]], with_paper: bool) -> str:
