@@ -176,12 +176,8 @@ class Ascending(Displacing):
         self, grad_scale: float | Tensor = 1.0, cost: float = 1.0, directions: Mapping[Tensor, Tensor] | None = None
     ) -> None:
         """Move, along the gradients or else the directions, which are consumed."""
-        if self.perturbs and next(iter(self._in_ball()), None) is None:
-            raise RuntimeError(
-                f"no parameter is in the ball (parameters={self.ball.parameters!r}), so nothing would be perturbed:"
-                " those that were chosen have been replaced in the groups since, and name_parameters(model) chooses"
-                " anew; or their groups have epsilon 0 or inner_lr 0"
-            )
+        if next(self._in_ball(), None) is None:
+            self.ball.require_chosen(self.param_groups)
         self._begin()
         if not self._open:
             self._costs.append(0.0)

@@ -31,7 +31,7 @@ class Ball:
         """Choose by these names, unless that has been done for these parameters; ValueError if none is chosen."""
         if self.parameters is None:
             return
-        own = {id(p) for group in groups for p in group["params"]}
+        own = _ids(groups)
         if self._chosen is not None and all(id(p) in own for p in self._chosen):
             return
         self._chosen = chosen_parameters(self.parameters, {name: p for name, p in named if id(p) in own})
@@ -41,6 +41,15 @@ class Ball:
         self._chosen = None
         if all("param_names" in group for group in groups):
             self.choose(groups, [pair for g in groups for pair in zip(g["param_names"], g["params"], strict=True)])
+
+    def require_chosen(self, groups: Groups) -> None:
+        """RuntimeError if not one of those that were chosen is in the groups any more."""
+        own = _ids(groups)
+        if self._chosen and not any(id(p) in own for p in self._chosen):
+            raise RuntimeError(
+                f"the parameters that parameters={self.parameters!r} chose have been replaced in the optimizer's groups"
+                " since, so nothing would be perturbed; call optimizer.name_parameters(model) to choose anew"
+            )
 
     def of(self, group: Mapping[str, Any]) -> Iterable[Tensor]:
         """Those of a group.
@@ -77,6 +86,10 @@ class Ball:
         finally:
             for p in outside:
                 p.requires_grad_(True)
+
+
+def _ids(groups: Groups) -> set[int]:
+    return {id(p) for group in groups for p in group["params"]}
 
 
 def chosen_parameters(parameters: Parameters, named: Mapping[str, Tensor]) -> set[Tensor]:
