@@ -176,8 +176,6 @@ class Ascending(Displacing):
         self, grad_scale: float | Tensor = 1.0, cost: float = 1.0, directions: Mapping[Tensor, Tensor] | None = None
     ) -> None:
         """Move, along the gradients or else the directions, which are consumed."""
-        if next(self._in_ball(), None) is None:
-            self.ball.require_chosen(self.param_groups)
         self._begin()
         if not self._open:
             self._costs.append(0.0)

@@ -51,6 +51,11 @@ class Displacing(OptimizerWrapper):
         """Whether the weights are at theta + delta now, rather than at theta."""
         return self._perturbation.active
 
+    def eval(self) -> None:
+        """For a base optimizer with modes: the evaluation's; RuntimeError while the weights are perturbed."""
+        self._require_clean("leave the training's mode")
+        super().eval()
+
     def name_parameters(self, named: nn.Module | Iterable[tuple[str, Tensor]]) -> None:
         """Tell the names of the parameters that ``parameters=`` chooses from, if they are not known yet.
 
@@ -116,6 +121,10 @@ class Displacing(OptimizerWrapper):
         self.attached = False  # by attach()
         self._warned: set[str] = set()
 
+    def _require_clean(self, action: str) -> None:
+        if self.perturbed:
+            raise RuntimeError(f"cannot {action} while the weights are perturbed; call restore() first")
+
     def _params(self) -> Iterator[Tensor]:
         # A tensor listed twice is one weight, to be displaced once; torch hashes tensors in Python, ten times slower.
         return iter({id(p): p for group in self.param_groups for p in group["params"]}.values())
@@ -139,6 +148,8 @@ class Displacing(OptimizerWrapper):
                 ascents[p] = Ascent(p, along, -inner_lr if group.get("maximize") else inner_lr, epsilon)
         if any(p.dtype in LOW_PRECISION for p in ascents):
             self._warn_once("AMP on 16-bit weights loses small displacements; use float32 and autocast")
+        if not ascents:
+            self.ball.require_chosen(self.param_groups)
         if directions is None:
             self._warn_without_gradients(ascents)
         if not self._open:

@@ -11,7 +11,6 @@ https://arxiv.org/abs/2010.04925. For one mini-batch, Algorithm 1 reads::
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -26,17 +25,16 @@ from torch.utils._pytree import tree_map_only
 from amp_plugin.ascent import AscentPolicy, Parameters
 from amp_plugin.base import OptimizerFactory, check_not_negative, make_base
 from amp_plugin.compilation import not_compiled
+from amp_plugin.descending import Descending
 from amp_plugin.distributed import in_process_group
-from amp_plugin.fused import step_where_finite
 from amp_plugin.passes import ExtraPasses
 from amp_plugin.perturbation import Norm
-from amp_plugin.scaled import Scaled
 
 _OF_ASCENT = ("policy", "ball", "total_steps")
 living: weakref.WeakSet[AMP] = weakref.WeakSet()  # for hosts that know only the module, or only the optimizer
 
 
-class AMP(Scaled):
+class AMP(Descending):
     """Minimises the worst loss within a small ball around the weights, with any base optimizer.
 
     Either pass a closure, as the released class wants it (it clears the gradients, computes the loss, calls
@@ -118,7 +116,6 @@ class AMP(Scaled):
             raise ValueError(f"inner_iter must be an integer >= 0, got {inner_iter!r}")
         given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         kwargs = {**{name: value for name, value in given.items() if value is not None}, **kwargs}
-        self._skipped: int | Tensor = 0
         super().__init__(
             make_base(base_optimizer, params, kwargs, capturable=capturable),
             epsilon=epsilon,
@@ -129,11 +126,6 @@ class AMP(Scaled):
             parameters=parameters,
             capturable=capturable,
         )
-
-    @property
-    def skipped_steps(self) -> int:
-        """Steps skipped because an ascent gradient was not finite; waits for the device if `capturable`."""
-        return int(self._skipped)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, which may set ``epsilon`` and ``inner_lr`` beside the base optimizer's options."""
@@ -231,11 +223,6 @@ class AMP(Scaled):
         super().load_state_dict(state_dict)
         self.policy.forget()
 
-    def eval(self) -> None:
-        """For a base optimizer with modes: the evaluation's; RuntimeError while the weights are perturbed."""
-        self._require_clean("leave the training's mode")
-        super().eval()
-
     def __getstate__(self) -> dict[str, Any]:
         self._require_clean("copy or pickle AMP")
         self.policy.settle(self.base_optimizer)
@@ -260,66 +247,9 @@ class AMP(Scaled):
         living.add(self)
         self.in_closure = False  # during step(closure)
 
-    def _require_clean(self, action: str) -> None:
-        if self.perturbed:
-            raise RuntimeError(f"cannot {action} while the weights are perturbed; call restore() first")
-
     def _evaluate_once(self, closure: Callable[[], Any]) -> Any:
         self._refuse_scaled_closure()
         return torch.enable_grad()(closure)()
-
-    def _require_ascents(self) -> bool:
-        """Refuse to train without the perturbation while claiming to train with it; whether this is a step at all."""
-        if not self.ascends or self._ascents == self.inner_iter or self._finished:
-            return True
-        if not self._ascents and all(float(g["lr"]) == 0.0 for g in self.param_groups):
-            return False  # harmless, and how torch.distributed.checkpoint makes an optimizer build its state
-        raise RuntimeError(
-            f"AMP.step() without a closure needs {self.inner_iter} ascent step(s) before it, got {self._ascents}; it"
-            " would train without the perturbation that you asked for. Use one of: optimizer.step(closure);"
-            " loss.backward(), optimizer.ascend(), loss.backward(), optimizer.step(); the same with `for _ in"
-            " optimizer.ascent_passes(): loss.backward()`, whatever the ascent policy; amp_plugin.attach(optimizer,"
-            " module) with a module that returns its loss; or amp_plugin.AMPTrainer."
-            " (After an interrupted step, optimizer.restore() starts afresh.)"
-        )
-
-    def _descend(self, counts: bool = True) -> None:
-        """The base optimizer's step at theta, unless the ascent was not finite.
-
-        Args:
-            counts: whether it is one of the training, for the ascent policy.
-        """
-        self._begin()
-        self._stepped, self._plain = True, False
-        if self._perturbation.disturbed:
-            self._perturbation.disturbed = False
-            raise RuntimeError(
-                "a gradient hook changed the weights while they were perturbed, and the change was undone: an optimizer"
-                " that steps inside the backward pass cannot be used with AMP; let AMP's base_optimizer make the step"
-            )
-        self._warn_unreached()
-        finished, self._finished = self._finished, []
-        ascended, self._ascents = self._ascents > 0, 0
-        if self.capturable:
-            flags = [d.finite for d in finished if d.finite is not None]
-            if ascended and self._perturbation.finite is not None:
-                flags.append(self._perturbation.finite)
-            skipped = step_where_finite(self.base_optimizer, flags, self)
-            self._skipped = skipped + self._skipped if isinstance(self._skipped, int) else self._skipped.add_(skipped)
-            return
-        if self._scaler_found_inf():
-            return  # it will lower its scale
-        if (ascended and not self.ascent_was_finite()) or not all(d.was_finite() for d in finished):
-            self._skipped += 1
-            warnings.warn(
-                "AMP: the ascent gradient had NaN or infinite entries; the step was skipped and the weights left as"
-                f" they were ({self.skipped_steps} so far)",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-            return
-        with self.policy.around_step(self.base_optimizer, self._in_ball()) if counts else nullcontext():
-            self.base_optimizer.step()
 
 
 def find_amp(optimizer: Any) -> AMP | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def part_shared(lists: Sequence[list[Tensor]]) -> None:
@@ -14,7 +15,10 @@ def part_shared(lists: Sequence[list[Tensor]]) -> None:
     (https://github.com/pytorch/pytorch/issues/34082).
     """
     spans = sorted(
-        (t.data_ptr(), t.nbytes, which, place) for which, ts in enumerate(lists) for place, t in enumerate(ts)
+        (t.data_ptr(), t.nbytes, which, place)
+        for which, ts in enumerate(lists)
+        for place, t in enumerate(ts)
+        if type(t) is not FakeTensor  # which has no memory
     )
     end = 0
     for start, size, which, place in spans:

@@ -42,8 +42,8 @@ PITFALLS = [
         "the momentum is not in the state_dict",
         "davda54/sam#73, kozistr/pytorch_optimizer#576",
         "wrapper.py",
-        "        return self.base_optimizer.state\n",
-        '        return self.__dict__.setdefault("_state", defaultdict(dict))\n',
+        "        return self.base_optimizer.state_dict()\n",
+        '        return {**self.base_optimizer.state_dict(), "state": {}}\n',
         "test_wrapper.py::test_resume_is_bit_exact",
     ),
     Pitfall(
@@ -218,7 +218,7 @@ PITFALLS = [
     Pitfall(
         "the host clips a gradient that is not the one that is used",
         "by running rivals",
-        "optimizer.py",
+        "descending.py",
         "        self.base_optimizer.step()\n",
         "        torch._foreach_mul_(self.gradients(), 2.0)\n        self.base_optimizer.step()\n",
         "test_attach.py::test_the_trajectory_is_the_references",

@@ -64,9 +64,9 @@ class Stale(Remembered):
 
         A new one goes into the state after the step, because optimizers fill a parameter's state when it is empty.
         """
-        trained = [p for p in ball if p.requires_grad]
-        grads = {p: laid_out_like(p.grad, p) for p in trained if p.grad is not None}
-        if trained and not grads:
+        ball = list(ball)
+        grads = {p: laid_out_like(p.grad, p) for p in ball if p.requires_grad and p.grad is not None}
+        if ball and not grads:
             warnings.warn("AMP: no gradient was left for the next step to ascend along", RuntimeWarning, stacklevel=5)
         copies = {p: self._kept(base, p) for p in grads}
         new = {p: torch.empty_like(p) for p, copy in copies.items() if copy is None}
@@ -110,18 +110,18 @@ class Momentum(Remembered):
         Raises:
             RuntimeError: the base optimizer keeps no such mean.
         """
-        trained = [p for p in ball if p.requires_grad]
-        found = super().directions(base, trained)
-        if trained and not found:
+        ball = list(ball)
+        found = super().directions(base, ball)
+        if ball and not found:
             raise RuntimeError(
                 f"ascent={str(self)!r}: {type(base).__name__} keeps nothing to ascend along; momentum needs"
-                " torch.optim.SGD with momentum > 0, or an optimizer of Adam's kind, whose exp_avg is of gradients"
+                " torch.optim.SGD with momentum > 0, or an optimizer of Adam's kind, whose exp_avg is of gradients; and"
+                " a parameter in the ball that is trained"
             )
         for group in base.param_groups:
             factor = (1.0 - group["momentum"]) / max(1.0 - group["dampening"], 1e-12) if isinstance(base, SGD) else 1.0
             if group.get("maximize"):
                 factor = -factor  # what went into the buffer was the negative gradient
-            tensors = [plain_part(found[p]) for p in group["params"] if p in found]
-            if tensors and factor != 1.0:
+            if factor != 1.0 and (tensors := [plain_part(found[p]) for p in group["params"] if p in found]):
                 torch._foreach_mul_(tensors, factor)
         return found

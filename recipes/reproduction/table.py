@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, stdev
 
 from reproduction.comparison import AMP, Interval, Row, paired, reference_of
@@ -50,11 +50,7 @@ def _table(setting: Setting, rows: Sequence[Row], with_paper: bool) -> list[str]
         cells += [spread(list(row.measured(name).values()), digits) for name, (_, digits) in _MEASURES.items()]
         cells.append(_passes(row))
         cells += _figure(paper.get(row.method)) if paper else []
-        cells += [
-            difference(paired(other, row, name), _MEASURES[name][1])
-            for other in others.values()
-            for name in ("eval_error", "eval_nll")
-        ]
+        cells += differences(others.values(), row, {name: _MEASURES[name][1] for name in ("eval_error", "eval_nll")})
         lines.append(line(cells))
     return lines
 
@@ -82,8 +78,12 @@ def _figure(figure: Figure | None) -> list[str]:
     return [f"{figure.mean:.2f} ± {figure.std:.3f}", "-" if figure.nll is None else f"{figure.nll:.3f}"]
 
 
-def difference(found: Interval | None, digits: int) -> str:
-    """A mean with its interval."""
+def differences(others: Iterable[Row | None], row: Row, digits: Mapping[str, int]) -> list[str]:
+    """Each other row minus this one, for each measure, whose digits are given."""
+    return [_difference(paired(other, row, name), n) for other in others for name, n in digits.items()]
+
+
+def _difference(found: Interval | None, digits: int) -> str:
     if found is None:
         return "-"
     return f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"

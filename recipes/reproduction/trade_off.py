@@ -12,7 +12,7 @@ from amp_plugin.report.style import AMBER, BLUE, GREEN, PINK, SKY, VERMILION, pi
 from reproduction.comparison import AMP, REFERENCE, Row, paired, reference_of
 from reproduction.methods import methods
 from reproduction.published import Setting
-from reproduction.table import difference, line, spread
+from reproduction.table import differences, line, spread
 
 SECTION = "Ascent policies"  # of the benchmark
 _MEASURES = {"eval_error": ("test error %", 2), "eval_nll": ("test NLL", 3)}
@@ -113,11 +113,7 @@ def markdown(tables: Mapping[Setting, Sequence[Mode]]) -> str:
         for mode in modes:
             cells = [mode.label(), f"{mode.passes:.2f}", f"{mode.seconds:.2f}", str(len(mode.row.runs))]
             cells += [spread(list(mode.row.measured(name).values()), digits) for name, (_, digits) in _MEASURES.items()]
-            cells += [
-                difference(paired(other, mode.row, name), digits)
-                for other in (reference, amp)
-                for name, (_, digits) in _MEASURES.items()
-            ]
+            cells += differences((reference, amp), mode.row, {name: digits for name, (_, digits) in _MEASURES.items()})
             cells += [_percent(kept(reference, amp, mode.row, name)) for name in _MEASURES]
             parts.append(line(cells))
         parts.append("")
