@@ -10,21 +10,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from amp_plugin import models as models
-from amp_plugin.attach import Attachment, attach, detach
-from amp_plugin.capture import CapturedStep
-from amp_plugin.hosts.accelerate import amp_backward, watch_accelerate
-from amp_plugin.hosts.stock_trainer import watch_trainer
-from amp_plugin.hosts.timm import register_optimizers
-from amp_plugin.hosts.timm_tasks import watch_tasks
-from amp_plugin.loss import LossModule
-from amp_plugin.optimizer import AMP
-from amp_plugin.passes import ExtraPasses
-from amp_plugin.perturbation import Perturbation
+from amp_plugin.core.capture import CapturedStep
+from amp_plugin.core.loss import LossModule
+from amp_plugin.core.optimizer import AMP
+from amp_plugin.core.perturbation import Perturbation
+from amp_plugin.core.replay import ExtraPasses
+from amp_plugin.doors.accelerate import amp_backward, watch_accelerate
+from amp_plugin.doors.attach import Attachment, attach, detach
+from amp_plugin.doors.stock_trainer import watch_trainer
+from amp_plugin.doors.timm import register_optimizers
+from amp_plugin.doors.timm_tasks import watch_tasks
 
 if TYPE_CHECKING:
-    from amp_plugin.hosts.training_args import AMPTrainingArguments
-    from amp_plugin.hosts.transformers import AMPTrainer
     from amp_plugin.metrics import ImageClassificationMetric
+    from amp_plugin.trainer.arguments import AMPTrainingArguments
+    from amp_plugin.trainer.trainer import AMPTrainer
 
 __all__ = [
     "AMP",
@@ -43,8 +43,8 @@ __all__ = [
 __version__ = "0.1.0"
 
 _LAZY = {
-    "AMPTrainer": "amp_plugin.hosts.transformers",
-    "AMPTrainingArguments": "amp_plugin.hosts.training_args",
+    "AMPTrainer": "amp_plugin.trainer.trainer",
+    "AMPTrainingArguments": "amp_plugin.trainer.arguments",
     "ImageClassificationMetric": "amp_plugin.metrics",
 }
 

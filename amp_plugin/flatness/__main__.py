@@ -16,11 +16,11 @@ from typing import Any
 
 from transformers.utils import logging
 
+from amp_plugin.core.perturbation import NORMS
 from amp_plugin.flatness.curvature import require_library
 from amp_plugin.flatness.measures import MEASURES, Measures, MeasureSettings, measure, measures_table
 from amp_plugin.flatness.objective import Objective
 from amp_plugin.flatness.pictures import plot_landscapes
-from amp_plugin.perturbation import NORMS
 from amp_plugin.train.saved import SavedRun, open_run
 
 # Options of the runs that must be the same, or the models would be measured on different data.

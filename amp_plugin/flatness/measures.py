@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from amp_plugin.core.norms import norms_of, overall_norm
+from amp_plugin.core.perturbation import Norm
 from amp_plugin.flatness.curvature import Eigenvalues, Trace, hessian_eigenvalues, hessian_trace
 from amp_plugin.flatness.landscape import Landscape, filter_normalised_direction, grid_steps, loss_landscape
 from amp_plugin.flatness.objective import Evaluation, Objective
 from amp_plugin.flatness.sharpness import Sharpness, epsilon_sharpness
-from amp_plugin.norms import norms_of, overall_norm
-from amp_plugin.perturbation import Norm
 
 MEASURES = ("sharpness", "hessian", "line", "plane")
 

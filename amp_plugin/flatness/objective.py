@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from amp_plugin.loss import loss_of
-from amp_plugin.passes import ExtraPasses
-from amp_plugin.sharding import is_distributed
+from amp_plugin.core.loss import loss_of
+from amp_plugin.core.replay import ExtraPasses
+from amp_plugin.core.sharding import is_distributed
 
 _NEEDED = (
     "without a criterion its mean loss is needed",

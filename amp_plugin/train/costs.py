@@ -17,8 +17,8 @@ from torch.utils.data import BatchSampler
 from torch.utils.flop_counter import FlopCounterMode
 
 from amp_plugin import AMP
-from amp_plugin.base import OptimizerFactory
-from amp_plugin.optimizer import find_amp
+from amp_plugin.core.base_optimizer import OptimizerFactory
+from amp_plugin.core.optimizer import find_amp
 from amp_plugin.train.options import RecipeArguments
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from amp_plugin.hosts.described import optimizer_in_words, settings_in_words
 from amp_plugin.train.method_options import RADII, MethodArguments
+from amp_plugin.trainer.described import optimizer_in_words, settings_in_words
 
 
 def methods_in_words(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -17,7 +17,6 @@ from transformers.utils.logging import disable_progress_bar
 import amp_plugin.train
 from amp_plugin.data import DatasetError, collate
 from amp_plugin.data.callback import EpochCallback
-from amp_plugin.hosts.checkpoints import SaveError, explained, require_writable
 from amp_plugin.hub import HubError
 from amp_plugin.metrics import compute_metrics
 from amp_plugin.provenance import run_record
@@ -35,6 +34,7 @@ from amp_plugin.train.records import RecordsFile
 from amp_plugin.train.tasks import make_task
 from amp_plugin.train.trackers import require_trackers
 from amp_plugin.train.trainer import RecipeTrainer
+from amp_plugin.trainer.checkpoints import SaveError, explained, require_writable
 
 _LOGGED = ("loss", "amp_loss", "perturbed_loss", "sharpness", "clipped")
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from amp_plugin import AMP
-from amp_plugin.hosts.checkpoints import last_checkpoint
 from amp_plugin.train.costs import Costs, Counts, costs, counts
 from amp_plugin.train.described import methods_in_words
 from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments
 from amp_plugin.train.tasks import Task
 from amp_plugin.train.trainer import RecipeTrainer
+from amp_plugin.trainer.checkpoints import last_checkpoint
 
 
 def plan(

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from amp_plugin.hosts.checkpoints import explained
+from amp_plugin.trainer.checkpoints import explained
 
 
 class RecordsFile(TrainerCallback):

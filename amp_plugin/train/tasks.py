@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from amp_plugin.data import ImageBatches, TextBatches, load_images, load_texts
 from amp_plugin.data.settings import SOURCES
-from amp_plugin.hosts.classifier import image_classifier
-from amp_plugin.hosts.pretrained import freeze_backbone
-from amp_plugin.hosts.pretrained_images import image_checkpoint
-from amp_plugin.hosts.pretrained_texts import text_checkpoint
+from amp_plugin.models.classifier import image_classifier
+from amp_plugin.models.pretrained import freeze_backbone
+from amp_plugin.models.pretrained_images import image_checkpoint
+from amp_plugin.models.pretrained_texts import text_checkpoint
 from amp_plugin.train.methods.mixup import MixedBatches
 from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments, shown_name
 

@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from amp_plugin import AMP, AMPTrainer, AMPTrainingArguments, LossModule, attach
-from amp_plugin.hosts.classifier import image_classifier
+from amp_plugin.models.classifier import image_classifier
 from benchmarks.memory import peak_memory
 from benchmarks.rows import Row, counted, timed
 from benchmarks.turns import Turn, take_turns

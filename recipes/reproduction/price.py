@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from amp_plugin.hosts.classifier import image_classifier
+from amp_plugin.models.classifier import image_classifier
 from amp_plugin.train.costs import costs, counts
 from amp_plugin.train.options import RecipeArguments, parse
 from amp_plugin.train.trainer import RecipeTrainer

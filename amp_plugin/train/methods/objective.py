@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer
 
-from amp_plugin.passes import ExtraPasses
+from amp_plugin.core.replay import ExtraPasses
 from amp_plugin.train.method_options import MethodArguments
 from amp_plugin.train.methods.adversarial import fast_gradient_sign
 

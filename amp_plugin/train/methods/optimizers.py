@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from amp_plugin import AMP
-from amp_plugin.ascent.policy import CountsSteps
+from amp_plugin.core.policies.policy import CountsSteps
 from amp_plugin.train.methods.sphere import AdaptiveSphere, Sphere
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from amp_plugin.perturbation import Perturbation
+from amp_plugin.core.perturbation import Perturbation
 
 
 class Sphere(Perturbation):

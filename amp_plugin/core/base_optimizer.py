@@ -1,0 +1,88 @@
+"""The base optimizer that AMP drives: a class, or a name that `torch.optim` or timm's registry knows."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from amp_plugin.core.fused import require_fused
+from amp_plugin.suggest import did_you_mean
+
+OptimizerFactory = Callable[..., Optimizer]
+
+
+def make_base(
+    base_optimizer: str | OptimizerFactory, params: ParamsT, kwargs: dict[str, Any], *, capturable: bool = False
+) -> Optimizer:
+    """Build the base optimizer over `params`.
+
+    A timm name comes with timm's defaults and timm's rule for ``momentum``: 0.9 unless given, and only for the
+    optimizers that have one.
+
+    Args:
+        base_optimizer: class or name.
+        params: of the optimizer.
+        kwargs: its arguments.
+        capturable: whether its steps must be ones that a CUDA graph can hold and the device can skip.
+
+    Raises:
+        ValueError: unknown name, or an optimizer whose ``step`` needs a closure of its own, or is not `capturable`.
+        TypeError: an argument that the optimizer does not take, or something that is no optimizer.
+    """
+    factory: OptimizerFactory
+    if isinstance(base_optimizer, str):
+        factory, kwargs = _by_name(base_optimizer, kwargs)
+    else:
+        factory = base_optimizer
+    if not callable(factory):
+        raise TypeError(f"base_optimizer must be an optimizer class or its name, got {base_optimizer!r}")
+    if capturable and "capturable" in inspect.signature(factory).parameters:
+        kwargs = {**kwargs, "capturable": True}
+    base = factory(params, **kwargs)
+    if not isinstance(base, Optimizer):
+        raise TypeError(f"base_optimizer must make a torch.optim.Optimizer, got {type(base).__name__}")
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"base_optimizer {type(base).__name__} needs a closure of its own in every step, which AMP cannot give"
+            " it; use a first-order optimizer such as SGD or AdamW"
+        )
+    if capturable:
+        require_fused(base)
+    return base
+
+
+def _by_name(name: str, kwargs: dict[str, Any]) -> tuple[OptimizerFactory, dict[str, Any]]:
+    from timm.optim import get_optimizer_class, get_optimizer_info, list_optimizers
+
+    native = getattr(torch.optim, name, None)
+    if isinstance(native, type) and issubclass(native, Optimizer) and native is not Optimizer:
+        return native, kwargs
+    known = [str(known) for known in list_optimizers(exclude_filters=["amp*"])]
+    if name.lower() not in known:
+        raise ValueError(
+            f"base_optimizer {name!r} is unknown{did_you_mean(name.lower(), known, at_most=3)}; use a class, a name in"
+            f" torch.optim (e.g. 'AdamW') or one of timm's: {', '.join(known)}"
+        )
+    info = get_optimizer_info(name.lower())
+    momentum = {"momentum": kwargs.get("momentum", 0.9)} if info.has_momentum else {}
+    kwargs = {k: v for k, v in kwargs.items() if k != "momentum"} | momentum
+    return get_optimizer_class(name.lower(), bind_defaults=True), kwargs
+
+
+def check_not_negative(**values: float | Tensor | None) -> None:
+    """Raise ValueError, naming argument and value, unless each is None or a finite number >= 0."""
+    for name, value in values.items():
+        try:
+            valid = value is None or 0.0 <= float(value) < math.inf
+        except (TypeError, ValueError):
+            valid = False
+        if not valid:
+            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")

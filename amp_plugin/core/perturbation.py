@@ -1,0 +1,319 @@
+"""The ball: a displacement of the weights that is bounded, measured and exactly undone.
+
+Source: Zheng, Zhang, Mao, "Regularizing Neural Networks via Adversarial Model Perturbation", CVPR 2021,
+https://arxiv.org/abs/2010.04925, section 4 (Algorithm 1).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from amp_plugin.core.async_scalar import HostValue
+from amp_plugin.core.compilation import not_compiled
+from amp_plugin.core.norms import all_finite, norms_of, overall_norm, plain_part
+from amp_plugin.core.sharding import Split, laid_out_like, local_part, split_of, whole_norms
+from amp_plugin.core.shared_memory import part_shared
+
+Norm = Literal["tensor", "global"]
+NORMS: tuple[str, ...] = get_args(Norm)
+
+# A float of that many bytes, read as an integer: multiplying the bits by 0 clears even NaN and inf.
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# Autograd's version counters of displaced weights: out of reach of the small numbers that ordinary changes count to,
+# and with room for the changes that a module makes to its own weights (nn.Embedding's max_norm).
+_displacements = itertools.count(2**31, 64)
+
+
+class Ascent(NamedTuple):
+    """What one parameter contributes to an ascent step.
+
+    Attributes:
+        param: the parameter, of any shape; complex numbers count as pairs of reals.
+        grad: its gradient, same shape, or None if it received none in this pass. **Consumed**: overwritten.
+        inner_lr: step length (zeta in the paper), > 0; < 0 to go downhill, the worst direction when maximising.
+        epsilon: radius of the ball, in the units of the weights, > 0.
+    """
+
+    param: Tensor
+    grad: Tensor | None
+    inner_lr: float
+    epsilon: float
+
+
+class Displacement(NamedTuple):
+    """A point theta + delta that the weights have left for a while, and can be put back to.
+
+    Attributes:
+        params: the displaced parameters.
+        moved: their values at theta + delta.
+        theta_versions: autograd's version counters at theta.
+        moved_versions: and at theta + delta.
+        finite: 0-d bool on the device, whether all gradients of the ascent were finite; None if there were none.
+        flag: the same on its way to the host.
+    """
+
+    params: list[Tensor]
+    moved: list[Tensor]
+    theta_versions: list[int]
+    moved_versions: list[int]
+    finite: Tensor | None
+    flag: HostValue | None
+
+    def was_finite(self) -> bool:
+        """Whether all gradients of the ascent were finite; waits for the device if that is not known yet."""
+        return self.flag is None or bool(self.flag.value())
+
+
+class _Bucket(NamedTuple):
+    """Parameters that one batched kernel can treat together, as plain local real tensors."""
+
+    inner_lr: float
+    epsilon: float
+    split: Split | None
+    params: list[Tensor]
+    backups: list[Tensor]
+    deltas: list[Tensor]
+
+
+class Perturbation:
+    """Moves parameters to theta + delta inside an L2 ball around theta, and back to the exact bits of theta.
+
+    With ``norm="tensor"`` every parameter tensor has a ball of its own (what the released code of the paper
+    does and its tables were made with); with ``norm="global"`` there is one ball for all of them (what the
+    paper's text says). Where the groups' radii differ, the global ball is an ellipsoid: a group's share is
+    measured in units of its own epsilon.
+
+    Batched kernels throughout, no host synchronisation; statistics stay on the device until asked for.
+    Memory: one copy of the displaced weights, kept from step to step. With ``tell_host=False`` nothing is sent to the
+    host, not even whether the gradients were finite: :attr:`finite` has it on the device.
+
+    Autograd's version counters tell the two points apart: each displacement has a number of its own, and theta has
+    its old one back after :meth:`restore`. So a graph recorded at one point cannot silently be differentiated at
+    another (autograd's own check fails), but can be at the same one.
+    """
+
+    def __init__(self, norm: Norm = "tensor", *, tell_host: bool = True) -> None:
+        if norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
+        self.norm: Norm = norm
+        self._tell_host = tell_host
+        self._backups: dict[Tensor, Tensor] = {}
+        self._displaced: dict[Tensor, int] = {}  # with the version counter at theta
+        self._moved_versions: list[int] = []  # and at theta + delta
+        self.disturbed = False  # whether a gradient hook changed displaced weights, which restore() has undone
+        self._ratios: list[tuple[Tensor, float]] = []
+        self._finite: Tensor | None = None
+        self._flag: HostValue | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether the weights are displaced now."""
+        return bool(self._displaced)
+
+    @not_compiled
+    @torch.no_grad()
+    def ascend(self, ascents: Iterable[Ascent], grad_scale: float | Tensor = 1.0) -> None:
+        """Move to ``theta + project(delta + inner_lr * grad / grad_scale)``; gradients are consumed.
+
+        A parameter displaced earlier but without a gradient now keeps its share of the displacement. If any
+        gradient since theta was NaN or infinite, all parameters go to theta exactly, and :meth:`was_finite` is False.
+
+        Args:
+            ascents: one for each parameter.
+            grad_scale: what the loss was multiplied by, > 0; a 0-d tensor costs no synchronisation.
+
+        Raises:
+            RuntimeError: a gradient is sparse, or a parameter a pending sum over processes; no parameter has moved.
+        """
+        again = self.active
+        if not again:
+            self._finite = self._flag = None
+            self._ratios = []
+        buckets = self._buckets(ascents)
+        if not buckets:
+            return
+        divisors = [_beside(b, grad_scale) for b in buckets]
+        scales: list[Any] = [b.inner_lr / d for b, d in zip(buckets, divisors, strict=True)]  # float or 0-d tensor
+        # The quotient first: then a grad_scale that is a power of two changes no bit of the result.
+        reaches: list[Any] = [abs(b.inner_lr) / b.epsilon / d for b, d in zip(buckets, divisors, strict=True)]
+        if again:  # delta = (theta + delta) - theta, plus the new step
+            for b, scale in zip(buckets, scales, strict=True):
+                torch._foreach_mul_(b.deltas, scale)
+                torch._foreach_add_(b.deltas, b.params)
+                torch._foreach_sub_(b.deltas, b.backups)
+            scales, reaches = [1.0 for _ in buckets], [1.0 / b.epsilon for b in buckets]
+        for b in buckets:
+            self._weigh(b.deltas, b.backups)
+        norms = [whole_norms(norms_of(b.deltas), b.split) for b in buckets]
+        ratios = [n * reach for n, reach in zip(norms, reaches, strict=True)]
+        finite = all_finite(ratios)
+        if again and self._finite is not None:
+            finite = finite & self._finite
+        overall = overall_norm(ratios) if self.norm == "global" else None
+        for b, scale, ratio in zip(buckets, scales, ratios, strict=True):
+            shrink = self._share(ratio if overall is None else overall.to(ratio.device)).mul_(scale)
+            ok = finite.to(ratio.device)
+            shrink = torch.where(ok, shrink, 0.0)
+            bits = _BITS[b.deltas[0].element_size()]
+            torch._foreach_mul_([d.view(bits) for d in b.deltas], ok.to(bits))
+            if overall is None:
+                torch._foreach_mul_(b.deltas, shrink.unbind())
+            else:
+                torch._foreach_mul_(b.deltas, shrink)
+            self._weigh(b.deltas, b.backups)
+            if again:
+                torch._foreach_copy_(b.params, b.backups)
+            torch._foreach_add_(b.params, b.deltas)
+        self._moved_versions = [next(_displacements)] * len(self._displaced)
+        _set_versions(self._displaced, self._moved_versions)
+        torch.clear_autocast_cache()
+        self._ratios = [(ratio, b.epsilon) for b, ratio in zip(buckets, ratios, strict=True)]
+        self._finite = finite
+        self._flag = HostValue(finite) if self._tell_host else None
+
+    @not_compiled
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put back the exact bits of theta, in place; nothing to do if the weights are not displaced."""
+        if not self._displaced:
+            return
+        versions = zip(self._displaced, self._moved_versions, strict=False)  # not all, if an ascent failed
+        self.disturbed |= any(local_part(p)._version != version and _is_hooked(p) for p, version in versions)
+        params = [plain_part(p) for p in self._displaced]
+        torch._foreach_copy_(params, [self._backups[p] for p in self._displaced])
+        # The first to be displaced comes last: tensors in the same memory share a counter, and its is theta's.
+        _set_versions(reversed(self._displaced), reversed(self._displaced.values()))
+        self._displaced = {}
+        torch.clear_autocast_cache()
+
+    @not_compiled
+    @torch.no_grad()
+    def suspend(self) -> Displacement:
+        """Like :meth:`restore`, but keeps theta + delta, so that :meth:`resume` can go back there."""
+        params = list(self._displaced)
+        plain = [plain_part(p) for p in params]
+        moved = [torch.empty_like(p) for p in plain]
+        if params:
+            torch._foreach_copy_(moved, plain)
+        moved_versions = [local_part(p)._version for p in params]
+        self.restore()
+        theta_versions = [local_part(p)._version for p in params]
+        return Displacement(params, moved, theta_versions, moved_versions, self._finite, self._flag)
+
+    @not_compiled
+    @torch.no_grad()
+    def resume(self, displacement: Displacement) -> None:
+        """Go back to a suspended theta + delta, to the exact bits.
+
+        Raises:
+            RuntimeError: theta has changed since, or the weights are displaced already; nothing has moved.
+        """
+        if self.active:
+            raise RuntimeError("the weights are at another theta + delta already")
+        params, moved, theta_versions, moved_versions, *_ = displacement
+        if [local_part(p)._version for p in params] != theta_versions:
+            raise RuntimeError("the weights have changed since they were perturbed")
+        self._displaced = dict(zip(params, theta_versions, strict=True))
+        if params:
+            torch._foreach_copy_([plain_part(p) for p in params], moved)
+        self._moved_versions = moved_versions
+        _set_versions(params, moved_versions)
+        torch.clear_autocast_cache()
+
+    @property
+    def finite(self) -> Tensor | None:
+        """Whether all gradients since theta were finite, 0-d bool on the device; None if none was seen."""
+        return self._finite
+
+    def was_finite(self) -> bool:
+        """The same on the host; True if `tell_host` is off."""
+        return self._flag is None or bool(self._flag.value())
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Measures of the last ascent step, as 0-d tensors on the device; empty before the first.
+
+        ``perturbation_norm`` is the L2 norm of delta over all parameters; ``clipped`` the fraction of
+        parameter tensors that the ball held back (with ``norm="global"``: 0 or 1).
+        """
+        if not self._ratios:
+            return {}
+        device = self._ratios[0][0].device
+        ratios = torch.cat([ratio.to(device) for ratio, _ in self._ratios])
+        radii = torch.cat([ratio.new_full(ratio.shape, epsilon, device=device) for ratio, epsilon in self._ratios])
+        length = torch.linalg.vector_norm(ratios) if self.norm == "global" else ratios
+        norm = torch.linalg.vector_norm(radii * ratios * self._share(length))
+        clipped = (length > 1.0).float().mean()
+        assert self._finite is not None
+        moved = self._finite.to(device)  # if not, the weights stayed at theta
+        return {"perturbation_norm": torch.where(moved, norm, 0.0), "clipped": torch.where(moved, clipped, 0.0)}
+
+    def _share(self, length: Tensor) -> Tensor:
+        """What is left of a displacement of that length, in radii; a new tensor of the same shape."""
+        return length.reciprocal().clamp_(max=1.0)
+
+    def _weigh(self, deltas: list[Tensor], theta: list[Tensor]) -> None:
+        """Where not all weights count the same: multiply the steps, before they are measured and again after."""
+
+    def _buckets(self, ascents: Iterable[Ascent]) -> list[_Bucket]:
+        """Back up parameters that are not displaced yet; group by device, dtype, hyper-parameters and sharding."""
+        buckets: dict[tuple[object, ...], _Bucket] = {}
+        entering: dict[Tensor, int] = {}
+        for param, grad, inner_lr, epsilon in ascents:
+            _refuse_what_cannot_move(param, grad)
+            plain = plain_part(param)
+            if param not in self._displaced:
+                if grad is None:
+                    continue
+                entering[param] = plain._version
+            split = split_of(param)
+            delta = torch.zeros_like(plain) if grad is None else plain_part(laid_out_like(grad, param))
+            key = (plain.device, plain.dtype, delta.dtype, inner_lr, epsilon, split)
+            bucket = buckets.setdefault(key, _Bucket(inner_lr, epsilon, split, [], [], []))
+            bucket.params.append(plain)
+            bucket.backups.append(self._backup(param, plain))
+            bucket.deltas.append(delta)
+        part_shared([b.deltas for b in buckets.values()])
+        if entering:
+            torch._foreach_copy_([self._backups[p] for p in entering], [plain_part(p) for p in entering])
+            self._displaced.update(entering)  # only now: restore() must never meet a backup that is not filled
+        return list(buckets.values())
+
+    def _backup(self, param: Tensor, like: Tensor) -> Tensor:
+        """The buffer that keeps theta of this parameter; made when first needed or when the parameter changed."""
+        backup = self._backups.get(param)
+        if backup is None or backup.shape != like.shape or backup.dtype != like.dtype or backup.device != like.device:
+            backup = self._backups[param] = torch.empty_like(like)
+        return backup
+
+
+def _refuse_what_cannot_move(param: Tensor, grad: Tensor | None) -> None:
+    if hasattr(param, "_fsdp_flattened"):  # its norm would be that of this process's piece of a flat buffer
+        raise RuntimeError("AMP does not support FullyShardedDataParallel (FSDP1); use fully_shard (FSDP2) or DDP")
+    if grad is not None and grad.layout != torch.strided:
+        raise RuntimeError(
+            f"AMP does not support sparse gradients (parameter of shape {tuple(param.shape)}); make them dense, e.g."
+            " nn.Embedding(sparse=False), or put the parameter in a group with epsilon=0"
+        )
+
+
+def _is_hooked(param: Tensor) -> bool:
+    """Whether something is called when the parameter's gradient is there, as optimizers that step in backward are."""
+    return bool(param._post_accumulate_grad_hooks or param._backward_hooks)
+
+
+def _beside(bucket: _Bucket, grad_scale: float | Tensor) -> float | Tensor:
+    """The same; a tensor on the device of the gradients, in a precision that is enough."""
+    if isinstance(grad_scale, Tensor):
+        delta = bucket.deltas[0]
+        return grad_scale.to(delta.device, torch.promote_types(delta.dtype, torch.float32))
+    return grad_scale
+
+
+def _set_versions(params: Iterable[Tensor], versions: Iterable[int]) -> None:
+    torch._C._autograd._unsafe_set_version_counter(tuple(map(local_part, params)), tuple(versions))

@@ -1,0 +1,30 @@
+"""Ascent policies: AMP for less than its full price, ``AMP(..., ascent="every(2)")``.
+
+The paper's AMP ascends in every step, on the whole batch, along the gradient at the weights, and so costs
+``1 + inner_iter`` passes a step. A policy spares some of that, and says what it approximates by what.
+"""
+
+from __future__ import annotations
+
+from amp_plugin.core.policies.adaptive import Adaptive
+from amp_plugin.core.policies.combined import Combined
+from amp_plugin.core.policies.parse import make_policy
+from amp_plugin.core.policies.policy import AscentPolicy, Full
+from amp_plugin.core.policies.schedule import Every, Window
+from amp_plugin.core.policies.stale import Momentum, Stale
+from amp_plugin.core.policies.subset import Subset
+from amp_plugin.core.selection import Parameters
+
+__all__ = [
+    "Adaptive",
+    "AscentPolicy",
+    "Combined",
+    "Every",
+    "Full",
+    "Momentum",
+    "Parameters",
+    "Stale",
+    "Subset",
+    "Window",
+    "make_policy",
+]

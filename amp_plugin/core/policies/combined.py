@@ -1,0 +1,111 @@
+"""Several policies at once: a step ascends if all of them agree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from amp_plugin.core.policies.policy import AscentPolicy, Full
+from amp_plugin.core.policies.schedule import Every, Window
+from amp_plugin.core.policies.stale import Remembered
+from amp_plugin.core.policies.subset import Subset
+
+
+@dataclass
+class Combined(AscentPolicy):
+    """Every one of several policies has its say. The order does not matter; steps are counted over the whole training.
+
+    Args:
+        policies: at least two, of different kinds.
+
+    Raises:
+        ValueError: they do not go together.
+    """
+
+    name = "combined"
+    policies: tuple[AscentPolicy, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse what does not go together."""
+        names = [p.name for p in self.policies]
+        if len(set(names)) < len(names):
+            raise ValueError(f"ascent={str(self)!r}: each policy can be given once")
+        if any(isinstance(p, Full) for p in self.policies):
+            raise ValueError(f"ascent={str(self)!r}: 'full' ascends in every step on the whole batch, and stands alone")
+        sources = [p.name for p in self.policies if isinstance(p, Remembered)]
+        if len(sources) > 1:
+            raise ValueError(f"ascent={str(self)!r}: there can be one direction only, {' or '.join(sources)}")
+        if sources and any(isinstance(p, Subset) for p in self.policies):
+            raise ValueError(f"ascent={str(self)!r}: {sources[0]} makes no ascent pass, so there is no part of one")
+
+    @property
+    def state(self) -> Mapping[str, Any]:  # type: ignore[override]
+        """Of all."""
+        return {name: value for p in self.policies for name, value in p.state.items()}
+
+    @property
+    def cost(self) -> float:  # type: ignore[override]
+        """The least of all."""
+        return math.prod(p.cost for p in self.policies)
+
+    @property
+    def copies(self) -> int:  # type: ignore[override]
+        """Of all."""
+        return sum(p.copies for p in self.policies)
+
+    @property
+    def foreseeable(self) -> bool:  # type: ignore[override]
+        """Whether all are."""
+        return all(p.foreseeable for p in self.policies)
+
+    def ascends(self, state: Mapping[str, Any], total_steps: int | None) -> bool:
+        """Whether all agree.
+
+        Raises:
+            ValueError: one cannot tell, or no step of a window is one of every k.
+        """
+        of = {type(p): p for p in self.policies}
+        window, every = of.get(Window), of.get(Every)
+        if isinstance(window, Window) and isinstance(every, Every):
+            steps = window.steps(total_steps)
+            if -(-steps.start // every.k) * every.k not in steps:
+                raise ValueError(
+                    f"ascent={str(self)!r}: none of its steps is in its window; nothing would be perturbed"
+                )
+        return all(p.ascends(state, total_steps) for p in self.policies)
+
+    def part(self, batches: Sequence[Any] | None) -> tuple[Sequence[Any], float]:
+        """That of the subset, if there is one."""
+        return next((p for p in self.policies if isinstance(p, Subset)), Full()).part(batches)
+
+    def directions(self, base: Optimizer, ball: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+        """Of the one that has them."""
+        return next(p for p in self.policies if isinstance(p, Remembered)).directions(base, ball)
+
+    @contextmanager
+    def around_step(self, base: Optimizer, ball: Iterable[Tensor]) -> Iterator[None]:
+        """All of them."""
+        ball = list(ball)
+        with ExitStack() as stack:
+            for p in self.policies:
+                stack.enter_context(p.around_step(base, ball))
+            yield
+
+    def settle(self, base: Optimizer) -> None:
+        """All of them."""
+        for p in self.policies:
+            p.settle(base)
+
+    def forget(self) -> None:
+        """All of them."""
+        for p in self.policies:
+            p.forget()
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.policies))

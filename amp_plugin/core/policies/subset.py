@@ -1,0 +1,89 @@
+"""The policy that ascends on a part of the batch: `subset`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from amp_plugin.core.inputs import mapped, tensors_in
+from amp_plugin.core.policies.policy import AscentPolicy
+
+
+@dataclass
+class Subset(AscentPolicy):
+    """Take the ascent's gradient from a part of the batch; the descent's is that of the whole.
+
+    Approximates the ascent gradient by that of fewer samples, which is noisier: the ball is the same. Cost of a step:
+    ``1 + fraction * inner_iter`` passes, samples (or micro-batches) rounded up to a whole number. The part is the
+    first samples of the batch, so the data must be in random order; of a window of several micro-batches, it is the
+    first micro-batches. The clean loss, and running statistics, are those of the part.
+
+    A batch is made of tensors with the samples along their first dimension, in tuples, lists and mappings; what is
+    no tensor, or has no dimension, is passed on as it is.
+
+    Args:
+        fraction: in (0, 1]; 1 is ``full``.
+
+    Raises:
+        ValueError: it is not.
+    """
+
+    name = "subset"
+    fraction: float
+
+    def __post_init__(self) -> None:
+        """Check the fraction."""
+        if isinstance(self.fraction, bool) or not isinstance(self.fraction, (int, float)) or not 0 < self.fraction <= 1:
+            raise ValueError(f"subset(fraction) needs a fraction of the batch in (0, 1], got {self.fraction!r}")
+
+    @property
+    def cost(self) -> float:  # type: ignore[override]
+        """The fraction."""
+        return float(self.fraction)
+
+    def part(self, batches: Sequence[Any] | None) -> tuple[Sequence[Any], float]:
+        """The first micro-batches; of a single one the first samples.
+
+        Raises:
+            ValueError: there is no batch here to take a part of, or it does not tell its samples.
+        """
+        if not batches:
+            raise ValueError(
+                f"{self} needs the batch, to take a part of it, but a closure or a bare ascend() keeps it: use"
+                " amp_plugin.attach(), AMPTrainer or amp_backward(), or `for part in optimizer.ascent_passes([batch])`"
+            )
+        if len(batches) > 1:
+            kept = self._of(len(batches))
+            return batches[:kept], kept / len(batches)
+        rows = _rows(batches[0])
+        kept = self._of(rows)
+        return [mapped(lambda leaf: _first(leaf, kept), batches[0])], kept / rows
+
+    def _of(self, count: int) -> int:
+        return math.ceil(round(count * self.fraction, 6))
+
+
+def _first(leaf: Any, count: int) -> Any:
+    return leaf[:count] if isinstance(leaf, Tensor) and leaf.dim() else leaf
+
+
+def _rows(batch: Any) -> int:
+    """The number of samples."""
+    mappings = tree_leaves(batch, is_leaf=lambda node: isinstance(node, Mapping))
+    if any(isinstance(m, Mapping) and m.get("num_items_in_batch") is not None for m in mappings):
+        raise ValueError(
+            "subset: this loss is divided by num_items_in_batch, the number of items in the whole batch, and so would"
+            " be too small on a part of it; use amp_plugin.AMPTrainer, which counts those of the part"
+        )
+    shapes = [tuple(t.shape) for t in tensors_in(batch) if t.dim()]
+    if len({shape[0] for shape in shapes}) != 1:
+        raise ValueError(
+            "subset takes the first samples of every tensor in the batch, along the first dimension, which must be as"
+            f" long in all of them; got shapes {', '.join(map(str, shapes)) or 'of no tensor'}"
+        )
+    return shapes[0][0]

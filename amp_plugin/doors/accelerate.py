@@ -1,0 +1,163 @@
+"""AMP in a raw accelerate loop: the backward pass of a whole gradient accumulation window, exactly."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from wrapt import when_imported
+
+from amp_plugin.core.distributed import average_gradients, data_parallel, share_overflow
+from amp_plugin.core.inputs import fresh, tensors_in
+from amp_plugin.core.optimizer import AMP, find_amp
+from amp_plugin.core.replay import BatchNormPolicy, ExtraPasses, RngPolicy
+from amp_plugin.core.scaled import scale_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_INEXACT_HOSTS = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA")
+
+
+def amp_backward(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    compute_loss: Callable[[Any], Tensor],
+    batches: Sequence[Any],
+    *,
+    batch_norm: BatchNormPolicy = "clean",
+    rng: RngPolicy = "same",
+    sync_ascent: bool = True,
+) -> Tensor:
+    """Instead of ``accelerator.backward(loss)``: leave AMP's gradient for a window of micro-batches in ``.grad``.
+
+    For loops that accumulate gradients; where they do not, :func:`amp_plugin.attach` does the same. One window is one
+    update, so it goes without ``accelerator.accumulate``::
+
+        model, optimizer, loader = accelerator.prepare(model, AMP(model.parameters(), lr=0.1), loader)
+        micro_batches = iter(loader)
+        while window := list(itertools.islice(micro_batches, 4)):
+            loss = amp_backward(accelerator, model, optimizer, lambda batch: model(**batch).loss, window)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    All micro-batches are run at theta, then the weights are perturbed along the mean gradient, then all are run at
+    theta + delta; the weights are theta again on return. So k micro-batches equal one that is k times larger. The
+    gradients are averaged over processes once in a pass over the window; those from before the call are dropped. With
+    fp16 an overflow in any pass makes accelerate's gradient scaler skip the step and lower its scale.
+
+    Args:
+        accelerator: of the loop; its ``gradient_accumulation_steps`` does not matter.
+        model: as ``accelerator.prepare`` returned it, not attached.
+        optimizer: an :class:`amp_plugin.AMP`, also as ``accelerator.prepare`` returned it.
+        compute_loss: runs the model on one micro-batch and returns its mean loss, 0-d. Called ``inner_iter + 1`` times
+            for each, or less often with an ascent policy; it may take a mapping to pieces, but must not change a
+            tensor in place.
+        batches: the micro-batches of this process, at least one. All count the same, whatever their sizes.
+        batch_norm: which passes update running statistics, see :class:`amp_plugin.ExtraPasses`.
+        rng: whether all passes use the same dropout masks, see there.
+        sync_ascent: average the ascent's gradients over the processes, so that any number of them equals one; else
+            each process perturbs along its own.
+
+    Returns:
+        The mean loss of this process's micro-batches at theta (of those of the ascent, if the policy takes a part; at
+        theta + delta, if it makes no pass at theta), 0-d, detached.
+
+    Raises:
+        TypeError: the optimizer is not AMP.
+        ValueError: no micro-batches, or the host cannot run AMP exactly.
+        RuntimeError: within ``accelerator.accumulate``, before its last micro-batch; the optimizer is attached; or
+            a batch was changed. Whatever is raised, the weights are the unperturbed ones.
+    """
+    amp = find_amp(optimizer)
+    if amp is None:
+        raise TypeError(f"amp_backward() needs amp_plugin.AMP, got {type(optimizer).__name__}")
+    _refuse(accelerator, amp, batches)
+    amp.name_parameters(model)
+    # DDP would wait for gradients that a restricted ball does not need; they are then averaged here.
+    ddp = data_parallel(model) if amp.ball.prunes(amp.param_groups) else None
+
+    def run(window: Sequence[Any], sync: bool = True) -> Tensor:
+        share = accelerator.gradient_accumulation_steps / len(window)  # accelerator.backward() divides by the former
+        losses = []
+        for k, batch in enumerate(window, 1):
+            with nullcontext() if sync and k == len(window) else accelerator.no_sync(model):
+                loss = compute_loss(batch)
+                accelerator.backward(loss * share)
+            losses.append(loss.detach())
+        return torch.stack(losses).mean()
+
+    def clear() -> None:
+        model.zero_grad()  # its other parameters' gradients, too, must come from the last pass alone
+        amp.zero_grad()
+
+    passes = ExtraPasses(model, batch_norm=batch_norm, rng=rng)
+    scale = scale_of(accelerator.scaler)
+    versions = [t._version for t in tensors_in(batches)]
+    means: list[Tensor] = []
+    clear()
+    try:
+        for part in amp.passes_of_step(batches, scale):
+            with passes.number(len(means)):
+                means.append(run(fresh(part), sync_ascent and ddp is None))
+            if versions != [t._version for t in tensors_in(batches)]:
+                raise RuntimeError(
+                    "compute_loss changes its batch in place, so a second pass would see another one; change a copy"
+                )
+            amp.require_gradients()
+            trained = [p for group in amp.param_groups for p in group["params"] if p.requires_grad]
+            if not sync_ascent:
+                share_overflow(trained)
+            elif ddp is not None:
+                average_gradients(trained, ddp.process_group)
+        model.zero_grad()
+        with passes.number(len(means)):
+            means.append(run(batches))
+    except BaseException:
+        clear()
+        raise
+    finally:
+        amp.restore()
+    if accelerator.scaler is not None:
+        amp.pass_on_overflow()
+    return means[0]
+
+
+def _refuse(accelerator: Accelerator, amp: AMP, batches: Sequence[Any]) -> None:
+    if amp.attached:
+        raise RuntimeError("the optimizer is attached to a module, which makes the ascent; detach() it first")
+    if not accelerator.sync_gradients:
+        raise RuntimeError(
+            "amp_backward() takes a whole accumulation window at once; call it outside accelerator.accumulate()"
+        )
+    if len(batches) == 0:
+        raise ValueError("amp_backward() needs at least one micro-batch")
+    if (host := accelerator.distributed_type.value) in _INEXACT_HOSTS:
+        raise ValueError(f"amp_backward() does not work exactly with {host}; use DDP")
+
+
+def watch_accelerate() -> None:
+    """From now on accelerate refuses to drop a closure of AMP's, which it would do without a word."""
+    when_imported("accelerate.optimizer")(_refuse_dropped_closures)
+
+
+def _refuse_dropped_closures(module: Any) -> None:
+    step = module.AcceleratedOptimizer.step
+
+    @functools.wraps(step)
+    def checked_step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
+        if closure is not None and not self.gradient_state.sync_gradients and find_amp(self) is not None:
+            raise RuntimeError(
+                "within accelerator.accumulate() accelerate calls step(closure) only for the last micro-batch of a"
+                " window, and drops the others; use amp_plugin.amp_backward or amp_plugin.attach"
+            )
+        return step(self, closure)
+
+    module.AcceleratedOptimizer.step = checked_step

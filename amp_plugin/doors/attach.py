@@ -1,0 +1,305 @@
+"""AMP inside a module's forward and backward passes, for loops that know nothing of it.
+
+The module must return its loss. In training mode its forward pass first makes the ascent (`inner_iter` passes of its
+own, at theta and beyond) and then runs at theta + delta; the weights are theta again when it returns. The backward
+pass of the returned loss goes to theta + delta once more and comes back when it ends, however it ends. So the gradient
+that ``loss.backward()`` leaves is AMP's, and at no other time is a weight displaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from amp_plugin.core.compilation import not_compiled, not_compiled_itself
+from amp_plugin.core.distributed import average_gradients, data_parallel, share_overflow
+from amp_plugin.core.inputs import fresh, tensors_in
+from amp_plugin.core.loss import loss_of, with_loss
+from amp_plugin.core.optimizer import AMP, find_amp
+from amp_plugin.core.replay import BatchNormPolicy, ExtraPasses, RngPolicy
+from amp_plugin.core.sharding import is_distributed
+from amp_plugin.doors.perturbed_backward import AtDisplacement, Descent
+
+# The attachment whose module is between the begin and the end of its perturbed forward pass, in this thread.
+_running: ContextVar[Attachment | None] = ContextVar("running", default=None)
+# The passes of an ascent: each gives the arguments of one call of the module, and is sent what that returned.
+_Passes = Generator[tuple[tuple[Any, ...], dict[str, Any]], Any, int]
+
+
+def attach(
+    optimizer: Optimizer,
+    module: nn.Module,
+    *,
+    batch_norm: BatchNormPolicy = "clean",
+    rng: RngPolicy = "same",
+    sync_ascent: bool = True,
+) -> Attachment:
+    """Make a module that returns its loss train with AMP in a plain ``loss.backward(); optimizer.step()`` loop.
+
+    Each training forward pass costs ``inner_iter + 1`` passes, or less with an ascent policy. The loss it returns has
+    the value at the clean weights and the gradient at the perturbed ones; other outputs are those of the perturbed
+    pass. With gradient accumulation each micro-batch is perturbed for itself (:class:`amp_plugin.AMPTrainer` treats
+    the window as one batch). In eval mode, or without gradients, the module is left alone.
+
+    Args:
+        optimizer: an :class:`amp_plugin.AMP`, also inside accelerate's or timm's Lookahead's wrapper.
+        module: its forward returns the mean loss of the batch, a mapping with ``"loss"``, or an object with ``.loss``.
+            For a model and a criterion, see :class:`amp_plugin.LossModule`. First ``fully_shard``, then attach.
+        batch_norm: which passes update running statistics, see :class:`amp_plugin.ExtraPasses`.
+        rng: whether all passes use the same dropout masks, see there.
+        sync_ascent: under DDP, average the ascent's gradients over the processes, so that any number of processes
+            equals one; else each process perturbs along its own.
+
+    Returns:
+        The attachment, with the losses of the last forward pass; ``detach(module)`` undoes it.
+
+    Raises:
+        TypeError: the optimizer is not AMP.
+        ValueError: the module does not hold the optimizer's parameters, it or a part of it is attached already, or
+            the optimizer is.
+    """
+    amp = find_amp(optimizer)
+    if amp is None:
+        raise TypeError(f"attach() needs amp_plugin.AMP, got {type(optimizer).__name__}")
+    if amp.attached:
+        raise ValueError("this optimizer is attached to a module already; detach() that first")
+    if next(attachments(module), None) is not None:
+        raise ValueError("this module, or a part of it, is attached already; detach() it first")
+    _require_held(amp, module)
+    amp.name_parameters(module)
+    return Attachment(amp, module, ExtraPasses(module, batch_norm=batch_norm, rng=rng), sync_ascent)
+
+
+def detach(module: nn.Module) -> None:
+    """Undo :func:`attach`; ValueError if the module is not attached."""
+    for attachment in attachments(module):
+        if attachment.module is module:
+            attachment.detach()
+            return
+    raise ValueError(f"this {type(module).__name__} is not attached")
+
+
+class Attachment:
+    """What :func:`attach` put on a module. A copy of the module, made by copying or pickling, is not attached.
+
+    Attributes:
+        loss: 0-d, the loss of the last training pass at the clean weights; None before the first, and where the ascent
+            policy makes no pass there.
+        amp_loss: 0-d, at the perturbed ones; None where the step does not ascend.
+        handles: of the hooks that :meth:`detach` removes.
+    """
+
+    def __init__(self, amp: AMP | None, module: nn.Module | None, passes: ExtraPasses | None, sync: bool) -> None:
+        self.loss: Tensor | None = None
+        self.amp_loss: Tensor | None = None
+        self.amp, self.module, self.passes, self._sync_ascent = amp, module, passes, sync
+        self._ascending = False
+        self._forward: ExitStack | None = None
+        # The loss's last upstream gradient, which is the loss scale, as a power of two: an fp16 ascent needs it too.
+        self.grad_scale: Tensor | None = None
+        if amp is None or module is None:
+            return
+        amp.attached = True
+        self._sharded = _is_fully_sharded(module)
+        # torch runs the hook after a pass that fails, but not after one that is interrupted. Copies do not keep this.
+        self._call = module._compiled_call_impl or module._call_impl
+        module._compiled_call_impl = self.guarded_call
+        # Around everything that a host hooks on the module (FSDP gathers the weights in a hook of its own).
+        self.handles = [
+            module.register_forward_pre_hook(self.before, prepend=True, with_kwargs=True),
+            module.register_forward_hook(self.after, with_kwargs=True, always_call=True),
+        ]
+
+    def __reduce__(self) -> Any:
+        return Attachment, (None, None, None, True)
+
+    def detach(self) -> None:
+        """Leave the module and the optimizer as they were before :func:`attach`."""
+        if self.amp is None or self.module is None:
+            return
+        for handle in self.handles:
+            handle.remove()
+        if self.module._compiled_call_impl == self.guarded_call:
+            self.module._compiled_call_impl = None if self._call == self.module._call_impl else self._call
+        self.amp.restore()
+        self.amp.attached = False
+        self.amp = self.module = self.passes = None
+
+    @not_compiled_itself
+    def guarded_call(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module; an exception of any kind, KeyboardInterrupt among them, finds the weights at theta."""
+        try:
+            return self._call(*args, **kwargs)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _abandon(self) -> None:
+        if self.amp is not None:
+            self.amp.restore()
+        if _running.get() is self:
+            _running.set(None)
+        if self._forward is not None:
+            forward, self._forward = self._forward, None
+            forward.close()
+
+    @not_compiled_itself
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The forward pre-hook: the ascent. Compiled or not, it is this frame that calls the module."""
+        passes = self._ascent(module, args, kwargs)
+        call = _advance(passes)
+        while call is not None:
+            try:
+                output = module(*call[0], **call[1])
+            except BaseException as error:
+                _advance(passes, error=error)
+                raise
+            call = _advance(passes, output)
+
+    @not_compiled
+    def _ascent(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Passes:
+        """All that comes before the last forward pass, that of the descent; returns how many passes came before."""
+        amp, passes = self.amp, self.passes
+        if amp is None or passes is None or self._ascending or not (module.training and torch.is_grad_enabled()):
+            return 0
+        if _running.get() is not None:
+            raise RuntimeError("an attached module was called in the forward pass of another one; attach only one")
+        if amp.perturbed:
+            raise RuntimeError("an attached module was called while its weights are perturbed by optimizer.ascend()")
+        if not amp.perturbs:
+            return 0
+        self._refuse_what_came_later(module)
+        made = yield from self._passes(amp, passes, module, args, kwargs)
+        _running.set(self)
+        self._forward = ExitStack()
+        self._forward.enter_context(passes.number(made))
+        return made
+
+    @not_compiled
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The forward hook: back to theta, and the loss on its way to the backward pass."""
+        amp = self.amp
+        if amp is None or self._forward is None or self._ascending:
+            return None
+        forward, self._forward = self._forward, None
+        _running.set(None)
+        if amp.perturbed:
+            _reshard(module)
+        seen = self.passes.seen_buffers() if self.passes and output is not None else []
+        try:
+            forward.close()
+            loss = loss_of(output, module) if output is not None else None  # None: the forward pass failed
+        except BaseException:
+            amp.restore()
+            raise
+        if loss is None:
+            amp.restore()
+            return None
+        if not amp.perturbed:
+            self.loss, self.amp_loss = loss.detach(), None
+            return None
+        self.amp_loss = loss.detach()
+        descent = Descent(self, amp.suspend(), seen)
+        value = self.amp_loss if self.loss is None else self.loss
+        return with_loss(output, AtDisplacement.apply(loss, value, descent))
+
+    def _refuse_what_came_later(self, module: nn.Module) -> None:
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError("an attached module does not work in nn.DataParallel; use DistributedDataParallel")
+        if _is_fully_sharded(module) and not self._sharded:
+            raise RuntimeError("attach() came before fully_shard() on the same module; call fully_shard() first")
+        if self.amp is not None:
+            _require_held(self.amp, module)
+
+    def _passes(self, amp: AMP, passes: ExtraPasses, module: nn.Module, args: Any, kwargs: Any) -> _Passes:
+        """The passes before the last one; returns how many. Gradients that the loop has accumulated are put aside."""
+        made, self.loss = 0, None
+        params = list(dict.fromkeys([*module.parameters(), *(p for g in amp.param_groups for p in g["params"])]))
+        grads = [p.grad for p in params]
+        if all(grad is None for grad in grads):
+            amp.zero_grad()  # forget a step that the gradient scaler skipped
+        versions = [t._version for t in tensors_in((args, kwargs))]
+        ddp = data_parallel(module)
+        if ddp is not None and ddp.static_graph:
+            raise RuntimeError(
+                "DistributedDataParallel(static_graph=True) loses count of the passes that it does not synchronise"
+                " (https://github.com/pytorch/pytorch/issues/143580), as an attached module's ascents are; leave"
+                " static_graph off"
+            )
+        self._ascending = True
+        try:
+            for p in params:
+                p.grad = None
+            scale = self.grad_scale
+            for [(args_, kwargs_)] in amp.passes_of_step([(args, kwargs)], 1.0 if scale is None else scale):
+                with passes.number(made), nullcontext() if ddp is None else ddp.no_sync():
+                    loss = loss_of((yield fresh(args_), fresh(kwargs_)), module)
+                    if not loss.requires_grad:
+                        raise RuntimeError("the loss of an attached module requires no gradient, so there is no ascent")
+                    if made == 0:
+                        self.loss = loss.detach()
+                    with torch.autocast(loss.device.type, enabled=False):
+                        loss.backward(None if scale is None else scale.to(loss).expand_as(loss))  # type: ignore[no-untyped-call]
+                if versions != [t._version for t in tensors_in((args, kwargs))]:
+                    raise RuntimeError(
+                        f"{type(module).__name__} changes its input in place, so a second pass would see another batch;"
+                        " change a copy instead"
+                    )
+                if ddp is not None:
+                    share = average_gradients if self._sync_ascent else share_overflow
+                    share([p for g in amp.param_groups for p in g["params"] if p.requires_grad], ddp.process_group)
+                made += 1
+        except BaseException:
+            amp.restore()
+            raise
+        finally:
+            self._ascending = False
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
+        return made
+
+
+@not_compiled
+def _advance(passes: _Passes, output: Any = None, error: BaseException | None = None) -> Any:
+    """To the next call of the module, or None if there is none."""
+    try:
+        return passes.send(output) if error is None else passes.throw(error)
+    except StopIteration:
+        return None
+
+
+def attachments(module: nn.Module) -> Iterator[Attachment]:
+    """Those of the module and of its parts."""
+    for part in module.modules():
+        for hook in part._forward_pre_hooks.values():
+            attachment = getattr(hook, "__self__", None)
+            if isinstance(attachment, Attachment) and attachment.module is part:
+                yield attachment
+
+
+def _require_held(amp: AMP, module: nn.Module) -> None:
+    held = set(module.parameters())
+    params = [p for group in amp.param_groups for p in group["params"]]
+    missing = [p for p in params if p not in held and not is_distributed(p)]  # FSDP shows gathered ones for a while
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the optimizer's parameters (the first of shape {tuple(missing[0].shape)}) are not in"
+            " the module, so their gradient would not be AMP's; attach to the module that holds all of them"
+        )
+
+
+def _is_fully_sharded(module: nn.Module) -> bool:
+    return hasattr(module, "set_requires_gradient_sync")
+
+
+def _reshard(module: nn.Module) -> None:
+    """Drop what FSDP has gathered at theta + delta; the backward pass gathers it there again, and nothing else may."""
+    for part in module.modules():
+        if _is_fully_sharded(part):
+            part.reshard()  # type: ignore[operator]

@@ -1,1 +1,0 @@
-"""How AMP lives inside timm and transformers."""

@@ -1,0 +1,214 @@
+"""Pushing to the Hub from the Trainer: checked before the training starts, with a true card, without pickles."""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo
+from transformers import PreTrainedModel, Trainer
+from transformers.modelcard import TASK_MAPPING, TrainingSummary
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
+from transformers.utils.hub import PushInProgress
+from transformers.utils.import_utils import is_peft_available
+
+from amp_plugin.hub.access import require_write_access
+from amp_plugin.hub.card import PLACEHOLDER, Run, RunData, model_card, pictures_in
+from amp_plugin.hub.upload import upload, upload_later
+from amp_plugin.trainer.arguments import AMPTrainingArguments
+from amp_plugin.trainer.described import optimizer_in_words, settings_in_words
+
+logger = logging.get_logger(__name__)
+
+
+class PublishingTrainer(Trainer):
+    """`transformers.Trainer` whose ``push_to_hub`` cannot lose a training.
+
+    Whether the repository can be written to is found out when the Trainer is made. What is pushed are the weights
+    (as safetensors, which timm opens too if the model is timm's), the configuration, the card and other files of the
+    output folder, but no pickles. With ``hub_strategy`` ``checkpoint`` or ``all_checkpoints`` the training's state is
+    pushed besides, which PyTorch pickles. A push during the training that fails is logged; the last one raises.
+
+    Attributes:
+        card_details: fields of :class:`amp_plugin.hub.Run` that the card shall have instead of what the Trainer knows.
+
+    Raises:
+        HubError: ``push_to_hub`` is on, but the repository cannot be written to.
+    """
+
+    hub_model_id: Any
+    push_in_progress: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.card_details: dict[str, Any] = {}
+        super().__init__(*args, **kwargs)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository if need be, and make sure that it can be written to."""
+        if self.is_world_process_zero():
+            self.hub_model_id = require_write_access(
+                self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name,
+                token=token or self.args.hub_token,
+                private=self.args.hub_private_repo if private is None else private,
+            )
+            self.push_in_progress = None
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Future[CommitInfo | None] | None:
+        """Save the model, write its card and push the output folder; to be called in every process.
+
+        Args:
+            commit_message: of the commit.
+            blocking: wait until it is done.
+            token: with write permission; by default that of the arguments, or the one that is logged in.
+            revision: the branch; by default that of the arguments, or ``main``.
+            private: of a repository that has to be made.
+            **kwargs: of `create_model_card`.
+
+        Returns:
+            The commit; with ``blocking=False`` a future of it; None in all processes but the first.
+
+        Raises:
+            HubError: it cannot be pushed; the message names the command that repeats it.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        target: dict[str, Any] = {
+            "token": token or self.args.hub_token,
+            "revision": revision or self.args.hub_revision,
+            "commit_message": commit_message or "End of training",
+        }
+        folder = Path(str(self.args.output_dir))
+        if not blocking:
+            return upload_later(folder, str(self.hub_model_id), logger.warning, **target)
+        return upload(folder, str(self.hub_model_id), **target)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write the card to ``README.md`` in the output folder; the arguments are the stock Trainer's."""
+        if not self.is_world_process_zero():
+            return
+        folder = Path(str(self.args.output_dir))
+        repo_id = self.hub_model_id or self.args.hub_model_id
+        base = finetuned_from or _base_model(self.model)
+        name = model_name or (repo_id or folder.absolute().name).split("/")[-1]
+        data = _first(dataset) or _first(dataset_tags)
+        run = Run(
+            **_described(self.model),
+            name=name,
+            repo_id=repo_id if repo_id and "/" in repo_id else PLACEHOLDER,
+            task=_first(tasks) or _task(self.model),
+            data=_data(data, _first(dataset_tags), _first(dataset_args)) if data else None,
+            metrics=_last_metrics(self.state.log_history),
+            base_model=base,
+            license=TrainingSummary(model_name=name, license=license, finetuned_from=base).license,
+            language=language,
+            tags=[tags] if isinstance(tags, str) else tags or [],
+            pictures=pictures_in(folder),
+            **_trained(self.args),
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        model_card(dataclasses.replace(run, **self.card_details)).save(folder / "README.md")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        strategy, ongoing = self.args.hub_strategy, self.push_in_progress
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        if ongoing is not None and not ongoing.is_done() and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        folder = Path(checkpoint_folder)
+        message = f"Training in progress, step {self.state.global_step}"
+        pushes: list[dict[str, Any]] = [{"commit_message": message}]
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            where = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else folder.name
+            pushes.append({"commit_message": f"{message}, checkpoint", "path_in_repo": where, "complete": True})
+        target = {"token": self.args.hub_token, "revision": self.args.hub_revision}
+        jobs = [upload_later(folder, str(self.hub_model_id), _go_on, **target, **push) for push in pushes]
+        unfinished = [] if ongoing is None else [job for job in ongoing.jobs if not job.done()]
+        self.push_in_progress = PushInProgress([*unfinished, *jobs])  # type: ignore[arg-type]
+
+
+def _go_on(problem: str) -> None:
+    logger.warning(f"{problem} The training goes on, and pushes again later.")
+
+
+def _described(model: Any) -> dict[str, Any]:
+    """The library that opens the model, and what that calls it."""
+    parameters = sum(p.numel() for p in model.parameters())
+    if is_peft_available():
+        from peft import PeftModel
+
+        if isinstance(model, PeftModel):
+            return {"library": "peft", "architecture": type(model).__name__, "parameters": parameters}
+    if getattr(getattr(model, "config", None), "model_type", None) == "timm_wrapper":
+        return {"library": "timm", "architecture": model.config.architecture, "parameters": parameters}
+    library = "transformers" if isinstance(model, PreTrainedModel) else None
+    return {"library": library, "architecture": type(model).__name__, "parameters": parameters}
+
+
+def _trained(args: Any) -> dict[str, Any]:
+    if not isinstance(args, AMPTrainingArguments):
+        return {}
+    return {
+        "optimizer": optimizer_in_words(args),
+        "uses_amp": args.uses_amp,
+        "settings": settings_in_words(args),
+    }
+
+
+def _base_model(model: Any) -> str | None:
+    """The model on the Hub that this one was loaded from."""
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", None) or "")
+    return None if name in ("", "None") or Path(name).exists() else name
+
+
+def _data(name: str, hub_id: str | None, config: str | None) -> RunData:
+    return RunData(name=name, id=hub_id or name, on_hub=hub_id is not None, config=config)
+
+
+def _task(model: Any) -> str | None:
+    name = type(model).__name__
+    mappings: dict[str, Any] = dict(TASK_MAPPING)
+    for task, classes in mappings.items():
+        if any(name == c or (isinstance(c, tuple) and name in c) for c in classes.values()):
+            return task
+    return None
+
+
+def _last_metrics(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Those of the last evaluation, without its prefix."""
+    last: dict[str, Any] = next((r for r in reversed(records) if "eval_loss" in r), {})
+    metrics = {key.removeprefix("eval_"): value for key, value in last.items() if key.startswith("eval_")}
+    beside = ("runtime", "samples_per_second", "steps_per_second")
+    return {key: value for key, value in metrics.items() if key not in beside and isinstance(value, (int, float))}
+
+
+def _first(value: str | list[str] | None) -> str | None:
+    return value[0] if isinstance(value, list) and value else value if isinstance(value, str) else None

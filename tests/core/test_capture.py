@@ -1,0 +1,246 @@
+"""Whole steps without the host: equal to those it takes part in, and replayed as CUDA would replay them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from amp_plugin import AMP, CapturedStep, LossModule, attach
+from amp_plugin.core import capture as capture_module
+from amp_plugin.core.async_scalar import HostValue
+
+SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01, "fused": True}
+ADAMW: dict[str, Any] = {"base_optimizer": "AdamW", "lr": 0.01, "fused": True}
+BASES = pytest.mark.parametrize("base", [SGD, ADAMW], ids=["sgd", "adamw"])
+Step = Callable[[Tensor, Tensor], Tensor]
+
+
+class Tape(TorchDispatchMode):
+    """Notes the operators of a step, as a CUDA graph does, and undoes what they did; `replay` makes them again.
+
+    They read and write the memory that they did while noted. Whatever else Python did is not repeated.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        self.made: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            if writes or argument.name in ("running_mean", "running_var"):  # which batch norm does not declare
+                for tensor in tree_leaves(value):
+                    if _place(tensor) not in self.made:
+                        self.before.setdefault(_place(tensor), (tensor, tensor.clone()))
+        out = func(*args, **kwargs)
+        known = {_place(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        self.made |= {_place(t) for t in tree_leaves(out) if isinstance(t, Tensor)} - known
+        self.calls.append((func, args, kwargs, out))
+        return out
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for func, args, kwargs, out in self.calls:
+                for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                    if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                        old.detach().copy_(new)
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def on_tape(step: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
+    tape = Tape()
+    with tape:
+        result = step()
+    with torch.no_grad():
+        for tensor, value in tape.before.values():
+            tensor.detach().copy_(value)
+    return tape.replay, result
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def batches(count: int, spoilt: tuple[int, ...] = ()) -> list[tuple[Tensor, Tensor]]:
+    """Some whose loss is NaN."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for i in range(count):
+        images = torch.randn(16, 6, dtype=torch.float64, generator=generator)
+        if i in spoilt:
+            images[3, 2] = torch.nan
+        made.append((images, torch.randint(3, (16,), generator=generator)))
+    return made
+
+
+def closure_step(model: nn.Module, optimizer: AMP) -> Step:
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+            return loss
+
+        loss: Tensor = optimizer.step(closure)
+        return loss
+
+    return step
+
+
+def attached_step(model: nn.Module, optimizer: AMP) -> Step:
+    module = LossModule(model, F.cross_entropy)
+    attach(optimizer, module, rng="fresh")
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = module(images, labels)["loss"]
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+WAYS = pytest.mark.parametrize("way", [closure_step, attached_step])
+
+
+def trained(
+    way: Callable[..., Step], data: list[tuple[Tensor, Tensor]], *, capture: bool = False, **kwargs: Any
+) -> tuple[list[Tensor], nn.Module, AMP]:
+    """The losses, the model and the optimizer after a step on each batch."""
+    model = net()
+    optimizer = AMP(model.parameters(), epsilon=0.05, inner_lr=0.5, **kwargs)
+    step = way(model, optimizer)
+    if not capture:
+        return [step(*batch) for batch in data], model, optimizer
+    images, labels = (torch.empty_like(t) for t in data[0])
+    captured = CapturedStep(lambda: step(images, labels), optimizer, warm_up=1)
+    losses = []
+    for batch in data:
+        images.copy_(batch[0])
+        labels.copy_(batch[1])
+        losses.append(captured().clone())
+    return losses, model, optimizer
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Losses, weights, running statistics and the optimizer's state."""
+    assert [loss.item() for loss in a[0]] == pytest.approx([loss.item() for loss in b[0]], abs=0, nan_ok=True)
+    for x, y in zip(a[1].state_dict().values(), b[1].state_dict().values(), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+    states = [tree_leaves(run[2].state_dict()["state"]) for run in (a, b)]
+    for x, y in zip(*states, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+@BASES
+@WAYS
+@pytest.mark.parametrize("spoilt", [(), (0,), (2, 3)])
+@pytest.mark.filterwarnings("ignore:AMP. the ascent gradient had NaN")
+def test_the_device_decides_as_the_host_does(way: Any, base: dict[str, Any], spoilt: tuple[int, ...]) -> None:
+    data = batches(6, spoilt)
+    told = trained(way, data, **base)
+    alone = trained(way, data, capturable=True, **base)
+    assert told[2].skipped_steps == alone[2].skipped_steps == len(spoilt)
+    weights = [parameter.isfinite().all() for parameter in alone[1].parameters()]
+    assert all(weights)
+    for name, p in told[1].named_parameters():
+        torch.testing.assert_close(p, alone[1].get_parameter(name), rtol=0, atol=0)
+
+
+@BASES
+@WAYS
+@pytest.mark.parametrize("inner_iter", [1, 2])
+@pytest.mark.parametrize("spoilt", [(), (4,)])
+def test_replayed_steps_are_those_of_python(
+    way: Any, base: dict[str, Any], inner_iter: int, spoilt: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(capture_module.RECORDERS, "cpu", on_tape)
+    data = batches(6, spoilt)
+    eager = trained(way, data, capturable=True, inner_iter=inner_iter, **base)
+    replayed = trained(way, data, capture=True, capturable=True, inner_iter=inner_iter, **base)
+    assert_same(eager, replayed)
+    assert replayed[2].skipped_steps == len(spoilt)
+
+
+@WAYS
+def test_nothing_is_sent_to_the_host(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def send(self: HostValue, value: Tensor) -> None:
+        raise AssertionError("a value was sent")
+
+    monkeypatch.setattr(HostValue, "__init__", send)
+    trained(way, batches(2), capturable=True, **SGD)
+    with pytest.raises(AssertionError, match="was sent"):
+        trained(way, batches(2), **SGD)
+
+
+@pytest.mark.filterwarnings("ignore:AMP. the ascent gradient had NaN")
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_gradient_scaler_lowers_its_scale_after_either_pass_overflowed(capturable: bool) -> None:
+    model = net()
+    optimizer = AMP(model.parameters(), epsilon=0.05, inner_lr=0.5, capturable=capturable, **SGD)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=100)
+    scales = []
+    for i, (images, labels) in enumerate(batches(4)):
+        before = copy.deepcopy(model.state_dict())
+        for pass_number in range(2):
+            bad = (i, pass_number) in {(1, 0), (2, 1)}
+            scaler.scale(F.cross_entropy(model(images), labels) * (torch.inf if bad else 1.0)).backward()
+            if pass_number == 0:
+                optimizer.ascend(grad_scale=scaler.get_scale())
+        optimizer.pass_on_overflow()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+        same = all(torch.equal(before[name], p) for name, p in model.named_parameters())
+        assert same == (i in (1, 2))
+    assert scales == [4.0, 2.0, 1.0, 1.0]
+
+
+def test_copies_and_checkpoints_count_on() -> None:
+    data = batches(3, (1,))
+    losses, model, optimizer = trained(closure_step, data, capturable=True, **SGD)
+    assert losses
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    assert (twin.skipped_steps, twin.capturable) == (1, True)
+    spoilt = data[1]
+    closure_step(twin_model, twin)(*spoilt)
+    assert (twin.skipped_steps, optimizer.skipped_steps) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"fused": None}, "fused=True"),
+        ({"base_optimizer": "RMSprop", "nesterov": None, "fused": None}, "fused=True"),
+        ({"dampening": 0.1, "nesterov": False}, "dampening"),
+        ({"ascent": "every(2)"}, "ascent="),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AMP(net().parameters(), capturable=True, **{k: v for k, v in {**SGD, **wrong}.items() if v is not None})
+
+
+def test_a_step_in_which_the_host_decides_is_not_captured() -> None:
+    optimizer = AMP(net().parameters(), **SGD)
+    with pytest.raises(ValueError, match="capturable=True"):
+        CapturedStep(lambda: None, optimizer)
+    with pytest.raises(ValueError, match="warm_up"):
+        CapturedStep(lambda: None, AMP(net().parameters(), capturable=True, **SGD), warm_up=0)
