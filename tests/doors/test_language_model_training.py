@@ -124,7 +124,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     program = [str(HELPERS / "language_processes.py"), str(folder)]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     root = ROOT
-    paths = os.pathsep.join([str(root), str(root / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = os.pathsep.join([str(root), str(HELPERS), *filter(None, [os.environ.get("PYTHONPATH")])])
     subprocess.run([sys.executable, *torchrun, *program], check=True, env={**os.environ, "PYTHONPATH": paths})
     results: dict[str, Any] = torch.load(folder / "results.pt", weights_only=True)
     return results

@@ -571,7 +571,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     program = [str(HELPERS / "two_processes.py"), str(tmp_path)]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     root = ROOT
-    paths = os.pathsep.join([str(root), str(root / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = os.pathsep.join([str(root), str(HELPERS), *filter(None, [os.environ.get("PYTHONPATH")])])
     for launcher in ([], torchrun):
         subprocess.run([sys.executable, *launcher, *program], check=True, env={**os.environ, "PYTHONPATH": paths})
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))

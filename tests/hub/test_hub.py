@@ -15,7 +15,7 @@ import timm
 import torch
 from hub_pushes import FAULTS, TOKENS
 from hub_server import Hub, Repository, card_errors, environment, hub_server
-from repository import ROOT
+from repository import HELPERS, ROOT
 from safetensors.torch import load_file, save_file
 
 import amp_plugin  # noqa: F401  # registers the architectures
@@ -40,7 +40,7 @@ OTHER = {
 def run(
     folder: Path, variables: dict[str, str], *command: str, fails: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    paths = os.pathsep.join([str(ROOT), str(HELPERS)])
     environ = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     done = subprocess.run(
         [sys.executable, *command],
@@ -76,7 +76,7 @@ def job(hub: Hub, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def happened(folder: Path) -> dict[str, Any]:
-    run(folder, {}, str(ROOT / "tests" / "hub_pushes.py"), str(folder))
+    run(folder, {}, str(HELPERS / "hub_pushes.py"), str(folder))
     return json.loads((folder / "happened.json").read_text())
 
 
@@ -87,7 +87,7 @@ def opened(hub: Hub, folder: Path, job: Any, happened: Any) -> Path:
     for name in [*names, "ann/base", "ann/adapted"]:
         files = {path.name: path.read_bytes() for path in (folder / name).iterdir()}
         hub.repositories["models", name] = Repository(files)
-    run(folder, environment(hub, folder / "fresh", token=None), str(ROOT / "tests" / "hub_loads.py"), ".", *names, NAME)
+    run(folder, environment(hub, folder / "fresh", token=None), str(HELPERS / "hub_loads.py"), ".", *names, NAME)
     return folder
 
 
