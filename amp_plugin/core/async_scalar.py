@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class HostValue:
+class AsyncScalar:
     """A 0-d tensor on its way to the host: copied without waiting, read when it has long arrived."""
 
     def __init__(self, tensor: Tensor) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -75,14 +73,3 @@ def _by_name(name: str, kwargs: dict[str, Any]) -> tuple[OptimizerFactory, dict[
     momentum = {"momentum": kwargs.get("momentum", 0.9)} if info.has_momentum else {}
     kwargs = {k: v for k, v in kwargs.items() if k != "momentum"} | momentum
     return get_optimizer_class(name.lower(), bind_defaults=True), kwargs
-
-
-def check_not_negative(**values: float | Tensor | None) -> None:
-    """Raise ValueError, naming argument and value, unless each is None or a finite number >= 0."""
-    for name, value in values.items():
-        try:
-            valid = value is None or 0.0 <= float(value) < math.inf
-        except (TypeError, ValueError):
-            valid = False
-        if not valid:
-            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.optim import Optimizer
 
-from amp_plugin.core.optimizer import find_amp
+from amp_plugin.core.find import find_amp
 
 Result = TypeVar("Result")
 

@@ -10,36 +10,36 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 
-def mapped(function: Callable[[Any], Any], arguments: Any) -> Any:
+def map_tensors(function: Callable[[Any], Any], arguments: Any) -> Any:
     """The same nested containers with the function's value for each thing in them."""
 
     def leaf(thing: Any) -> Any:
         if isinstance(thing, MutableMapping):  # e.g. a batch of transformers' tokenizers
             twin = copy.copy(thing)
-            twin.update({name: mapped(function, value) for name, value in thing.items()})
+            twin.update({name: map_tensors(function, value) for name, value in thing.items()})
             return twin
         return function(thing)
 
     return tree_map(leaf, arguments)
 
 
-def fresh(arguments: Any) -> Any:
+def detached_inputs(arguments: Any) -> Any:
     """Arguments for a pass of our own: it may take a batch dict to pieces, and its gradient ends at the inputs.
 
     Raises:
         TypeError: one is an iterator.
     """
-    return mapped(_fresh_leaf, arguments)
+    return map_tensors(_detached_leaf, arguments)
 
 
 def tensors_in(arguments: Any) -> list[Tensor]:
     """All tensors in nested containers whose changes autograd counts."""
     found: list[Tensor] = []
-    mapped(found.append, arguments)
+    map_tensors(found.append, arguments)
     return [t for t in found if isinstance(t, Tensor) and not t.is_inference()]
 
 
-def _fresh_leaf(leaf: Any) -> Any:
+def _detached_leaf(leaf: Any) -> Any:
     if isinstance(leaf, Tensor) and leaf.requires_grad:
         return leaf.detach().requires_grad_()
     if isinstance(leaf, Iterator):

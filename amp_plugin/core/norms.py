@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from amp_plugin.core.sharding import local_part, split_of, whole_norms
+from amp_plugin.core.sharding import global_norms, local_shard, split_of
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
-def plain_part(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, as a real one in the same storage; a lazily conjugated one is conjugated."""
-    tensor = local_part(tensor)
+    tensor = local_shard(tensor)
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
@@ -39,14 +39,14 @@ def all_finite(norms: Sequence[Tensor]) -> Tensor:
     return finite
 
 
-def whole_squared_norm(tensors: Sequence[Tensor]) -> Tensor | None:
+def global_squared_norm(tensors: Sequence[Tensor]) -> Tensor | None:
     """Squared L2 norm over all entries of all tensors, 0-d; None if there are none.
 
     Of tensors that are split over processes the whole ones count, so all processes have to call this.
     """
     alike: dict[tuple[object, ...], list[Tensor]] = {}
     for tensor in tensors:
-        plain = plain_part(tensor)
+        plain = local_tensor(tensor)
         alike.setdefault((plain.device, plain.dtype, split_of(tensor)), []).append(tensor)
-    norms = [whole_norms(norms_of([plain_part(t) for t in group]), split_of(group[0])) for group in alike.values()]
+    norms = [global_norms(norms_of([local_tensor(t) for t in group]), split_of(group[0])) for group in alike.values()]
     return overall_norm(norms).square() if norms else None

@@ -11,87 +11,88 @@ https://arxiv.org/abs/2010.04925. For one mini-batch, Algorithm 1 reads::
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.optimizer import ParamsT
 from torch.utils._pytree import tree_map_only
 
-from amp_plugin.core.base_optimizer import OptimizerFactory, check_not_negative, make_base
+from amp_plugin.core import explicit_passes, grad_scaler, messages
+from amp_plugin.core.base_optimizer import OptimizerFactory, make_base
+from amp_plugin.core.checks import check_count, check_not_negative
 from amp_plugin.core.compilation import not_compiled
-from amp_plugin.core.descending import Descending
+from amp_plugin.core.deprecation import Renamed
 from amp_plugin.core.distributed import in_process_group
-from amp_plugin.core.perturbation import Norm
-from amp_plugin.core.policies import AscentPolicy, Parameters
+from amp_plugin.core.fused import step_where_finite
+from amp_plugin.core.norms import LOW_PRECISION
+from amp_plugin.core.perturbation import Norm, Perturbation
+from amp_plugin.core.policies import AscentPolicy, make_policy
 from amp_plugin.core.replay import ExtraPasses
+from amp_plugin.core.selection import Parameters, ParameterSelection
+from amp_plugin.core.step import Step
+from amp_plugin.core.wrapper import OptimizerWrapper
 
-_OF_ASCENT = ("policy", "ball", "total_steps")
-living: weakref.WeakSet[AMP] = weakref.WeakSet()  # for hosts that know only the module, or only the optimizer
+_instances: weakref.WeakSet[AMP] = weakref.WeakSet()  # for doors that know only the module, or only the optimizer
 
 
-class AMP(Descending):
-    """Minimises the worst loss within a small ball around the weights, with any base optimizer.
+class AMP(OptimizerWrapper):
+    """An optimizer that minimises the worst loss within a small ball around the weights.
 
-    Either pass a closure, as the released class wants it (it clears the gradients, computes the loss, calls
-    ``backward()`` and returns ``(outputs, loss)`` or the loss)::
+    A closure makes the passes of a step, as the released class wants it, ``optimizer.step(closure)``; or a module
+    makes them (:func:`amp_plugin.attach`), in a loop that knows nothing of AMP; or the loop makes them::
 
-        outputs, loss = optimizer.step(closure)
+        for _ in optimizer.ascent_passes():
+            loss_fn(model(x), y).backward()  # at theta; then the weights move to theta + delta
+        loss_fn(model(x), y).backward()      # at theta + delta
+        optimizer.step()                     # back to theta, then the base optimizer's step
 
-    or drive the two passes yourself::
-
-        loss_fn(model(x), y).backward()  # at theta
-        optimizer.ascend()               # to theta + delta; clears the gradients
-        loss_fn(model(x), y).backward()  # at theta + delta
-        optimizer.step()                 # back to theta, then the base optimizer's step
-
-    (the first two lines in a loop, ``for _ in optimizer.ascent_passes(): loss_fn(model(x), y).backward()``, are right
-    for every ``inner_iter`` and ``ascent``)
-    or let the module make the passes (:func:`amp_plugin.attach`), in a loop that knows nothing of AMP.
-
-    The groups and the state are the base optimizer's own, so schedulers and checkpoints see one optimizer.
-    The step makes no host synchronisation of its own; only whether the ascent gradient was finite travels to
-    the host, asynchronously, during the descent pass.
+    Groups and state are the base optimizer's own, so schedules and checkpoints see one optimizer. A step makes no host
+    synchronisation: only whether the ascent was finite travels to the host, asynchronously, during the descent's pass.
 
     Args:
-        params: parameters, named parameters or parameter groups; a group may set its own ``epsilon`` and
-            ``inner_lr`` beside the base optimizer's options. Other keys are kept.
-        lr: learning rate of the base optimizer; None for its default.
-        epsilon: radius of the ball, in the units of the weights. 0 is exactly the base optimizer.
-        inner_lr: step length of the ascent, zeta in the paper: ``delta = inner_lr * gradient``, then clipped.
-        inner_iter: number of ascent steps, N in the paper. 0 is exactly the base optimizer.
-        base_optimizer: a class, or a name that `torch.optim` (``"AdamW"``) or timm (``"lamb"``) knows.
-        norm: ``"tensor"``, a ball for every parameter tensor, as in the released code and so in the published
-            tables; or ``"global"``, one ball over all parameters, as in the paper's text.
-        momentum: for the base optimizer; None for its default.
-        weight_decay: for the base optimizer; None for its default. Acts at theta, never in the ascent.
-        nesterov: for the base optimizer; None for its default.
-        ascent: which steps ascend, and along what, to spend less than ``inner_iter + 1`` passes on each: ``"full"``
-            (the paper), ``"subset(0.5)"``, ``"every(2)"``, ``"window(0.5, 1.0)"``, ``"stale"``, ``"momentum"``,
+        params: parameters, named parameters or parameter groups; a group may set its own ``epsilon`` and ``inner_lr``
+            beside the base optimizer's options. Other keys are kept.
+        lr: learning rate of the base optimizer; default None, the base optimizer's own.
+        epsilon: radius of the ball, in the units of the weights; default 0.5. With 0 AMP is its base optimizer.
+        inner_lr: step length of the ascent, zeta in the paper; default 1.
+        inner_iter: number of ascent steps, N in the paper; default 1. With 0 AMP is its base optimizer.
+        base_optimizer: class, or name that `torch.optim` (``"AdamW"``) or timm (``"lamb"``) knows; default SGD.
+        norm: ``"tensor"`` (default) for a ball around every parameter tensor, as in the released code and so in the
+            published tables; ``"global"`` for one ball over all parameters, as in the paper's text.
+        momentum: option of the base optimizer; default None, the base optimizer's own. So are the next two.
+        weight_decay: option of the base optimizer, which acts at theta, never in the ascent.
+        nesterov: option of the base optimizer.
+        ascent: steps that ascend, and what they ascend on and along, to spend fewer passes: ``"full"`` (default, the
+            paper), ``"subset(0.5)"``, ``"every(2)"``, ``"window(0.5, 1.0)"``, ``"stale"``, ``"momentum"``,
             ``"adaptive(0.0)"``, or several, ``"every(2), subset(0.5)"``; see :mod:`amp_plugin.core.policies`.
-        parameters: which parameters the ball is for: ``"norm"``, the weight and bias of normalisation layers; another
-            string, a regular expression to be found in their names; or a function of name and parameter. None for
-            all. Names are those of named parameters, or of the module; see :meth:`name_parameters`.
-        capturable: the host reads nothing in a step, so that a whole one fits into a CUDA graph
-            (:class:`amp_plugin.CapturedStep`): what was not finite is skipped by the base optimizer's fused kernel,
-            without a warning; :attr:`skipped_steps` counts it. Needs ``fused=True`` and ``ascent="full"``.
+        parameters: choice of what is perturbed: ``"norm"`` for the weight and bias of normalisation layers, another
+            string for a regular expression to be found in the names, or a function of name and parameter; default
+            None, all parameters. For the names see :meth:`name_parameters`.
+        capturable: whether the host reads nothing in a step, so that a CUDA graph can hold one
+            (:class:`amp_plugin.CapturedStep`); default False. The base optimizer's fused kernel then skips steps that
+            were not finite, without a warning. Needs ``fused=True`` and ``ascent="full"``.
         **kwargs: further arguments of the base optimizer.
 
     Attributes:
-        policy: what ``ascent`` asks for.
-        total_steps: of the training; a policy in fractions of it needs to know. Hosts that do know set it.
-        skipped_steps: how many were left out, because an ascent was not finite.
+        policy: what ``ascent`` asks for, an :class:`~amp_plugin.core.policies.AscentPolicy`.
+        total_steps: number of steps of the training, for policies in fractions of it; None until a host sets it.
+        attached: whether :func:`amp_plugin.attach` has attached the optimizer to a module.
+        perturbation: the ball, which moves the weights and puts them back.
+        progress: how far the training step has come.
 
     Raises:
         ValueError: a hyper-parameter is out of range, or the base optimizer is unknown or cannot be used.
         TypeError: the base optimizer does not take one of the arguments.
     """
 
-    in_closure: bool
+    _perturbation_class: ClassVar[type[Perturbation]] = Perturbation
+    _copied = (*OptimizerWrapper._copied, "inner_iter", "norm", "capturable", "policy", "selection", "total_steps")
 
     def __init__(
         self,
@@ -112,148 +113,297 @@ class AMP(Descending):
         **kwargs: Any,
     ) -> None:
         check_not_negative(lr=lr, epsilon=epsilon, inner_lr=inner_lr, momentum=momentum, weight_decay=weight_decay)
-        if isinstance(inner_iter, bool) or not isinstance(inner_iter, int) or inner_iter < 0:
-            raise ValueError(f"inner_iter must be an integer >= 0, got {inner_iter!r}")
+        check_count(inner_iter=inner_iter)
         given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         kwargs = {**{name: value for name, value in given.items() if value is not None}, **kwargs}
-        super().__init__(
-            make_base(base_optimizer, params, kwargs, capturable=capturable),
-            epsilon=epsilon,
-            inner_lr=inner_lr,
-            inner_iter=inner_iter,
-            norm=norm,
-            ascent=ascent,
-            parameters=parameters,
-            capturable=capturable,
-        )
+        base = make_base(base_optimizer, params, kwargs, capturable=capturable)
+        self.inner_iter, self.norm, self.capturable = inner_iter, norm, capturable
+        self.policy = make_policy(ascent)
+        if capturable and self.policy.name != "full":
+            raise ValueError(f'capturable=True replays one step: it needs ascent="full", got {str(self.policy)!r}')
+        if not self.policy.cost and inner_iter > 1:
+            raise ValueError(f"ascent={str(self.policy)!r} has one direction: inner_iter must be 1, got {inner_iter}")
+        self.selection = ParameterSelection(parameters)
+        self.total_steps: int | None = None
+        self._start()
+        super().__init__(base, {"epsilon": epsilon, "inner_lr": inner_lr, **self.policy.state})
+        self.selection.choose_anew(self.param_groups)
+
+    def _start(self) -> None:
+        """Make what is never copied or saved."""
+        self.perturbation = self._perturbation_class(self.norm, tell_host=not self.capturable)
+        self.progress, self._last_passes = Step(), 1.0
+        self._skipped: int | Tensor = 0
+        self.attached = False
+        _instances.add(self)
+
+    # --- one step
+
+    @not_compiled
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, passes: ExtraPasses | None = None) -> Any:
+        """Make one AMP step.
+
+        Args:
+            closure: function that clears the gradients, computes the loss, calls ``backward()`` and returns the loss
+                or ``(outputs, loss)``. It is called once for each ascent that has a pass of its own, and once for the
+                descent; only once where an attached module makes the passes. Gradients from before the call are kept
+                out of the ascent and given back for the descent, unless the closure clears them. Default None: the
+                passes of :meth:`ascent_passes` (or :meth:`ascend`) were made since the last step.
+            passes: guard of what the additional calls must leave alone; default None: as in the released code, every
+                call updates BatchNorm statistics and draws new dropout masks.
+
+        Returns:
+            What the first call of the closure returned, detached: at theta, unless the policy ascends without a pass.
+
+        Raises:
+            RuntimeError: no ascent was made, or a gradient is sparse. Whatever is raised, the weights are at theta.
+            ValueError: the policy needs the batch, which a closure keeps to itself.
+        """
+        trains = True
+        if closure is not None:
+            grad_scaler.check_closure(self)
+            closure = torch.enable_grad()(closure)
+        if closure is not None and not self.attached:
+            result = self._passes_by_closure(closure, passes)
+        else:  # the attached module or the loop makes the passes
+            result = closure() if closure is not None else None
+            try:
+                trains = self._check_ascents()
+            finally:
+                self.restore()
+        self._descend(trains)
+        return tree_map_only(Tensor, Tensor.detach, result)
+
+    def _passes_by_closure(self, closure: Callable[[], Any], passes: ExtraPasses | None) -> Any:
+        """Make all passes of a step by calls of the closure; return what the first call returned."""
+        if self.progress.moved:
+            self.restore()
+            raise RuntimeError("step(closure) after ascend(): call step() without a closure; the ascent was dropped")
+        step, ascends = self.progress, self.ascends
+        results: list[Any] = []
+
+        def make_pass() -> None:
+            with passes.nth(len(results)) if passes else nullcontext():
+                results.append(closure())
+
+        step.set_aside = {p: p.grad for p in self._params() if p.grad is not None} if ascends else {}
+        try:
+            if ascends:
+                self._set_gradients({})
+            for _ in self.passes_of_step(None, prune=not in_process_group()):
+                make_pass()
+            if ascends:
+                self._set_gradients(step.set_aside)
+            make_pass()
+            self.restore()
+        except BaseException:
+            self.restore()
+            self._set_gradients({})
+            self._end_step()
+            raise
+        finally:
+            step.set_aside = None
+        return results[0]
+
+    def passes_of_step(
+        self, batches: Sequence[Any] | None, grad_scale: float | Tensor = 1.0, *, prune: bool = True
+    ) -> Iterator[Sequence[Any]]:
+        """Yield what each pass before the descent's has to run, and move the weights after it.
+
+        This is :meth:`ascent_passes` for a door, which checks gradients and restores after an error by itself. With
+        ``prune`` parameters outside the ball require no gradient meanwhile, which DDP must not wait for then.
+        """
+        self.progress.begun = True
+        if not self.ascends:
+            self.progress.plain = True
+        elif not self.policy.cost:  # the direction is known without a pass
+            ball = self.selection.within(self.param_groups)
+            self._ascend(directions=self.policy.directions(self.base_optimizer, ball))
+        else:
+            part, share = self.policy.select_batches(batches)
+            for _ in range(self.inner_iter):
+                with self.selection.pruned(self.param_groups if prune else []) as outside:
+                    yield part
+                if outside:
+                    inside = self.selection.within(self.param_groups)
+                    self.progress.unreached = [p for p in inside if p.grad is None]
+                self._ascend(grad_scale, share)
+
+    @torch.no_grad()
+    def _ascend(
+        self, grad_scale: float | Tensor = 1.0, cost: float = 1.0, directions: Mapping[Tensor, Tensor] | None = None
+    ) -> None:
+        """Move along the gradients, or else the directions, which are consumed; clear the gradients."""
+        ascents = self.selection.ascents(self.param_groups, directions)
+        if any(a.param.dtype in LOW_PRECISION for a in ascents):
+            self._warn_once("AMP on 16-bit weights loses small displacements; use float32 and autocast")
+        step = self.progress
+        step.begun = True
+        if not step.moved:
+            step.ascents, step.moved = 0, True
+            step.costs.append(0.0)
+        self.perturbation.ascend(ascents, grad_scale)
+        self._set_gradients({})
+        step.ascents += 1
+        step.costs[-1] += cost if directions is None else 0.0
+
+    def _check_ascents(self) -> bool:
+        """Raise RuntimeError for a step that would train without the perturbation; return whether it trains at all."""
+        step = self.progress
+        if not self.ascends or step.ascents == self.inner_iter or step.descents:
+            return True
+        if not step.ascents and all(float(g["lr"]) == 0.0 for g in self.param_groups):
+            return False  # harmless, and how torch.distributed.checkpoint makes an optimizer build its state
+        raise RuntimeError(messages.missing_ascents(self.inner_iter, step.ascents))
+
+    def restore(self) -> None:
+        """Put the exact bits of theta back, if the weights are away from theta; drop the ascent."""
+        self.perturbation.restore()
+        self.progress.moved = False
+        if self.attached or not self.gradients():
+            self.progress.ascents = 0  # no pass at theta + delta was made: a step now would be one without perturbation
+
+    def _descend(self, trains: bool) -> None:
+        """Let the base optimizer step at theta, unless an ascent was not finite; the policy counts if it trains."""
+        step = self._end_step()
+        self.perturbation.check_undisturbed()
+        if number := sum(p.grad is not None for p in step.unreached):  # found here, where all require a gradient again
+            self._warn_once(messages.unreached(number, self.selection.parameters))
+        if self.capturable:
+            flags = [d.finite for d in step.descents] + ([self.perturbation.finite] if step.ascents else [])
+            skipped = step_where_finite(self.base_optimizer, [flag for flag in flags if flag is not None], self)
+            self._skipped = skipped + self._skipped if isinstance(self._skipped, int) else self._skipped.add_(skipped)
+        elif grad_scaler.found_overflow(self, self.gradients()):
+            pass  # the scaler will lower its scale
+        elif (step.ascents and not self.perturbation.was_finite()) or not all(d.was_finite() for d in step.descents):
+            self._skipped += 1
+            warnings.warn(messages.skipped(self.skipped_steps), RuntimeWarning, stacklevel=3)
+        else:
+            ball = self.selection.within(self.param_groups)
+            with self.policy.around_step(self.base_optimizer, ball) if trains else nullcontext():
+                self.base_optimizer.step()
+
+    def _end_step(self) -> Step:
+        """Begin a new step; return the one that is over."""
+        step, self.progress = self.progress, Step()
+        self._last_passes = step.passes
+        return step
+
+    # --- questions
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether the hyper-parameters ask for any perturbation at all; if not, AMP is its base optimizer."""
+        return self.inner_iter > 0 and any(g["epsilon"] > 0 and g["inner_lr"] > 0 for g in self.param_groups)
+
+    @property
+    def ascends(self) -> bool:
+        """Whether the coming step, or the one under way, perturbs the weights; if not, it is the base optimizer's."""
+        return self.perturbs and self.policy.ascends(self.param_groups[0], self.total_steps)
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether the weights are at theta + delta now, rather than at theta."""
+        return self.perturbation.active
+
+    @property
+    def passes(self) -> float:
+        """Passes over the batch (an ascent on a part of it is that part) of the step under way, or of the last step."""
+        return self.progress.passes if self.progress.begun else self._last_passes
+
+    @property
+    def skipped_steps(self) -> int:
+        """Number of steps skipped because an ascent was not finite; waits for the device if `capturable`."""
+        return int(self._skipped)
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Return measures of the last ascent, see :meth:`Perturbation.statistics`; nothing is synchronised."""
+        return self.perturbation.statistics()
+
+    # --- for loops that make the passes themselves, and for gradient scalers
+
+    ascent_passes = explicit_passes.ascent_passes
+    ascend = explicit_passes.ascend
+    check_gradients = explicit_passes.check_gradients
+    pass_on_overflow = Renamed("propagate_overflow")
+
+    @torch.no_grad()
+    def propagate_overflow(self) -> None:
+        """Tell a gradient scaler of an ascent that was not finite, by an infinite gradient of the descent.
+
+        Call it after the last backward pass, before the scaler's ``unscale_`` or ``step``: the scaler then lowers its
+        scale. Without this call the step is skipped too, but the scale stays.
+        """
+        if self.progress.ascents:
+            grad_scaler.spoil(self.gradients(), self.perturbation, on_device=self.capturable)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:  # a gradient scaler asks
+        return grad_scaler.takes_overflowed_steps(self.progress)
+
+    # --- groups and state
+
+    def name_parameters(self, named: nn.Module | Iterable[tuple[str, Tensor]]) -> None:
+        """Tell the names that ``parameters=`` chooses from; ValueError if no parameter is chosen.
+
+        This is needed only where the optimizer was made of parameters without names and a closure or the loop makes
+        the passes: :func:`amp_plugin.attach` and the hosts know the module and do it.
+
+        Args:
+            named: module, or its ``named_parameters()``.
+        """
+        named = named.named_parameters() if isinstance(named, nn.Module) else named
+        self.selection.choose(self.param_groups, named)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, which may set ``epsilon`` and ``inner_lr`` beside the base optimizer's options."""
         check_not_negative(**{k: param_group[k] for k in ("lr", "epsilon", "inner_lr") if k in param_group})
         super().add_param_group(param_group)
-        self.ball.choose_anew(self.param_groups)
-
-    @not_compiled
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, passes: ExtraPasses | None = None) -> Any:
-        """One AMP step.
-
-        Args:
-            closure: clears the gradients, computes the loss, calls ``backward()`` and returns the loss or
-                ``(outputs, loss)``. Called ``inner_iter + 1`` times in a step that ascends with passes of its own,
-                else once. Gradients accumulated before the call are kept out of the ascent and given back for the
-                descent, unless the closure clears them. None: the passes of :meth:`ascent_passes` must have been
-                made since the last step, or :meth:`ascend` called ``inner_iter`` times, unless the policy asks for
-                none. With an attached module, which makes the passes itself, a closure is called once.
-            passes: what the additional calls must leave alone; None: as in the released code, BatchNorm
-                statistics are updated and dropout masks drawn in every call.
-
-        Returns:
-            What the first call of the closure returned, detached: at the unperturbed weights, unless the policy
-            ascends without a pass there.
-
-        Raises:
-            RuntimeError: no closure and no ascent, or gradients are sparse. Whatever is raised, the weights
-                are the unperturbed ones.
-            ValueError: the policy needs the batch, which a closure keeps to itself.
-        """
-        if closure is None or self.attached:
-            result = self._evaluate_once(closure) if closure else None
-            try:
-                counts = self._require_ascents()
-            finally:
-                self.restore()
-            self._descend(counts)
-            return tree_map_only(Tensor, Tensor.detach, result)
-        if self._open:
-            self.restore()
-            raise RuntimeError("step(closure) after ascend(): call step() without a closure; the ascent was dropped")
-        self._refuse_scaled_closure()
-        evaluate = torch.enable_grad()(closure)
-        results: list[Any] = []
-
-        def make_pass() -> None:
-            with passes.number(len(results)) if passes else nullcontext():
-                results.append(evaluate())
-
-        ascends = self.ascends
-        if ascends:
-            self._parked = {p: p.grad for p in self._params() if p.grad is not None}
-            self._set_grads({})
-        self.in_closure = True
-        try:
-            for _ in self.passes_of_step(None, prune=not in_process_group()):
-                make_pass()
-            if ascends:
-                self._set_grads(self._parked)
-            make_pass()
-            self.restore()
-        except BaseException:
-            self.restore()
-            self._ascents = 0
-            self._set_grads({})
-            self._stepped = True
-            raise
-        finally:
-            self._parked = {}
-            self.in_closure = False
-        self._descend()
-        return tree_map_only(Tensor, Tensor.detach, results[0])
+        self.selection.choose_anew(self.param_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear all gradients, including those that :meth:`step` keeps aside for the descent."""
-        self._parked = {}
-        self._finished = []
-        if not self._open:
-            self._ascents = 0  # the gradient of the descent is gone
+        """Clear all gradients, also those that :meth:`step` keeps aside for the descent."""
+        if self.progress.set_aside is not None:
+            self.progress.set_aside = {}
+        self.progress.descents = []
+        if not self.progress.moved:
+            self.progress.ascents = 0  # the gradient of the descent is gone
         super().zero_grad(set_to_none)
 
+    def eval(self) -> None:
+        """Put a base optimizer with modes into that of evaluation; RuntimeError while the weights are perturbed."""
+        self._check_clean("leave the training's mode")
+        super().eval()
+
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's; what the ascent policy has to remember is in its groups and state."""
-        self.policy.settle(self.base_optimizer)
+        """Return the base optimizer's state; what the policy has to remember is in its groups and state."""
+        self.policy.flush(self.base_optimizer)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As the base optimizer loads it, whose own checkpoint it may be.
-
-        Raises:
-            RuntimeError: the weights are perturbed.
-        """
-        self._require_clean("load a state")
+        """Load a checkpoint of AMP or of the base optimizer alone; RuntimeError while the weights are perturbed."""
+        self._check_clean("load a state")
         super().load_state_dict(state_dict)
-        self.policy.forget()
+        self.policy.reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._require_clean("copy or pickle AMP")
-        self.policy.settle(self.base_optimizer)
-        own = {name: getattr(self, name) for name in ("inner_iter", "norm", "capturable", *_OF_ASCENT)}
-        return {**super().__getstate__(), **own, "_skipped": self.skipped_steps}
+        self._check_clean("copy or pickle AMP")
+        self.policy.flush(self.base_optimizer)
+        return {**super().__getstate__(), "_skipped": self.skipped_steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._reset(state.pop("norm"), state.pop("capturable"))
+        self.norm, self.capturable = state["norm"], state["capturable"]
+        self._start()
         super().__setstate__(state)
 
     def __repr__(self) -> str:
-        head = f"{type(self).__name__}({type(self.base_optimizer).__name__}, norm={self.norm!r}"
-        head += f", inner_iter={self.inner_iter}"
-        if self.policy.name != "full":
-            head += f", ascent={str(self.policy)!r}"
-        if self.ball.parameters is not None:
-            head += f", parameters={self.ball.parameters!r}"
-        return super().__repr__().replace(type(self).__name__, f"{head})", 1)
+        name, base = type(self).__name__, type(self.base_optimizer).__name__
+        ascent = "" if self.policy.name == "full" else f", ascent={str(self.policy)!r}"
+        chosen = "" if self.selection.parameters is None else f", parameters={self.selection.parameters!r}"
+        head = f"{name}({base}, norm={self.norm!r}, inner_iter={self.inner_iter}{ascent}{chosen})"
+        return super().__repr__().replace(name, head, 1)
 
-    def _reset(self, norm: Norm, capturable: bool) -> None:
-        super()._reset(norm, capturable)
-        living.add(self)
-        self.in_closure = False  # during step(closure)
-
-    def _evaluate_once(self, closure: Callable[[], Any]) -> Any:
-        self._refuse_scaled_closure()
-        return torch.enable_grad()(closure)()
-
-
-def find_amp(optimizer: Any) -> AMP | None:
-    """The AMP optimizer in whatever accelerate (``.optimizer``) or timm's Lookahead wrapped around it, or None."""
-    while optimizer is not None and not isinstance(optimizer, AMP):
-        optimizer = getattr(optimizer, "optimizer", None) or getattr(optimizer, "_base_optimizer", None)
-    return optimizer
+    def _check_clean(self, action: str) -> None:
+        if self.perturbed:
+            raise RuntimeError(f"cannot {action} while the weights are perturbed; call restore() first")

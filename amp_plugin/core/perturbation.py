@@ -13,11 +13,11 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from amp_plugin.core.async_scalar import HostValue
+from amp_plugin.core.async_scalar import AsyncScalar
 from amp_plugin.core.compilation import not_compiled
-from amp_plugin.core.norms import all_finite, norms_of, overall_norm, plain_part
-from amp_plugin.core.sharding import Split, laid_out_like, local_part, split_of, whole_norms
-from amp_plugin.core.shared_memory import part_shared
+from amp_plugin.core.norms import all_finite, local_tensor, norms_of, overall_norm
+from amp_plugin.core.sharding import Split, global_norms, local_shard, redistribute_like, split_of
+from amp_plugin.core.shared_memory import clone_overlapping
 
 Norm = Literal["tensor", "global"]
 NORMS: tuple[str, ...] = get_args(Norm)
@@ -63,7 +63,7 @@ class Displacement(NamedTuple):
     theta_versions: list[int]
     moved_versions: list[int]
     finite: Tensor | None
-    flag: HostValue | None
+    flag: AsyncScalar | None
 
     def was_finite(self) -> bool:
         """Whether all gradients of the ascent were finite; waits for the device if that is not known yet."""
@@ -109,7 +109,7 @@ class Perturbation:
         self.disturbed = False  # whether a gradient hook changed displaced weights, which restore() has undone
         self._ratios: list[tuple[Tensor, float]] = []
         self._finite: Tensor | None = None
-        self._flag: HostValue | None = None
+        self._flag: AsyncScalar | None = None
 
     @property
     def active(self) -> bool:
@@ -150,7 +150,7 @@ class Perturbation:
             scales, reaches = [1.0 for _ in buckets], [1.0 / b.epsilon for b in buckets]
         for b in buckets:
             self._weigh(b.deltas, b.backups)
-        norms = [whole_norms(norms_of(b.deltas), b.split) for b in buckets]
+        norms = [global_norms(norms_of(b.deltas), b.split) for b in buckets]
         ratios = [n * reach for n, reach in zip(norms, reaches, strict=True)]
         finite = all_finite(ratios)
         if again and self._finite is not None:
@@ -175,7 +175,7 @@ class Perturbation:
         torch.clear_autocast_cache()
         self._ratios = [(ratio, b.epsilon) for b, ratio in zip(buckets, ratios, strict=True)]
         self._finite = finite
-        self._flag = HostValue(finite) if self._tell_host else None
+        self._flag = AsyncScalar(finite) if self._tell_host else None
 
     @not_compiled
     @torch.no_grad()
@@ -184,8 +184,8 @@ class Perturbation:
         if not self._displaced:
             return
         versions = zip(self._displaced, self._moved_versions, strict=False)  # not all, if an ascent failed
-        self.disturbed |= any(local_part(p)._version != version and _is_hooked(p) for p, version in versions)
-        params = [plain_part(p) for p in self._displaced]
+        self.disturbed |= any(local_shard(p)._version != version and _is_hooked(p) for p, version in versions)
+        params = [local_tensor(p) for p in self._displaced]
         torch._foreach_copy_(params, [self._backups[p] for p in self._displaced])
         # The first to be displaced comes last: tensors in the same memory share a counter, and its is theta's.
         _set_versions(reversed(self._displaced), reversed(self._displaced.values()))
@@ -197,13 +197,13 @@ class Perturbation:
     def suspend(self) -> Displacement:
         """Like :meth:`restore`, but keeps theta + delta, so that :meth:`resume` can go back there."""
         params = list(self._displaced)
-        plain = [plain_part(p) for p in params]
+        plain = [local_tensor(p) for p in params]
         moved = [torch.empty_like(p) for p in plain]
         if params:
             torch._foreach_copy_(moved, plain)
-        moved_versions = [local_part(p)._version for p in params]
+        moved_versions = [local_shard(p)._version for p in params]
         self.restore()
-        theta_versions = [local_part(p)._version for p in params]
+        theta_versions = [local_shard(p)._version for p in params]
         return Displacement(params, moved, theta_versions, moved_versions, self._finite, self._flag)
 
     @not_compiled
@@ -217,14 +217,23 @@ class Perturbation:
         if self.active:
             raise RuntimeError("the weights are at another theta + delta already")
         params, moved, theta_versions, moved_versions, *_ = displacement
-        if [local_part(p)._version for p in params] != theta_versions:
+        if [local_shard(p)._version for p in params] != theta_versions:
             raise RuntimeError("the weights have changed since they were perturbed")
         self._displaced = dict(zip(params, theta_versions, strict=True))
         if params:
-            torch._foreach_copy_([plain_part(p) for p in params], moved)
+            torch._foreach_copy_([local_tensor(p) for p in params], moved)
         self._moved_versions = moved_versions
         _set_versions(params, moved_versions)
         torch.clear_autocast_cache()
+
+    def check_undisturbed(self) -> None:
+        """Raise RuntimeError, once, if something has changed the weights while they were away from theta."""
+        disturbed, self.disturbed = self.disturbed, False
+        if disturbed:
+            raise RuntimeError(
+                "a gradient hook changed the weights while they were perturbed, and the change was undone: an optimizer"
+                " that steps inside the backward pass cannot be used with AMP; let AMP's base_optimizer make the step"
+            )
 
     @property
     def finite(self) -> Tensor | None:
@@ -266,21 +275,21 @@ class Perturbation:
         entering: dict[Tensor, int] = {}
         for param, grad, inner_lr, epsilon in ascents:
             _refuse_what_cannot_move(param, grad)
-            plain = plain_part(param)
+            plain = local_tensor(param)
             if param not in self._displaced:
                 if grad is None:
                     continue
                 entering[param] = plain._version
             split = split_of(param)
-            delta = torch.zeros_like(plain) if grad is None else plain_part(laid_out_like(grad, param))
+            delta = torch.zeros_like(plain) if grad is None else local_tensor(redistribute_like(grad, param))
             key = (plain.device, plain.dtype, delta.dtype, inner_lr, epsilon, split)
             bucket = buckets.setdefault(key, _Bucket(inner_lr, epsilon, split, [], [], []))
             bucket.params.append(plain)
             bucket.backups.append(self._backup(param, plain))
             bucket.deltas.append(delta)
-        part_shared([b.deltas for b in buckets.values()])
+        clone_overlapping([b.deltas for b in buckets.values()])
         if entering:
-            torch._foreach_copy_([self._backups[p] for p in entering], [plain_part(p) for p in entering])
+            torch._foreach_copy_([self._backups[p] for p in entering], [local_tensor(p) for p in entering])
             self._displaced.update(entering)  # only now: restore() must never meet a backup that is not filled
         return list(buckets.values())
 
@@ -316,4 +325,4 @@ def _beside(bucket: _Bucket, grad_scale: float | Tensor) -> float | Tensor:
 
 
 def _set_versions(params: Iterable[Tensor], versions: Iterable[int]) -> None:
-    torch._C._autograd._unsafe_set_version_counter(tuple(map(local_part, params)), tuple(versions))
+    torch._C._autograd._unsafe_set_version_counter(tuple(map(local_shard, params)), tuple(versions))

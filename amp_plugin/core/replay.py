@@ -62,16 +62,16 @@ class ExtraPasses:
         yield
 
     @contextmanager
-    def extra(self) -> Iterator[None]:
+    def perturbed(self) -> Iterator[None]:
         """A pass at perturbed weights: replay the random numbers, put the buffers back afterwards."""
         for device, state in self._rng_states.items():
             _set_rng_state(device, state)
         with self._buffers_kept():
             yield
 
-    def number(self, index: int) -> AbstractContextManager[None]:
+    def nth(self, index: int) -> AbstractContextManager[None]:
         """The pass of a step with that index: the first, 0, is the one to :meth:`clean`, wherever the weights are."""
-        return self.extra() if index else self.clean()
+        return self.perturbed() if index else self.clean()
 
     def seen_buffers(self) -> list[SeenBuffer]:
         """At the end of an extra forward pass, what its backward pass may need to find in the buffers."""

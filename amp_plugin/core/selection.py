@@ -1,14 +1,17 @@
-"""Which parameters the ball is for, by name: ``parameters="norm"``, a regular expression, or a predicate."""
+"""Which parameters are perturbed: ``parameters="norm"``, a regular expression on names, or a predicate."""
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
+from amp_plugin.core.checks import check_not_negative
+from amp_plugin.core.perturbation import Ascent
 from amp_plugin.core.sharding import is_distributed
 from amp_plugin.suggest import did_you_mean
 
@@ -16,47 +19,34 @@ Parameters = str | Callable[[str, Tensor], bool]
 Groups = list[dict[str, Any]]
 
 
-class Ball:
-    """The parameters that are perturbed, of those in the groups of an optimizer.
+class ParameterSelection:
+    """The parameters in the groups of an optimizer that the ball is for.
 
     Args:
-        parameters: which, see :func:`chosen_parameters`; None for all.
+        parameters: choice by name, see :func:`select_parameters`; None for all parameters.
     """
 
     def __init__(self, parameters: Parameters | None) -> None:
         self.parameters = parameters
-        self._chosen: set[Tensor] | None = None  # once the names are known
+        self._chosen: set[Tensor] | None = None  # None until the names are known
 
     def choose(self, groups: Groups, named: Iterable[tuple[str, Tensor]]) -> None:
-        """Choose by these names, unless that has been done for these parameters; ValueError if none is chosen."""
+        """Choose by these names, unless a choice was made for these parameters; ValueError if none is chosen."""
         if self.parameters is None:
             return
         own = _ids(groups)
         if self._chosen is not None and all(id(p) in own for p in self._chosen):
             return
-        self._chosen = chosen_parameters(self.parameters, {name: p for name, p in named if id(p) in own})
+        self._chosen = select_parameters(self.parameters, {name: p for name, p in named if id(p) in own})
 
     def choose_anew(self, groups: Groups) -> None:
-        """The groups have changed: choose by the names in them, if they were made of named parameters."""
+        """Choose by the names in the groups, which have changed, if they were made of named parameters."""
         self._chosen = None
         if all("param_names" in group for group in groups):
             self.choose(groups, [pair for g in groups for pair in zip(g["param_names"], g["params"], strict=True)])
 
-    def require_chosen(self, groups: Groups) -> None:
-        """RuntimeError if not one of those that were chosen is in the groups any more."""
-        own = _ids(groups)
-        if self._chosen and not any(id(p) in own for p in self._chosen):
-            raise RuntimeError(
-                f"the parameters that parameters={self.parameters!r} chose have been replaced in the optimizer's groups"
-                " since, so nothing would be perturbed; call optimizer.name_parameters(model) to choose anew"
-            )
-
     def of(self, group: Mapping[str, Any]) -> Iterable[Tensor]:
-        """Those of a group.
-
-        Raises:
-            RuntimeError: their names are not known.
-        """
+        """Return the selected parameters of a group; RuntimeError if their names are not known."""
         params: list[Tensor] = group["params"] if group["epsilon"] and group["inner_lr"] else []
         if self.parameters is None:
             return params
@@ -68,16 +58,46 @@ class Ball:
         chosen = self._chosen
         return [p for p in params if p in chosen]
 
+    def within(self, groups: Groups) -> Iterator[Tensor]:
+        """Yield the selected parameters of all groups."""
+        return (p for group in groups for p in self.of(group))
+
+    def ascents(self, groups: Groups, directions: Mapping[Tensor, Tensor] | None) -> list[Ascent]:
+        """Return what each selected parameter contributes to an ascent step.
+
+        Args:
+            groups: groups of the optimizer.
+            directions: tensors to ascend along, by parameter; None for the gradients in ``.grad``.
+
+        Raises:
+            ValueError: a radius or a step length is negative.
+            RuntimeError: the selected parameters are not in the groups any more, or FSDP has kept the gradients of
+                the sharded ones to itself.
+        """
+        ascents: dict[Tensor, Ascent] = {}  # by tensor, because a tensor listed twice is one weight, moved once
+        for group in groups:
+            epsilon, inner_lr = group["epsilon"], group["inner_lr"]
+            check_not_negative(epsilon=epsilon, inner_lr=inner_lr)  # a schedule may have changed them
+            for p in self.of(group):
+                along = p.grad if directions is None else directions.get(p)
+                # A group that maximises has its worst loss downhill.
+                ascents[p] = Ascent(p, along, -inner_lr if group.get("maximize") else inner_lr, epsilon)
+        if not ascents:
+            self._check_still_there(groups)
+        elif directions is None:
+            _check_gradients(ascents)
+        return list(ascents.values())
+
     def prunes(self, groups: Groups) -> bool:
-        """Whether :meth:`pruned` does anything; FSDP would not notice."""
+        """Return whether :meth:`pruned` leaves any parameter out; FSDP would not notice, so it never does there."""
         return self.parameters is not None and not any(is_distributed(p) for g in groups for p in g["params"])
 
     @contextmanager
     def pruned(self, groups: Groups) -> Iterator[list[Tensor]]:
-        """Let no gradient be computed for parameters outside; gives those for which one would have been."""
+        """Let no gradient be computed for parameters outside; yield those that would have had one."""
         outside: list[Tensor] = []
         if self.prunes(groups):
-            inside = {p for group in groups for p in self.of(group)}
+            inside = set(self.within(groups))
             outside = [p for g in groups for p in g["params"] if p.requires_grad and p not in inside]
         try:
             for p in outside:
@@ -87,22 +107,26 @@ class Ball:
             for p in outside:
                 p.requires_grad_(True)
 
+    def _check_still_there(self, groups: Groups) -> None:
+        own = _ids(groups)
+        if self._chosen and not any(id(p) in own for p in self._chosen):
+            raise RuntimeError(
+                f"the parameters that parameters={self.parameters!r} chose have been replaced in the optimizer's groups"
+                " since, so nothing would be perturbed; call optimizer.name_parameters(model) to choose anew"
+            )
 
-def _ids(groups: Groups) -> set[int]:
-    return {id(p) for group in groups for p in group["params"]}
 
-
-def chosen_parameters(parameters: Parameters, named: Mapping[str, Tensor]) -> set[Tensor]:
-    """Those of the ball.
+def select_parameters(parameters: Parameters, named: Mapping[str, Tensor]) -> set[Tensor]:
+    """Return the parameters that the ball is for.
 
     Args:
-        parameters: ``"norm"``: weight and bias of every layer whose weight has one dimension, as that of
-            normalisation layers; another string: a regular expression to be found in the name; or a function of
-            name and parameter.
-        named: the parameters to choose from.
+        parameters: ``"norm"`` for the weight and bias of every layer whose weight has one dimension, as a
+            normalisation layer's has; another string for a regular expression to be found in the name; or a function
+            of name and parameter.
+        named: parameters to choose from, by name.
 
     Raises:
-        ValueError: none is chosen, or the regular expression is none.
+        ValueError: no parameter is chosen, or the string is not a regular expression.
     """
     predicate = parameters if callable(parameters) else _predicate(parameters, named)
     chosen = {p for name, p in named.items() if predicate(name, p)}
@@ -118,7 +142,7 @@ def chosen_parameters(parameters: Parameters, named: Mapping[str, Tensor]) -> se
 
 def _predicate(parameters: str, named: Mapping[str, Tensor]) -> Callable[[str, Tensor], bool]:
     if parameters == "norm":
-        return lambda name, p: _weight_of_layer(name, named) is not None
+        return lambda name, p: _belongs_to_norm(name, named)
     try:
         pattern = re.compile(parameters)
     except re.error as error:
@@ -126,8 +150,23 @@ def _predicate(parameters: str, named: Mapping[str, Tensor]) -> Callable[[str, T
     return lambda name, p: pattern.search(name) is not None
 
 
-def _weight_of_layer(name: str, named: Mapping[str, Tensor]) -> Tensor | None:
-    """The one-dimensional weight of the layer that a parameter belongs to, if it has one."""
+def _belongs_to_norm(name: str, named: Mapping[str, Tensor]) -> bool:
+    """Return whether a parameter is the weight or bias of a layer whose weight has one dimension."""
     layer, _, last = name.rpartition(".")
     weight = named.get(f"{layer}.weight" if layer else "weight")
-    return weight if weight is not None and weight.dim() == 1 and last in ("weight", "bias") else None
+    return weight is not None and weight.dim() == 1 and last in ("weight", "bias")
+
+
+def _check_gradients(ball: Mapping[Tensor, Ascent]) -> None:
+    sharded = [p for p in ball if is_distributed(p) and p.requires_grad]
+    if sharded and all(p.grad is None for p in sharded):
+        raise RuntimeError(
+            "a pass left no gradient on the sharded parameters: leave gradient synchronisation on in the ascent"
+            " pass, model.set_requires_gradient_sync(True); without it FSDP keeps the gradients to itself"
+        )
+    if all(p.grad is None for p in ball):
+        warnings.warn("AMP: a pass left no gradient to ascend along", RuntimeWarning, stacklevel=6)
+
+
+def _ids(groups: Groups) -> set[int]:
+    return {id(p) for group in groups for p in group["params"]}

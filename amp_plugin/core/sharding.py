@@ -51,13 +51,13 @@ def split_of(tensor: Any) -> Split | None:
     return Split(tensor.device_mesh, dims) if dims else None
 
 
-def local_part(tensor: Any) -> Tensor:
+def local_shard(tensor: Any) -> Tensor:
     """What this process holds of a tensor, in the same storage; the tensor itself if it is a plain one."""
     part: Tensor = tensor.to_local() if is_distributed(tensor) else tensor
     return part
 
 
-def laid_out_like(tensor: Any, param: Any) -> Tensor:
+def redistribute_like(tensor: Any, param: Any) -> Tensor:
     """A gradient split as its parameter is: tensor parallelism may leave it as a pending sum, for example.
 
     If it is split otherwise, all processes of the mesh have to call this, and the result is a copy.
@@ -68,7 +68,7 @@ def laid_out_like(tensor: Any, param: Any) -> Tensor:
     return same
 
 
-def whole_norms(norms: Tensor, split: Split | None) -> Tensor:
+def global_norms(norms: Tensor, split: Split | None) -> Tensor:
     """L2 norms of whole tensors, shape (tensors,), from those of the parts that this process holds.
 
     One collective for each dimension that splits, which all processes of the mesh have to enter; every process gets

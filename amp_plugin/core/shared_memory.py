@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 
-def part_shared(lists: Sequence[list[Tensor]]) -> None:
+def clone_overlapping(lists: Sequence[list[Tensor]]) -> None:
     """Replace every dense tensor in the lists that overlaps another one by a copy.
 
     Autograd gives parameters that are added through views, ``p[None] + q[None]``, one gradient

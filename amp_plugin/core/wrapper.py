@@ -1,9 +1,11 @@
-"""An optimizer around another one: the same groups and the same state, with options of its own in the groups."""
+"""An optimizer around another one, with the same groups and the same state, and options of its own in the groups."""
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -11,12 +13,17 @@ from torch.utils.hooks import RemovableHandle
 
 
 class OptimizerWrapper(Optimizer):
-    """Groups and state are the base optimizer's own, by property, so that no load, copy or schedule can part them.
+    """An optimizer whose groups and state are the base optimizer's own, so that no load, copy or schedule parts them.
 
     Args:
-        base: the optimizer that makes the step.
-        options: defaults of the options that every group gets besides the base optimizer's.
+        base: optimizer that makes the step.
+        options: defaults of the options that every group gets besides those of the base optimizer.
+
+    Attributes:
+        base_optimizer: optimizer that makes the step.
     """
+
+    _copied: ClassVar[tuple[str, ...]] = ("defaults", "base_optimizer", "_options")  # attributes that copies keep
 
     def __init__(self, base: Optimizer, options: dict[str, Any]) -> None:
         self.base_optimizer = base
@@ -48,46 +55,65 @@ class OptimizerWrapper(Optimizer):
         self.base_optimizer.add_param_group(param_group)
         self._fill_options()
 
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients that are there, in the order of the groups."""
+        return [p.grad for p in self._params() if p.grad is not None]
+
     def state_dict(self) -> dict[str, Any]:
-        """As the base optimizer saves it: some save more than torch does, and each knows how to load its own."""
+        """Return what the base optimizer saves: some save more than torch does, and each loads its own."""
         return self.base_optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As the base optimizer loads it; what it saved without this one is filled up with the defaults."""
+        """Load as the base optimizer does; options that a checkpoint of the base optimizer lacks get their defaults."""
         self.base_optimizer.load_state_dict(state_dict)
         self._fill_options()
 
     def register_state_dict_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        """As of the base optimizer, which is what the hook is given; and so the other three."""
+        """Register a hook on the base optimizer, which the hook is given."""
         return self.base_optimizer.register_state_dict_pre_hook(*args, **kwargs)
 
     def register_state_dict_post_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        """As of the base optimizer."""
+        """Register a hook on the base optimizer, which the hook is given."""
         return self.base_optimizer.register_state_dict_post_hook(*args, **kwargs)
 
     def register_load_state_dict_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        """As of the base optimizer."""
+        """Register a hook on the base optimizer, which the hook is given."""
         return self.base_optimizer.register_load_state_dict_pre_hook(*args, **kwargs)
 
     def register_load_state_dict_post_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        """As of the base optimizer."""
+        """Register a hook on the base optimizer, which the hook is given."""
         return self.base_optimizer.register_load_state_dict_post_hook(*args, **kwargs)
 
     def train(self) -> None:
-        """For a base optimizer with modes (schedule-free ones have): the training's; for others nothing."""
-        getattr(self.base_optimizer, "train", _nothing)()
+        """Put a base optimizer with modes (a schedule-free one) into the mode of training."""
+        getattr(self.base_optimizer, "train", _do_nothing)()
 
     def eval(self) -> None:
-        """For a base optimizer with modes: the evaluation's; for others nothing."""
-        getattr(self.base_optimizer, "eval", _nothing)()
+        """Put a base optimizer with modes (a schedule-free one) into the mode of evaluation."""
+        getattr(self.base_optimizer, "eval", _do_nothing)()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"defaults": self.defaults, "base_optimizer": self.base_optimizer, "_options": self._options}
+        return {name: getattr(self, name) for name in self._copied}
 
     def _fill_options(self) -> None:
         for group in self.param_groups:
             for name, default in self._options.items():
                 group.setdefault(name, default)
 
+    def _params(self) -> Iterator[Tensor]:
+        # A tensor listed twice is one weight. Tensors are told by id, because torch hashes them ten times slower.
+        return iter({id(p): p for group in self.param_groups for p in group["params"]}.values())
 
-def _nothing() -> None: ...
+    def _set_gradients(self, gradients: Mapping[Tensor, Tensor]) -> None:
+        """Give every parameter its gradient in the mapping, and None to a parameter that is not in it."""
+        for p in self._params():
+            p.grad = gradients.get(p)
+
+    def _warn_once(self, message: str) -> None:
+        warned: set[str] = self.__dict__.setdefault("_warned", set())
+        if message not in warned:
+            warned.add(message)
+            warnings.warn(message, stacklevel=5)
+
+
+def _do_nothing() -> None: ...

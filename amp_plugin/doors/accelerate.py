@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from wrapt import when_imported
 
-from amp_plugin.core.distributed import average_gradients, data_parallel, share_overflow
-from amp_plugin.core.inputs import fresh, tensors_in
-from amp_plugin.core.optimizer import AMP, find_amp
+from amp_plugin.core.find import find_amp
+from amp_plugin.core.grad_scaler import scale_of
+from amp_plugin.core.inputs import detached_inputs
+from amp_plugin.core.optimizer import AMP
 from amp_plugin.core.replay import BatchNormPolicy, ExtraPasses, RngPolicy
-from amp_plugin.core.scaled import scale_of
+from amp_plugin.doors.window import ascend_over
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -79,10 +80,8 @@ def amp_backward(
     amp = find_amp(optimizer)
     if amp is None:
         raise TypeError(f"amp_backward() needs amp_plugin.AMP, got {type(optimizer).__name__}")
-    _refuse(accelerator, amp, batches)
+    _check(accelerator, amp, batches)
     amp.name_parameters(model)
-    # DDP would wait for gradients that a restricted ball does not need; they are then averaged here.
-    ddp = data_parallel(model) if amp.ball.prunes(amp.param_groups) else None
 
     def run(window: Sequence[Any], sync: bool = True) -> Tensor:
         share = accelerator.gradient_accumulation_steps / len(window)  # accelerator.backward() divides by the former
@@ -95,30 +94,20 @@ def amp_backward(
         return torch.stack(losses).mean()
 
     def clear() -> None:
-        model.zero_grad()  # its other parameters' gradients, too, must come from the last pass alone
+        model.zero_grad()  # the gradients of its other parameters, too, must come from the last pass alone
         amp.zero_grad()
 
     passes = ExtraPasses(model, batch_norm=batch_norm, rng=rng)
     scale = scale_of(accelerator.scaler)
-    versions = [t._version for t in tensors_in(batches)]
     means: list[Tensor] = []
     clear()
     try:
-        for part in amp.passes_of_step(batches, scale):
-            with passes.number(len(means)):
-                means.append(run(fresh(part), sync_ascent and ddp is None))
-            if versions != [t._version for t in tensors_in(batches)]:
-                raise RuntimeError(
-                    "compute_loss changes its batch in place, so a second pass would see another one; change a copy"
-                )
-            amp.require_gradients()
-            trained = [p for group in amp.param_groups for p in group["params"] if p.requires_grad]
-            if not sync_ascent:
-                share_overflow(trained)
-            elif ddp is not None:
-                average_gradients(trained, ddp.process_group)
+        culprit = "compute_loss changes its batch"
+        with closing(ascend_over(amp, passes, model, batches, scale, sync=sync_ascent, culprit=culprit)) as ascent:
+            for part, sync in ascent:
+                means.append(run(detached_inputs(part), sync))
         model.zero_grad()
-        with passes.number(len(means)):
+        with passes.nth(len(means)):
             means.append(run(batches))
     except BaseException:
         clear()
@@ -126,11 +115,11 @@ def amp_backward(
     finally:
         amp.restore()
     if accelerator.scaler is not None:
-        amp.pass_on_overflow()
+        amp.propagate_overflow()
     return means[0]
 
 
-def _refuse(accelerator: Accelerator, amp: AMP, batches: Sequence[Any]) -> None:
+def _check(accelerator: Accelerator, amp: AMP, batches: Sequence[Any]) -> None:
     if amp.attached:
         raise RuntimeError("the optimizer is attached to a module, which makes the ascent; detach() it first")
     if not accelerator.sync_gradients:

@@ -9,7 +9,7 @@ that ``loss.backward()`` leaves is AMP's, and at no other time is a weight displ
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing
 from contextvars import ContextVar
 from typing import Any
 
@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from amp_plugin.core.compilation import not_compiled, not_compiled_itself
-from amp_plugin.core.distributed import average_gradients, data_parallel, share_overflow
-from amp_plugin.core.inputs import fresh, tensors_in
+from amp_plugin.core.distributed import data_parallel
+from amp_plugin.core.find import find_amp
+from amp_plugin.core.inputs import detached_inputs
 from amp_plugin.core.loss import loss_of, with_loss
-from amp_plugin.core.optimizer import AMP, find_amp
+from amp_plugin.core.optimizer import AMP
 from amp_plugin.core.replay import BatchNormPolicy, ExtraPasses, RngPolicy
 from amp_plugin.core.sharding import is_distributed
-from amp_plugin.doors.perturbed_backward import AtDisplacement, Descent
+from amp_plugin.doors.perturbed_backward import AtDisplacement, PerturbedBackward
+from amp_plugin.doors.window import ascend_over
 
 # The attachment whose module is between the begin and the end of its perturbed forward pass, in this thread.
 _running: ContextVar[Attachment | None] = ContextVar("running", default=None)
@@ -71,7 +73,7 @@ def attach(
         raise ValueError("this optimizer is attached to a module already; detach() that first")
     if next(attachments(module), None) is not None:
         raise ValueError("this module, or a part of it, is attached already; detach() it first")
-    _require_held(amp, module)
+    _check_held(amp, module)
     amp.name_parameters(module)
     return Attachment(amp, module, ExtraPasses(module, batch_norm=batch_norm, rng=rng), sync_ascent)
 
@@ -174,11 +176,11 @@ class Attachment:
             raise RuntimeError("an attached module was called while its weights are perturbed by optimizer.ascend()")
         if not amp.perturbs:
             return 0
-        self._refuse_what_came_later(module)
+        self._check_module(module)
         made = yield from self._passes(amp, passes, module, args, kwargs)
         _running.set(self)
         self._forward = ExitStack()
-        self._forward.enter_context(passes.number(made))
+        self._forward.enter_context(passes.nth(made))
         return made
 
     @not_compiled
@@ -205,26 +207,30 @@ class Attachment:
             self.loss, self.amp_loss = loss.detach(), None
             return None
         self.amp_loss = loss.detach()
-        descent = Descent(self, amp.suspend(), seen)
+        assert self.passes is not None
+        amp.progress.suspend()
+        descent = PerturbedBackward(amp, self.passes, amp.perturbation.suspend(), seen, self._note_scale)
         value = self.amp_loss if self.loss is None else self.loss
         return with_loss(output, AtDisplacement.apply(loss, value, descent))
 
-    def _refuse_what_came_later(self, module: nn.Module) -> None:
+    def _note_scale(self, scale: Tensor) -> None:
+        self.grad_scale = scale
+
+    def _check_module(self, module: nn.Module) -> None:
         if getattr(module, "_is_replica", False):
             raise RuntimeError("an attached module does not work in nn.DataParallel; use DistributedDataParallel")
         if _is_fully_sharded(module) and not self._sharded:
             raise RuntimeError("attach() came before fully_shard() on the same module; call fully_shard() first")
         if self.amp is not None:
-            _require_held(self.amp, module)
+            _check_held(self.amp, module)
 
     def _passes(self, amp: AMP, passes: ExtraPasses, module: nn.Module, args: Any, kwargs: Any) -> _Passes:
-        """The passes before the last one; returns how many. Gradients that the loop has accumulated are put aside."""
+        """Make the passes before the last one; return how many. The gradients of the loop are put aside meanwhile."""
         made, self.loss = 0, None
         params = list(dict.fromkeys([*module.parameters(), *(p for g in amp.param_groups for p in g["params"])]))
         grads = [p.grad for p in params]
         if all(grad is None for grad in grads):
             amp.zero_grad()  # forget a step that the gradient scaler skipped
-        versions = [t._version for t in tensors_in((args, kwargs))]
         ddp = data_parallel(module)
         if ddp is not None and ddp.static_graph:
             raise RuntimeError(
@@ -232,29 +238,31 @@ class Attachment:
                 " (https://github.com/pytorch/pytorch/issues/143580), as an attached module's ascents are; leave"
                 " static_graph off"
             )
+        scale = self.grad_scale
         self._ascending = True
         try:
             for p in params:
                 p.grad = None
-            scale = self.grad_scale
-            for [(args_, kwargs_)] in amp.passes_of_step([(args, kwargs)], 1.0 if scale is None else scale):
-                with passes.number(made), nullcontext() if ddp is None else ddp.no_sync():
-                    loss = loss_of((yield fresh(args_), fresh(kwargs_)), module)
+            ascent = ascend_over(
+                amp,
+                passes,
+                module,
+                [(args, kwargs)],
+                1.0 if scale is None else scale,
+                sync=self._sync_ascent,
+                within_forward=True,
+                culprit=f"{type(module).__name__} changes its input",
+            )
+            with closing(ascent):
+                for [(args_, kwargs_)], _ in ascent:
+                    loss = loss_of((yield detached_inputs(args_), detached_inputs(kwargs_)), module)
                     if not loss.requires_grad:
                         raise RuntimeError("the loss of an attached module requires no gradient, so there is no ascent")
                     if made == 0:
                         self.loss = loss.detach()
                     with torch.autocast(loss.device.type, enabled=False):
                         loss.backward(None if scale is None else scale.to(loss).expand_as(loss))  # type: ignore[no-untyped-call]
-                if versions != [t._version for t in tensors_in((args, kwargs))]:
-                    raise RuntimeError(
-                        f"{type(module).__name__} changes its input in place, so a second pass would see another batch;"
-                        " change a copy instead"
-                    )
-                if ddp is not None:
-                    share = average_gradients if self._sync_ascent else share_overflow
-                    share([p for g in amp.param_groups for p in g["params"] if p.requires_grad], ddp.process_group)
-                made += 1
+                    made += 1
         except BaseException:
             amp.restore()
             raise
@@ -267,7 +275,7 @@ class Attachment:
 
 @not_compiled
 def _advance(passes: _Passes, output: Any = None, error: BaseException | None = None) -> Any:
-    """To the next call of the module, or None if there is none."""
+    """Advance the generator; return the arguments of the next call of the module, or None when no call is left."""
     try:
         return passes.send(output) if error is None else passes.throw(error)
     except StopIteration:
@@ -283,7 +291,7 @@ def attachments(module: nn.Module) -> Iterator[Attachment]:
                 yield attachment
 
 
-def _require_held(amp: AMP, module: nn.Module) -> None:
+def _check_held(amp: AMP, module: nn.Module) -> None:
     held = set(module.parameters())
     params = [p for group in amp.param_groups for p in group["params"]]
     missing = [p for p in params if p not in held and not is_distributed(p)]  # FSDP shows gathered ones for a while

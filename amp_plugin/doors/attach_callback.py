@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from amp_plugin.core.optimizer import AMP, find_amp
+from amp_plugin.core.find import find_amp
+from amp_plugin.core.optimizer import AMP
 from amp_plugin.doors.attach import Attachment, attach, attachments
 
 logger = logging.get_logger(__name__)

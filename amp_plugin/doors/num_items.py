@@ -43,10 +43,10 @@ def uses_num_items(trainer: Trainer, inputs: dict[str, Any], num_items: Tensor |
     with passes.clean():
         pass  # where the random numbers start
     for n in (num_items, 2 * num_items):
-        with passes.extra():
+        with passes.perturbed():
             loss: Any = trainer.compute_loss(model, trainer._prepare_inputs(inputs), num_items_in_batch=n)
             losses.append(loss.detach().float().sum())
-    with passes.extra():
+    with passes.perturbed():
         pass  # and where they shall go on from
     once, twice = trainer.accelerator.reduce(torch.stack(losses), "sum").tolist()
     if once == 0.0 or not math.isfinite(once):

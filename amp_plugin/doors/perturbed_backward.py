@@ -1,9 +1,10 @@
-"""The backward pass of a forward pass that ran at theta + delta: there for as long as it lasts, and back."""
+"""The backward pass of a forward pass that ran at theta + delta: the weights are there for as long as it lasts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,26 +13,42 @@ from torch.autograd.function import Function, FunctionCtx
 from amp_plugin.core.compilation import not_compiled
 from amp_plugin.core.optimizer import AMP
 from amp_plugin.core.perturbation import Displacement
-from amp_plugin.core.replay import SeenBuffer
-
-if TYPE_CHECKING:
-    from amp_plugin.doors.attach import Attachment
+from amp_plugin.core.replay import ExtraPasses, SeenBuffer
 
 
-class Descent:
-    """The backward pass of one perturbed forward pass."""
+class PerturbedBackward:
+    """The backward pass that belongs to one perturbed forward pass.
 
-    def __init__(self, attachment: Attachment, displacement: Displacement, seen: list[SeenBuffer]) -> None:
-        self.attachment = attachment
-        self.seen = seen
+    Args:
+        amp: optimizer whose weights move.
+        passes: guard of the module's state in passes beyond the first.
+        displacement: theta + delta of the forward pass.
+        seen: buffers as the forward pass has left them.
+        note_scale: function that is told the upstream gradient of the loss, rounded down to a power of two.
+    """
+
+    def __init__(
+        self,
+        amp: AMP,
+        passes: ExtraPasses,
+        displacement: Displacement,
+        seen: list[SeenBuffer],
+        note_scale: Callable[[Tensor], None],
+    ) -> None:
+        self.amp, self.passes, self.seen, self.note_scale = amp, passes, seen, note_scale
         self.moved = displacement.moved
         self.displacement = displacement._replace(moved=[])
 
     @not_compiled
     def begin(self, moved: tuple[Tensor, ...], grad: Tensor) -> Tensor:
-        """Go to theta + delta until the backward pass ends; returns the gradient of the loss there."""
-        amp, passes = self.attachment.amp, self.attachment.passes
-        if amp is None or passes is None:
+        """Go to theta + delta until the backward pass ends; return the gradient of the loss there.
+
+        Args:
+            moved: values of the parameters at theta + delta.
+            grad: upstream gradient of the clean loss, 0-d or of one element.
+        """
+        amp = self.amp
+        if not amp.attached:
             raise RuntimeError("detach() was called between the forward and the backward pass")
         if amp.perturbed:
             raise RuntimeError(
@@ -39,20 +56,20 @@ class Descent:
                 " backward() on each, or attach to a module that adds them up"
             )
         try:
-            amp.resume(self.displacement._replace(moved=list(moved)))
-            end = _End(amp, self.displacement, passes.backward(self.seen))
+            amp.perturbation.resume(self.displacement._replace(moved=list(moved)))
+            end = _BackwardEnd(amp, self.displacement, self.passes.backward(self.seen))
             torch.autograd.Variable._execution_engine.queue_callback(end)
         except BaseException:
             amp.restore()
             raise
-        self.attachment.grad_scale = _power_of_two(grad)
+        self.note_scale(_power_of_two(grad))
         finite = self.displacement.finite
         # An ascent that overflowed must reach whoever looks at the gradients: the gradient scaler, other processes.
         return grad if finite is None else torch.where(finite.to(grad.device), grad, torch.nan)
 
 
-class _End:
-    """Called when the backward pass is over; merely deleted, with the engine's record of it, when it fails."""
+class _BackwardEnd:
+    """A callback for the end of a backward pass. The engine only deletes it, with its other records, when one fails."""
 
     def __init__(self, amp: AMP, displacement: Displacement, buffers: AbstractContextManager[None]) -> None:
         self._there = ExitStack()
@@ -64,7 +81,7 @@ class _End:
     def __call__(self) -> None:
         try:
             self._there.close()
-            self._amp.finish(self._displacement)
+            self._amp.progress.descents.append(self._displacement)
         except BaseException:  # an interrupt
             self._amp.restore()
             raise
@@ -75,11 +92,11 @@ class _End:
 
 
 class AtDisplacement(Function):
-    """The value of the clean loss, the gradient of the perturbed one."""
+    """An autograd function with the value of the clean loss and the gradient of the perturbed one."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, loss: Tensor, clean: Tensor, descent: Descent) -> Tensor:
-        """The clean loss."""
+    def forward(ctx: FunctionCtx, loss: Tensor, clean: Tensor, descent: PerturbedBackward) -> Tensor:
+        """Return the clean loss, in the type of the perturbed one."""
         ctx.descent = descent  # type: ignore[attr-defined]
         ctx.save_for_backward(*descent.moved)  # autograd frees them after the backward pass
         descent.moved = []
@@ -87,12 +104,12 @@ class AtDisplacement(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """The gradient goes on to the perturbed loss, with the weights there."""
+        """Pass the gradient on to the perturbed loss, with the weights there."""
         return ctx.descent.begin(ctx.saved_tensors, grads[0]), None, None
 
 
 def _power_of_two(grad: Tensor) -> Tensor:
-    """The largest power of two that is no larger; scaling by it is exact. 1 for what is zero or not finite."""
+    """Return the largest power of two up to the size of a gradient, because scaling by it is exact; 1 for 0 and NaN."""
     size = grad.detach().abs().float().flatten()[0]
     power = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 1)
     return torch.where((size > 0) & torch.isfinite(size), power, 1.0)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from amp_plugin.core.compilation import not_compiled, not_compiled_itself
-from amp_plugin.core.optimizer import AMP, living
+from amp_plugin.core.optimizer import AMP, _instances
 from amp_plugin.doors.attach import Attachment, attach
 
 _logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def _attachment_of(task: nn.Module) -> Attachment | None:
 
 
 def _optimizer_of(task: nn.Module) -> AMP | None:
-    free = [amp for amp in living if not (amp.attached or amp.in_closure)]
+    free = [amp for amp in _instances if not (amp.attached or amp.progress.in_closure)]
     held = set(task.parameters()) if free else set()
     found = [amp for amp in free if all(p in held for group in amp.param_groups for p in group["params"])]
     if len(found) > 1:

@@ -156,7 +156,7 @@ class Objective:
         devices = {p.device for p in self.parameters if p.device.type == "cuda"}
         try:
             self.model.train(self.training)
-            with self._passes.extra(), torch.random.fork_rng(devices):
+            with self._passes.perturbed(), torch.random.fork_rng(devices):
                 torch.manual_seed(0)
                 yield
         finally:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from amp_plugin import AMP
 from amp_plugin.core.base_optimizer import OptimizerFactory
-from amp_plugin.core.optimizer import find_amp
+from amp_plugin.core.find import find_amp
 from amp_plugin.train.options import RecipeArguments
 
 
@@ -90,7 +90,7 @@ def passes_made(optimizer: Any, steps: int, records: Iterable[Mapping[str, float
         records: what the Trainer logged. They tell where the ascent policy decided on the way.
     """
     amp = find_amp(optimizer)
-    if amp is None or amp.policy.foreseeable:
+    if amp is None or amp.policy.is_deterministic:
         return mean_passes(optimizer, steps)
     total, before = 0.0, 0.0
     for record in records:
@@ -182,7 +182,7 @@ def costs(
 def _copies(optimizer: Optimizer) -> int:
     if not isinstance(optimizer, AMP) or not optimizer.perturbs:
         return 0
-    ball = [p for group in optimizer.param_groups for p in optimizer.ball.of(group) if p.requires_grad]
+    ball = [p for group in optimizer.param_groups for p in optimizer.selection.of(group) if p.requires_grad]
     return _bytes(ball) * (1 + optimizer.policy.copies)
 
 

@@ -92,7 +92,7 @@ def _optimizer(args: RecipeArguments, optimizer: Optimizer) -> str:
 
 
 def _at_most(optimizer: Optimizer) -> str:
-    return "" if not isinstance(optimizer, AMP) or optimizer.policy.foreseeable else "at most "
+    return "" if not isinstance(optimizer, AMP) or optimizer.policy.is_deterministic else "at most "
 
 
 def _schedule(args: RecipeArguments, count: Counts) -> str:

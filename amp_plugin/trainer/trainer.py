@@ -20,9 +20,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.utils import logging
 
 from amp_plugin.core.distributed import average_gradients, data_parallel, share_overflow
-from amp_plugin.core.optimizer import AMP, find_amp
+from amp_plugin.core.find import find_amp
+from amp_plugin.core.grad_scaler import scale_of
+from amp_plugin.core.optimizer import AMP
 from amp_plugin.core.replay import ExtraPasses
-from amp_plugin.core.scaled import scale_of
 from amp_plugin.doors.attach_callback import AttachCallback, release
 from amp_plugin.doors.means import Means
 from amp_plugin.doors.num_items import uses_num_items
@@ -159,7 +160,7 @@ class AMPTrainer(CheckpointingTrainer, PublishingTrainer):
             self._record(amp)
             self._end_window()
             if self.accelerator.scaler is not None:
-                amp.pass_on_overflow()
+                amp.propagate_overflow()
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -193,22 +194,22 @@ class AMPTrainer(CheckpointingTrainer, PublishingTrainer):
             self._passes = ExtraPasses(model, batch_norm=self.args.amp_batch_norm, rng=self.args.amp_rng)  # type: ignore[arg-type]
         passes, made, k = self._passes, 0, len(self._window)
         # DDP would wait for gradients that a restricted ball does not need; they are then averaged here.
-        ddp = data_parallel(model) if amp.ball.prunes(amp.param_groups) else None
+        ddp = data_parallel(model) if amp.selection.prunes(amp.param_groups) else None
         self._descent = ExitStack()
         self._descent.callback(amp.restore)
         for part in amp.passes_of_step(self._window, scale):
-            with passes.number(made):
+            with passes.nth(made):
                 losses = self._ascent_pass(model, part, num_items_in_batch, sync=self.args.sync_ascent and ddp is None)
             if made == 0:
                 self._clean_losses = losses if len(part) == k else [torch.stack(losses).sum() / k] * k
-            amp.require_gradients()
+            amp.check_gradients()
             trained = [p for group in amp.param_groups for p in group["params"] if p.requires_grad]
             if not self.args.sync_ascent:
                 share_overflow(trained)
             elif ddp is not None:
                 average_gradients(trained, ddp.process_group)
             made += 1
-        self._descent.enter_context(passes.number(made))
+        self._descent.enter_context(passes.nth(made))
 
     def _ascent_pass(self, model: nn.Module, part: Sequence[Any], num_items: Any, *, sync: bool) -> list[Tensor]:
         """The stock step on each micro-batch of a part of the window, as if that were all of it."""

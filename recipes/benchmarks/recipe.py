@@ -52,7 +52,7 @@ def bare_loop(
             with passes.clean():
                 forward_and_backward()
             optimizer.ascend()
-            with passes.extra():
+            with passes.perturbed():
                 forward_and_backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from amp_plugin import AMP, CapturedStep, LossModule, attach
 from amp_plugin.core import capture as capture_module
-from amp_plugin.core.async_scalar import HostValue
+from amp_plugin.core.async_scalar import AsyncScalar
 
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01, "fused": True}
 ADAMW: dict[str, Any] = {"base_optimizer": "AdamW", "lr": 0.01, "fused": True}
@@ -180,10 +180,10 @@ def test_replayed_steps_are_those_of_python(
 
 @WAYS
 def test_nothing_is_sent_to_the_host(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def send(self: HostValue, value: Tensor) -> None:
+    def send(self: AsyncScalar, value: Tensor) -> None:
         raise AssertionError("a value was sent")
 
-    monkeypatch.setattr(HostValue, "__init__", send)
+    monkeypatch.setattr(AsyncScalar, "__init__", send)
     trained(way, batches(2), capturable=True, **SGD)
     with pytest.raises(AssertionError, match="was sent"):
         trained(way, batches(2), **SGD)
@@ -203,7 +203,7 @@ def test_a_gradient_scaler_lowers_its_scale_after_either_pass_overflowed(captura
             scaler.scale(F.cross_entropy(model(images), labels) * (torch.inf if bad else 1.0)).backward()
             if pass_number == 0:
                 optimizer.ascend(grad_scale=scaler.get_scale())
-        optimizer.pass_on_overflow()
+        optimizer.propagate_overflow()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()

@@ -76,7 +76,7 @@ def test_memory_beyond_the_base_optimizer_is_one_copy_of_the_weights(model: nn.M
         for phase in (optimizer.ascend, optimizer.step):
             set_gradients(model)
             phase()
-            held = vars(optimizer._perturbation) | {"parked": optimizer._parked}
+            held = vars(optimizer.perturbation) | {"set aside": optimizer.progress.set_aside or {}}
             nested = [list(v.values()) + list(v) if isinstance(v, dict) else v for v in held.values()]
             own = storages(nested)
             for p in model.parameters():

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from amp_plugin import AMP, AMPTrainer, AMPTrainingArguments, LossModule, amp_backward, attach
-from amp_plugin.core.scaled import scale_of
+from amp_plugin.core.grad_scaler import scale_of
 
 STEPS, BATCH, INNER_ITER, OVERFLOW_AT, SCALE = 10, 8, 2, 3, 1024.0
 ASCENTS = tuple(range(INNER_ITER))
@@ -87,7 +87,7 @@ def with_ascend(t: Training, batches: Batches, folder: Path, *, unscale: bool = 
             t.scaled(t.net(*batch)["loss"]).backward()
             t.amp.ascend(grad_scale=1.0 if t.scaler is None else t.scaler.get_scale())
         t.scaled(t.net(*batch)["loss"]).backward()
-        t.amp.pass_on_overflow()
+        t.amp.propagate_overflow()
         t.update(unscale)
 
 
@@ -286,7 +286,7 @@ def test_an_overflow_is_passed_on_whatever_parameter_comes_first(first: int) -> 
     for factor in (torch.inf, 1.0):
         scaler.scale(sum(factor * p.sum() for p in params)).backward()
         if factor == 1.0:
-            amp.pass_on_overflow()
+            amp.propagate_overflow()
         else:
             amp.ascend(grad_scale=8.0)
     scaler.step(amp)

@@ -31,7 +31,7 @@ def test_running_statistics_are_the_clean_ones_when_an_additional_pass_fails() -
     before = copy.deepcopy(dict(model.named_buffers()))
 
     def fail() -> None:
-        with ExtraPasses(model).extra():
+        with ExtraPasses(model).perturbed():
             model(x)
             raise MemoryError
 
@@ -43,12 +43,12 @@ def test_running_statistics_are_the_clean_ones_when_an_additional_pass_fails() -
 def test_a_module_may_change_its_type_between_additional_passes() -> None:
     model, (x, _) = small_net(), small_batches(1)[0]
     passes = ExtraPasses(model)
-    with passes.extra():
+    with passes.perturbed():
         model(x)
     model.double()
     model[1].running_mean.fill_(1 / 3)
     before = copy.deepcopy(dict(model.named_buffers()))
-    with passes.extra():
+    with passes.perturbed():
         model(x.double())
     assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
 

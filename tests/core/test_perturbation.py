@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from amp_plugin.core.perturbation import Ascent, Perturbation
-from amp_plugin.core.shared_memory import part_shared
+from amp_plugin.core.shared_memory import clone_overlapping
 
 
 def moved(p: Perturbation, theta: Tensor, grad: Tensor, inner_lr: float = 1.0, epsilon: float = 0.5) -> Tensor:
@@ -233,12 +233,12 @@ def test_a_gradient_that_parameters_share_counts_once_for_each(norm: Any, size: 
 def test_memory_that_overlaps_at_an_offset_is_parted() -> None:
     memory = torch.arange(8.0)
     first, second = [memory[:4], memory[4:]], [memory[2:6], torch.empty(0)]
-    part_shared([first, second])
+    clone_overlapping([first, second])
     tensors = first + second
     torch._foreach_mul_(tensors, 2)
     assert [t.tolist() for t in tensors] == [[0, 2, 4, 6], [8, 10, 12, 14], [4, 6, 8, 10], []]
     disjoint = [memory[:4], memory[4:]]
-    part_shared([disjoint])
+    clone_overlapping([disjoint])
     assert disjoint[1].data_ptr() == memory[4:].data_ptr(), "memory that is not shared is not copied"
 
 

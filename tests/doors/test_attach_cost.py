@@ -160,7 +160,7 @@ def test_a_step_of_an_attached_module_looks_only_at_whether_the_ascent_was_finit
         module(x, y)["loss"].backward()
         with pytest.raises(DataDependentOutputException):
             optimizer.step()
-        monkeypatch.setattr("amp_plugin.core.async_scalar.HostValue.value", lambda flag: True)
+        monkeypatch.setattr("amp_plugin.core.async_scalar.AsyncScalar.value", lambda flag: True)
         for _ in range(3):
             optimizer.zero_grad()
             module(x, y)["loss"].backward()

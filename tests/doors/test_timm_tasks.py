@@ -317,7 +317,7 @@ def test_where_no_amp_optimizer_lives_a_task_is_not_even_looked_at(monkeypatch: 
     def parameters(*args: Any) -> Any:
         raise AssertionError("the parameters were looked at")
 
-    monkeypatch.setattr("amp_plugin.doors.timm_tasks.living", weakref.WeakSet())
+    monkeypatch.setattr("amp_plugin.doors.timm_tasks._instances", weakref.WeakSet())
     training, (batch,) = Training(Case(), "sgd"), windows_of(Case(), 0)[0]
     monkeypatch.setattr(training.task, "parameters", parameters)
     monkeypatch.setattr(training.task, "modules", parameters)

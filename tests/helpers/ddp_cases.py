@@ -182,13 +182,13 @@ class Run:
 
     def _step_of_ascend(self, step: int) -> None:
         for i in range(INNER_ITER):
-            with self.passes.extra() if i else self.passes.clean():
+            with self.passes.perturbed() if i else self.passes.clean():
                 self._ascent_pass(step)
             self.optimizer.ascend(grad_scale=self.scaler.get_scale())
-        with self.passes.extra():
+        with self.passes.perturbed():
             self._backward(step)
         if self.case.scaled:
-            self.optimizer.pass_on_overflow()
+            self.optimizer.propagate_overflow()
         self._update()
 
     def _plain_step(self, step: int) -> None:

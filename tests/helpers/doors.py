@@ -34,7 +34,7 @@ def by_ascend(module: nn.Module, optimizer: AMP) -> Step:
 
     def step(batch: Batch) -> None:
         for i in range(optimizer.inner_iter + 1):
-            with passes.extra() if i else passes.clean():
+            with passes.perturbed() if i else passes.clean():
                 module(*batch)["loss"].backward()
             if i < optimizer.inner_iter:
                 optimizer.ascend()

@@ -99,7 +99,7 @@ def ascend(cell: Cell) -> nn.Module:
     passes = ExtraPasses(loop.model)
     for window in windows_of(cell):
         for i in range(BALL["inner_iter"] + 1):
-            with passes.extra() if i else passes.clean():
+            with passes.perturbed() if i else passes.clean():
                 loop.backward(window)
             if i < BALL["inner_iter"]:
                 loop.optimizer.ascend(grad_scale=loop.scaler.get_scale())

@@ -27,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 from amp_plugin import AMP, Perturbation
-from amp_plugin.core.optimizer import living
+from amp_plugin.core.optimizer import _instances
 from amp_plugin.models.classifier import image_classifier
 
 PAGES = [pages.README, *pages.GUIDES]
@@ -113,7 +113,7 @@ def test_a_snippet_runs_and_trains_with_amp(block: Block, tmp_path: Path, traini
     before = pages.setup(block)
     for part in [block] if before is None else [before, block]:
         exec(part.compiled(), namespace)
-    assert not any(amp.perturbed for amp in living)
+    assert not any(amp.perturbed for amp in _instances)
     if TRAINS.search(block.code):
         assert training.steps > 0, "nothing was trained"
         every_step = "ascent=" not in block.code  # a policy may leave some out

@@ -13,7 +13,6 @@ from amp_plugin.core.policies.policy import AscentPolicy, Full
 from amp_plugin.core.policies.schedule import Every, Window
 from amp_plugin.core.policies.stale import Momentum, Stale
 from amp_plugin.core.policies.subset import Subset
-from amp_plugin.core.selection import Parameters
 
 __all__ = [
     "Adaptive",
@@ -22,7 +21,6 @@ __all__ = [
     "Every",
     "Full",
     "Momentum",
-    "Parameters",
     "Stale",
     "Subset",
     "Window",

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim import Optimizer
 
-from amp_plugin.core.async_scalar import HostValue
-from amp_plugin.core.norms import whole_squared_norm
+from amp_plugin.core.async_scalar import AsyncScalar
+from amp_plugin.core.norms import global_squared_norm
 from amp_plugin.core.policies.policy import AscentPolicy, remember
-from amp_plugin.core.sharding import laid_out_like
+from amp_plugin.core.sharding import redistribute_like
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Adaptive(AscentPolicy):
     """
 
     name = "adaptive"
-    foreseeable = False
+    is_deterministic = False
     # None: there is nothing yet. The norm that is pending was measured after the last step, and not looked at yet.
     state: ClassVar[Mapping[str, Any]] = {
         "ascent_norm": None,
@@ -47,7 +47,7 @@ class Adaptive(AscentPolicy):
     }
     threshold: float = 0.0
     decay: float = 0.9
-    _arriving: HostValue | None = field(default=None, init=False, repr=False, compare=False)
+    _arriving: AsyncScalar | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -65,24 +65,24 @@ class Adaptive(AscentPolicy):
     @contextmanager
     def around_step(self, base: Optimizer, ball: Iterable[Tensor]) -> Iterator[None]:
         """Take in the norm of the step before, and send that of this one on its way."""
-        self.settle(base)
+        self.flush(base)
         state = base.param_groups[0]
         norm, mean, variance = (state[f"ascent_{name}"] for name in ("pending", "mean", "variance"))
-        measured = whole_squared_norm([laid_out_like(p.grad, p) for p in ball if p.grad is not None])
+        measured = global_squared_norm([redistribute_like(p.grad, p) for p in ball if p.grad is not None])
         yield
         if norm is not None and math.isfinite(norm):
             mean = norm if mean is None else self.decay * mean + (1 - self.decay) * norm
             variance = self.decay * (variance or 0.0) + (1 - self.decay) * (norm - mean) ** 2
             remember(base, ascent_norm=norm, ascent_mean=mean, ascent_variance=variance)
         remember(base, ascent_pending=None)
-        self._arriving = None if measured is None else HostValue(measured)
+        self._arriving = None if measured is None else AsyncScalar(measured)
 
-    def settle(self, base: Optimizer) -> None:
+    def flush(self, base: Optimizer) -> None:
         """The norm on its way goes into the groups."""
         if self._arriving is not None:
             remember(base, ascent_pending=float(self._arriving.value()))
             self._arriving = None
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """The norm on its way is of another training."""
         self._arriving = None

@@ -60,9 +60,9 @@ class Combined(AscentPolicy):
         return sum(p.copies for p in self.policies)
 
     @property
-    def foreseeable(self) -> bool:  # type: ignore[override]
+    def is_deterministic(self) -> bool:  # type: ignore[override]
         """Whether all are."""
-        return all(p.foreseeable for p in self.policies)
+        return all(p.is_deterministic for p in self.policies)
 
     def ascends(self, state: Mapping[str, Any], total_steps: int | None) -> bool:
         """Whether all agree.
@@ -80,9 +80,9 @@ class Combined(AscentPolicy):
                 )
         return all(p.ascends(state, total_steps) for p in self.policies)
 
-    def part(self, batches: Sequence[Any] | None) -> tuple[Sequence[Any], float]:
+    def select_batches(self, batches: Sequence[Any] | None) -> tuple[Sequence[Any], float]:
         """That of the subset, if there is one."""
-        return next((p for p in self.policies if isinstance(p, Subset)), Full()).part(batches)
+        return next((p for p in self.policies if isinstance(p, Subset)), Full()).select_batches(batches)
 
     def directions(self, base: Optimizer, ball: Iterable[Tensor]) -> dict[Tensor, Tensor]:
         """Of the one that has them."""
@@ -97,15 +97,15 @@ class Combined(AscentPolicy):
                 stack.enter_context(p.around_step(base, ball))
             yield
 
-    def settle(self, base: Optimizer) -> None:
+    def flush(self, base: Optimizer) -> None:
         """All of them."""
         for p in self.policies:
-            p.settle(base)
+            p.flush(base)
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """All of them."""
         for p in self.policies:
-            p.forget()
+            p.reset()
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.policies))

@@ -23,14 +23,14 @@ class AscentPolicy:
         state: what it keeps in every parameter group, with the values at the start.
         cost: of an ascent, in forward and backward passes over the batch; 0 if its direction is there already.
         copies: of the perturbed parameters that it keeps.
-        foreseeable: whether :meth:`ascends` is known before the training.
+        is_deterministic: whether :meth:`ascends` is known before the training.
     """
 
     name: ClassVar[str]
     state: ClassVar[Mapping[str, Any]] = {}
     cost: ClassVar[float] = 1.0
     copies: ClassVar[int] = 0
-    foreseeable: ClassVar[bool] = True
+    is_deterministic: ClassVar[bool] = True
 
     def ascends(self, state: Mapping[str, Any], total_steps: int | None) -> bool:
         """Whether the coming step ascends.
@@ -41,7 +41,7 @@ class AscentPolicy:
         """
         return True
 
-    def part(self, batches: Sequence[Any] | None) -> tuple[Sequence[Any], float]:
+    def select_batches(self, batches: Sequence[Any] | None) -> tuple[Sequence[Any], float]:
         """The micro-batches to ascend on, of those of a step, and how large a share they are."""
         return batches or (), 1.0
 
@@ -54,10 +54,10 @@ class AscentPolicy:
         """Around the step of the base optimizer, with the gradients that it takes in ``.grad``."""
         yield
 
-    def settle(self, base: Optimizer) -> None:
+    def flush(self, base: Optimizer) -> None:
         """Before the optimizer is saved or copied: what is still on its way goes into the groups."""
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """The optimizer was given another state."""
 
     def __str__(self) -> str:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from amp_plugin.core.norms import plain_part
+from amp_plugin.core.norms import local_tensor
 from amp_plugin.core.policies.policy import CountsSteps
-from amp_plugin.core.sharding import laid_out_like
+from amp_plugin.core.sharding import redistribute_like
 
 _KEY = "ascent_gradient"
 _NORMALISED = {"Adopt", "LaProp", "NovoGrad", "NvNovoGrad"}
@@ -65,14 +65,14 @@ class Stale(Remembered):
         A new one goes into the state after the step, because optimizers fill a parameter's state when it is empty.
         """
         ball = list(ball)
-        grads = {p: laid_out_like(p.grad, p) for p in ball if p.requires_grad and p.grad is not None}
+        grads = {p: redistribute_like(p.grad, p) for p in ball if p.requires_grad and p.grad is not None}
         if ball and not grads:
             warnings.warn("AMP: no gradient was left for the next step to ascend along", RuntimeWarning, stacklevel=5)
         copies = {p: self._kept(base, p) for p in grads}
         new = {p: torch.empty_like(p) for p, copy in copies.items() if copy is None}
-        kept = [plain_part(new[p] if copy is None else copy) for p, copy in copies.items()]
+        kept = [local_tensor(new[p] if copy is None else copy) for p, copy in copies.items()]
         if kept:
-            torch._foreach_copy_(kept, [plain_part(grad) for grad in grads.values()])
+            torch._foreach_copy_(kept, [local_tensor(grad) for grad in grads.values()])
         with super().around_step(base, ball):
             yield
         for p, copy in new.items():
@@ -122,6 +122,6 @@ class Momentum(Remembered):
             factor = (1.0 - group["momentum"]) / max(1.0 - group["dampening"], 1e-12) if isinstance(base, SGD) else 1.0
             if group.get("maximize"):
                 factor = -factor  # what went into the buffer was the negative gradient
-            if factor != 1.0 and (tensors := [plain_part(found[p]) for p in group["params"] if p in found]):
+            if factor != 1.0 and (tensors := [local_tensor(found[p]) for p in group["params"] if p in found]):
                 torch._foreach_mul_(tensors, factor)
         return found

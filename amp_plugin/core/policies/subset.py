@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from amp_plugin.core.inputs import mapped, tensors_in
+from amp_plugin.core.inputs import map_tensors, tensors_in
 from amp_plugin.core.policies.policy import AscentPolicy
 
 
@@ -46,7 +46,7 @@ class Subset(AscentPolicy):
         """The fraction."""
         return float(self.fraction)
 
-    def part(self, batches: Sequence[Any] | None) -> tuple[Sequence[Any], float]:
+    def select_batches(self, batches: Sequence[Any] | None) -> tuple[Sequence[Any], float]:
         """The first micro-batches; of a single one the first samples.
 
         Raises:
@@ -62,7 +62,7 @@ class Subset(AscentPolicy):
             return batches[:kept], kept / len(batches)
         rows = _rows(batches[0])
         kept = self._of(rows)
-        return [mapped(lambda leaf: _first(leaf, kept), batches[0])], kept / rows
+        return [map_tensors(lambda leaf: _first(leaf, kept), batches[0])], kept / rows
 
     def _of(self, count: int) -> int:
         return math.ceil(round(count * self.fraction, 6))

@@ -111,7 +111,7 @@ class ObjectiveTrainer(Trainer):
         passes = ExtraPasses(model)
         with passes.clean():
             pass  # the pass that follows draws the same dropout masks
-        with passes.extra():
+        with passes.perturbed():
             images = fast_gradient_sign(
                 loss_of,
                 inputs["pixel_values"],
@@ -119,6 +119,6 @@ class ObjectiveTrainer(Trainer):
                 mean=settings.mean,
                 std=settings.std,
             )
-        with passes.extra():
+        with passes.perturbed():
             pass
         return {**inputs, "pixel_values": images}

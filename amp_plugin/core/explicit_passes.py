@@ -1,0 +1,115 @@
+"""The explicit passes: methods of :class:`amp_plugin.AMP` for loops that make the passes of a step themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from amp_plugin.core.distributed import in_process_group
+
+if TYPE_CHECKING:
+    from amp_plugin.core.optimizer import AMP
+
+
+def ascent_passes(
+    self: AMP, batches: Sequence[Any] | None = None, *, grad_scale: float | Tensor = 1.0
+) -> Iterator[Sequence[Any]]:
+    """Yield once for each pass that comes before the descent's, and move the weights after it.
+
+    There are ``inner_iter`` such passes where the policy asks for them, else none::
+
+        for micro_batches in optimizer.ascent_passes([(x, y)]):
+            for x_, y_ in micro_batches:
+                loss_fn(model(x_), y_).backward()
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+
+    After the last turn the weights are at theta + delta (or at theta, if this step does not ascend) and the gradients
+    are cleared. Leaving the loop early puts the weights back.
+
+    Args:
+        batches: micro-batches of the step; default None. A policy that ascends on a part of them cannot do without.
+        grad_scale: factor that the loss was multiplied by, see :meth:`AMP.ascend`; default 1.
+
+    Yields:
+        The micro-batches to run. Their gradients add up, so they have to be divided as those of the descent are.
+
+    Raises:
+        RuntimeError: a pass left no gradient, or a module is attached, which makes the passes itself.
+        ValueError: the policy cannot be followed here.
+    """
+    _check_not_attached(self)
+    try:
+        for part in self.passes_of_step(batches, grad_scale, prune=not in_process_group()):
+            yield part
+            self.check_gradients()
+    except BaseException:
+        self.restore()
+        raise
+
+
+@torch.no_grad()
+def ascend(self: AMP, *, grad_scale: float | Tensor = 1.0) -> None:
+    """Take one ascent step along ``.grad`` and clear the gradients; the weights are at theta + delta afterwards.
+
+    To be called ``inner_iter`` times before :meth:`AMP.step`, each time after a backward pass. With a gradient scaler
+    call :meth:`AMP.propagate_overflow` before the scaler's ``step``. Under DDP, if the backward pass was in
+    ``no_sync()`` and each process perturbs along its own gradient, first call
+    ``amp_plugin.core.distributed.share_overflow(parameters)`` (also in a closure): otherwise a process whose gradient
+    is not finite would skip the step alone.
+
+    In a step that needs no gradient here (:attr:`AMP.ascends` is False, or the policy knows a direction) the loop
+    stays right, but wastes a pass; :meth:`AMP.ascent_passes` does not.
+
+    Args:
+        grad_scale: factor that the loss was multiplied by (a gradient scaler's scale), divided out here because AMP,
+            unlike SAM, does not normalise the gradient; default 1. A 0-d tensor costs no synchronisation.
+
+    Raises:
+        RuntimeError: no parameter has a gradient, or one is sparse; or an attached module makes the ascent.
+        ValueError: the policy needs the batch, see :meth:`AMP.ascent_passes`.
+    """
+    _check_not_attached(self)
+    if self.perturbs and not (self.ascends and self.policy.cost):
+        _waste_pass(self)
+        return
+    self.check_gradients()
+    _, share = self.policy.select_batches(None)
+    try:
+        self._ascend(grad_scale, share)
+    except BaseException:
+        self.restore()
+        raise
+
+
+def check_gradients(self: AMP) -> None:
+    """Raise RuntimeError if a pass of the ascent has left no gradient."""
+    if not self.gradients():
+        raise RuntimeError(
+            "ascend() found no gradient: call backward() on the loss at the current weights first; under FSDP with"
+            " gradient synchronisation on, model.set_requires_gradient_sync(True)"
+        )
+
+
+def _waste_pass(self: AMP) -> None:
+    """Drop the gradient of :meth:`ascend` in a step that needs none of this batch, and do what the step does need."""
+    step = self.progress
+    step.begun = True
+    wasted = bool(self.gradients())
+    self._set_gradients({})
+    for _ in self.passes_of_step(None):
+        pass
+    if wasted:
+        step.costs = [*step.costs[:-1], (step.costs[-1] if step.costs else 0.0) + 1.0]
+        self._warn_once(
+            f"AMP: ascent={str(self.policy)!r} needs no gradient in this step, so the backward pass before ascend()"
+            " was wasted; make the ascent's passes in `for _ in optimizer.ascent_passes():`"
+        )
+
+
+def _check_not_attached(self: AMP) -> None:
+    if self.attached:
+        raise RuntimeError("the attached module makes the ascent: call backward() and step(), or detach it first")

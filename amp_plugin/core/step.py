@@ -1,0 +1,59 @@
+"""How far one training step of AMP has come, from its first ascent to the base optimizer's step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from amp_plugin.core.perturbation import Displacement
+
+
+@dataclass
+class Step:
+    """One training step. A `Step` is never saved; a new one takes its place when the base optimizer has stepped.
+
+    =====================  =============  ===================================================================
+    what is set            weights        what may come next
+    =====================  =============  ===================================================================
+    nothing                theta          an ascent; ``step()`` is an error if the policy wants an ascent
+    ``moved``              theta + delta  the next ascent, or the backward pass of the descent
+    ``ascents``            theta          ``step()``, with the gradient that was taken at theta + delta
+    ``descents``           theta          ``step()``, with the gradients of an attached module's descents
+    ``plain``              theta          ``step()``, which is the base optimizer's
+    =====================  =============  ===================================================================
+
+    Attributes:
+        begun: whether a door has asked for a pass of this step.
+        moved: whether the weights are away from theta, between the first ascent and ``restore()``.
+        ascents: number of ascents that the gradient at theta + delta belongs to.
+        plain: whether the policy was asked and wants no ascent in this step.
+        descents: displacements at which an attached module has finished a backward pass.
+        costs: price of each ascent, in forward and backward passes over the batch; there are several where each
+            micro-batch is perturbed for itself.
+        unreached: parameters of the ball that had no gradient in a pass in which others required none.
+        set_aside: gradients from before ``step(closure)``, while the closure runs; None while no closure runs.
+    """
+
+    begun: bool = False
+    moved: bool = False
+    ascents: int = 0
+    plain: bool = False
+    descents: list[Displacement] = field(default_factory=list)
+    costs: list[float] = field(default_factory=list)
+    unreached: list[Tensor] = field(default_factory=list)
+    set_aside: dict[Tensor, Tensor] | None = None
+
+    @property
+    def passes(self) -> float:
+        """Forward and backward passes over the batch so far, with the one of the descent."""
+        return 1.0 + (sum(self.costs) / len(self.costs) if self.costs else 0.0)
+
+    @property
+    def in_closure(self) -> bool:
+        """Whether ``step(closure)`` is running its closure now."""
+        return self.set_aside is not None
+
+    def suspend(self) -> None:
+        """Note that the weights are at theta again between a forward pass at theta + delta and its backward pass."""
+        self.moved, self.ascents = False, 0

@@ -1,0 +1,72 @@
+"""The ascent over a window of micro-batches, which every door that sees the batch goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+
+from amp_plugin.core.distributed import average_gradients, data_parallel, share_overflow
+from amp_plugin.core.inputs import tensors_in
+from amp_plugin.core.optimizer import AMP
+from amp_plugin.core.replay import ExtraPasses
+
+
+def ascend_over(
+    amp: AMP,
+    passes: ExtraPasses,
+    model: nn.Module,
+    window: Sequence[Any],
+    grad_scale: float | Tensor = 1.0,
+    *,
+    sync: bool = True,
+    within_forward: bool = False,
+    culprit: str | None = None,
+) -> Generator[tuple[Sequence[Any], bool], None, None]:
+    """Yield for each pass before the descent's; after it the processes agree, and the weights move.
+
+    The generator is to be closed (`contextlib.closing`), also after an exception in a pass.
+
+    A pass runs all micro-batches that it is given, so that their gradients add up to that of their mean loss.
+
+    Args:
+        amp: optimizer whose weights move.
+        passes: guard of the module's state and random numbers. The descent's pass is to be run under it too.
+        model: module that is trained, perhaps with DDP around it.
+        window: micro-batches of one step.
+        grad_scale: factor that the loss is multiplied by; default 1.
+        sync: whether the ascent's gradient is averaged over processes, so that any number of them equals one; if not,
+            each process perturbs along its own gradient. Default True.
+        within_forward: whether the passes run inside the forward pass that the loop has called, where DDP cannot
+            average; default False.
+        culprit: words for an error about a batch that a pass has changed, "the model changes its input"; default None,
+            nothing is checked.
+
+    Yields:
+        The micro-batches of the pass; and whether DDP is to average gradients in the backward pass of the last one.
+
+    Raises:
+        RuntimeError: a pass has changed the batch in place, or has left no gradient.
+    """
+    ddp = data_parallel(model)
+    # DDP would wait for gradients that a restricted ball does not need; they are then averaged here.
+    by_hand = within_forward or amp.selection.prunes(amp.param_groups)
+    tensors = tensors_in(window) if culprit is not None else []
+    versions = [t._version for t in tensors]
+    for made, part in enumerate(amp.passes_of_step(window, grad_scale)):
+        with passes.nth(made), ddp.no_sync() if within_forward and ddp is not None else nullcontext():
+            yield part, sync and not by_hand
+        if versions != [t._version for t in tensors]:
+            raise RuntimeError(f"{culprit} in place, so a second pass would see another batch; change a copy instead")
+        if not within_forward:
+            amp.check_gradients()
+        if sync and by_hand and ddp is not None:
+            average_gradients(_trained(amp), ddp.process_group)
+        elif not sync and (ddp is not None or not within_forward):
+            share_overflow(_trained(amp), None if ddp is None else ddp.process_group)
+
+
+def _trained(amp: AMP) -> list[Tensor]:
+    return [p for group in amp.param_groups for p in group["params"] if p.requires_grad]
