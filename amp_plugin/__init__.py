@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from amp_plugin import models as models
+from amp_plugin._moved import find_moved_modules
 from amp_plugin.core.capture import CapturedStep
 from amp_plugin.core.loss import LossModule
 from amp_plugin.core.optimizer import AMP
@@ -48,6 +49,7 @@ _LAZY = {
     "ImageClassificationMetric": "amp_plugin.metrics",
 }
 
+find_moved_modules()
 register_optimizers()
 watch_accelerate()
 watch_tasks()

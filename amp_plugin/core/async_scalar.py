@@ -1,4 +1,4 @@
-"""A number that is on its way from the device to the host."""
+"""A number on its way from the device to the host."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class AsyncScalar:
-    """A 0-d tensor on its way to the host: copied without waiting, read when it has long arrived."""
+    """A 0-d tensor on its way to the host, which is copied without waiting and read when it has long arrived."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._event: torch.Event | None = None
@@ -22,8 +22,8 @@ class AsyncScalar:
             self._event.record()
 
     def value(self) -> bool | int | float:
-        """The value; waits for the device if it is not there yet."""
+        """Return the value; wait for the device if the value has not arrived."""
         if self._event is not None:
             self._event.synchronize()
-        value: Any = self._host.tolist()  # of a 0-d tensor: one number
+        value: Any = self._host.tolist()  # tolist() of a 0-d tensor is one number
         return value  # type: ignore[no-any-return]

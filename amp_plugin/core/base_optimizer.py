@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from amp_plugin.core.fused import require_fused
+from amp_plugin.core.fused import check_fused
 from amp_plugin.suggest import did_you_mean
 
 OptimizerFactory = Callable[..., Optimizer]
@@ -19,20 +19,20 @@ OptimizerFactory = Callable[..., Optimizer]
 def make_base(
     base_optimizer: str | OptimizerFactory, params: ParamsT, kwargs: dict[str, Any], *, capturable: bool = False
 ) -> Optimizer:
-    """Build the base optimizer over `params`.
+    """Build the base optimizer.
 
     A timm name comes with timm's defaults and timm's rule for ``momentum``: 0.9 unless given, and only for the
     optimizers that have one.
 
     Args:
-        base_optimizer: class or name.
-        params: of the optimizer.
-        kwargs: its arguments.
-        capturable: whether its steps must be ones that a CUDA graph can hold and the device can skip.
+        base_optimizer: class, or name that `torch.optim` or timm knows.
+        params: parameters or parameter groups.
+        kwargs: further arguments of the base optimizer.
+        capturable: whether a CUDA graph must be able to hold a step and the device to skip it; default False.
 
     Raises:
-        ValueError: unknown name, or an optimizer whose ``step`` needs a closure of its own, or is not `capturable`.
-        TypeError: an argument that the optimizer does not take, or something that is no optimizer.
+        ValueError: the name is unknown, the optimizer's ``step`` needs a closure of its own, or it is not `capturable`.
+        TypeError: the optimizer does not take one of the arguments, or is no optimizer.
     """
     factory: OptimizerFactory
     if isinstance(base_optimizer, str):
@@ -53,7 +53,7 @@ def make_base(
             " it; use a first-order optimizer such as SGD or AdamW"
         )
     if capturable:
-        require_fused(base)
+        check_fused(base)
     return base
 
 

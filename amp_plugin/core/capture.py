@@ -1,4 +1,4 @@
-"""Whole training steps as CUDA graphs: launched at once, without Python between the kernels."""
+"""Whole training steps as CUDA graphs, which are launched at once, without Python between the kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 class CapturedStep(Generic[Result]):
-    """A training step that CUDA replays as one graph, from its fourth call on; on other devices the step as it is.
+    """A training step that CUDA replays as one graph from its fourth call on; other devices make the step as it is.
 
     Small networks keep a GPU waiting for Python; AMP's step has twice the passes to wait for. The step must always use
     the same tensors: copy each batch into them. Every call is a step of the training, the first ones too::
@@ -28,9 +28,10 @@ class CapturedStep(Generic[Result]):
     What Python does in a step is frozen with it: `epsilon`, `inner_lr` and a learning rate that is no tensor.
 
     Args:
-        step: makes one step; what it returns are tensors that the next call overwrites.
-        optimizer: that makes it, so that what cannot be captured is refused now.
-        warm_up: calls before the capture, at least one: what is made once (momentum, cuDNN's choice) is made there.
+        step: function that makes one step and returns tensors, which the next call overwrites.
+        optimizer: optimizer of the step, so that what cannot be captured is refused now.
+        warm_up: number of calls before the capture, at least 1, default 3; what is made once (momentum, cuDNN's choice
+            of kernels) is made there.
 
     Raises:
         ValueError: AMP is not ``capturable``, or there is no warm-up.
@@ -70,7 +71,7 @@ class CapturedStep(Generic[Result]):
         return result
 
     def _beside(self) -> Result:
-        """The step on another stream, as CUDA wants it before a capture."""
+        """Make the step on another stream, as CUDA wants it before a capture."""
         if not torch.cuda.is_available():
             return self._step()
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -82,12 +83,12 @@ class CapturedStep(Generic[Result]):
 
 
 def _cuda_graph(step: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
-    """Capture a step, which does not make it; a function that makes it, and what the step returned."""
+    """Capture a step without making it; return a function that makes it, and what the step returned."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = step()
     return graph.replay, result
 
 
-# By type of device, what captures a step on it.
+# The function that captures a step, by type of device.
 RECORDERS: dict[str, Callable[[Callable[[], Any]], tuple[Callable[[], Any], Any]]] = {"cuda": _cuda_graph}

@@ -1,4 +1,4 @@
-"""What `torch.compile` shall leave alone: AMP's own bookkeeping, which moves weights and counts passes."""
+"""Marks for `torch.compile`, which is to leave AMP's bookkeeping alone: it moves weights and counts passes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def not_compiled(function: _F) -> _F:
-    """Run a function, and what it calls, as it is, even where the caller is compiled."""
+    """Run a function and what it calls as they are, even where the caller is compiled."""
     uncompiled: _F = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
     return uncompiled
 
 
 def not_compiled_itself(function: _F) -> _F:
-    """The same for the function alone: what it calls may be compiled."""
+    """Run a function as it is, even where the caller is compiled; what it calls may be compiled."""
     uncompiled: _F = torch.compiler.disable(function, recursive=False)  # type: ignore[no-untyped-call]
     return uncompiled

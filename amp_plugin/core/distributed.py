@@ -11,12 +11,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def in_process_group() -> bool:
-    """Whether this is one of several processes that talk to each other."""
+    """Return whether this is one of several processes that talk to each other."""
     return dist.is_available() and dist.is_initialized()
 
 
 def data_parallel(module: nn.Module) -> DistributedDataParallel | None:
-    """The DDP wrapper in the module, or the one whose forward pass the module is being called from."""
+    """Return the DDP wrapper in a module, or the one that is calling it in its forward pass; None if there is none."""
     if not in_process_group():
         return None
     for child in module.modules():
@@ -27,9 +27,13 @@ def data_parallel(module: nn.Module) -> DistributedDataParallel | None:
 
 
 def average_gradients(params: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Replace gradients by their mean over the processes, as DDP would; a missing one counts as zero.
+    """Replace gradients by their mean over the processes, as DDP would; a missing gradient counts as zero.
 
     The processes must agree on the parameters, but not on which of them received a gradient.
+
+    Args:
+        params: parameters that require gradients.
+        group: processes that hold replicas; default None, all processes.
     """
     grads = _gradients(params)
     torch._foreach_div_(grads, dist.get_world_size(group))
@@ -38,14 +42,14 @@ def average_gradients(params: Iterable[Tensor], group: dist.ProcessGroup | None 
 
 
 def share_overflow(params: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """If one process's gradients are not finite, make those of all NaN, or the replicas would part.
+    """Make the gradients of all processes NaN if one process's are not finite, or else the replicas would part.
 
-    To be called before the ascent where each process perturbs along its own gradient, by all processes. Only whether
-    they are finite is shared: otherwise the gradients stay each process's own. A missing one becomes zero.
+    All processes call this before the ascent, where each perturbs along its own gradient. Only whether gradients are
+    finite is shared: otherwise they stay each process's own. A missing gradient becomes zero.
 
     Args:
-        params: the optimizer's parameters that require gradients.
-        group: of the replicas; None for all processes.
+        params: parameters of the optimizer that require gradients.
+        group: processes that hold replicas; default None, all processes.
     """
     if not in_process_group():
         return

@@ -1,4 +1,4 @@
-"""A base optimizer's step that the device alone decides about, through torch's fused kernels."""
+"""Steps of a base optimizer that the device alone skips, through torch's fused kernels."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 
-def require_fused(base: Optimizer) -> None:
-    """Raise ValueError unless a step of this optimizer can be skipped on the device."""
+def check_fused(base: Optimizer) -> None:
+    """Raise ValueError unless the device can skip a step of this optimizer."""
     if not all(group.get("fused") for group in base.param_groups):
         raise ValueError(
             "capturable=True needs a base optimizer with fused=True, e.g. SGD or AdamW; this"
@@ -22,16 +22,16 @@ def require_fused(base: Optimizer) -> None:
 
 
 def step_where_finite(base: Optimizer, finite: Sequence[Tensor], scaled: Any) -> Tensor:
-    """Make the step unless something was not finite; nothing is read by the host.
+    """Make a step unless something was not finite; the host reads nothing.
 
     Args:
-        base: see `require_fused`.
-        finite: 0-d bools, of the ascents; perhaps on several devices.
-        scaled: what a gradient scaler has left `found_inf` and `grad_scale` on, if anything. Its own overflow is its
-            own business, and not counted.
+        base: optimizer that `check_fused` accepts.
+        finite: 0-d bools, whether each ascent was finite, perhaps on several devices.
+        scaled: object that a gradient scaler has left `found_inf` and `grad_scale` on, if it has. An overflow that the
+            scaler has found skips the step too, but is the scaler's own business.
 
     Returns:
-        Whether an ascent was not finite, 0-d int64.
+        1 if an ascent was not finite, else 0, as a 0-d int64 tensor.
     """
     grads = [p.grad for group in base.param_groups for p in group["params"] if p.grad is not None]
     if not grads:
@@ -54,7 +54,7 @@ def step_where_finite(base: Optimizer, finite: Sequence[Tensor], scaled: Any) ->
 
 
 def _start_momentum(base: Optimizer) -> None:
-    """At zero, where there is none yet: a skipped first step of torch's would leave it uninitialised."""
+    """Start the momentum at zero where there is none, because a first step that is skipped would not initialise it."""
     if isinstance(base, SGD):
         for group in base.param_groups:
             for p in group["params"] if group["momentum"] else ():

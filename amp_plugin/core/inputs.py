@@ -1,4 +1,4 @@
-"""The arguments of a module that is called several times with the same batch."""
+"""The inputs of a module that is called several times with one batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 
 def map_tensors(function: Callable[[Any], Any], arguments: Any) -> Any:
-    """The same nested containers with the function's value for each thing in them."""
+    """Return nested containers like these, with the function's value in place of each thing in them."""
 
     def leaf(thing: Any) -> Any:
         if isinstance(thing, MutableMapping):  # e.g. a batch of transformers' tokenizers
@@ -24,16 +24,16 @@ def map_tensors(function: Callable[[Any], Any], arguments: Any) -> Any:
 
 
 def detached_inputs(arguments: Any) -> Any:
-    """Arguments for a pass of our own: it may take a batch dict to pieces, and its gradient ends at the inputs.
+    """Return inputs for one more pass, which may take a mapping to pieces and whose gradient ends at the inputs.
 
     Raises:
-        TypeError: one is an iterator.
+        TypeError: an input is an iterator, which a second pass could not read again.
     """
     return map_tensors(_detached_leaf, arguments)
 
 
 def tensors_in(arguments: Any) -> list[Tensor]:
-    """All tensors in nested containers whose changes autograd counts."""
+    """Return the tensors in nested containers, but for those whose changes autograd does not count."""
     found: list[Tensor] = []
     map_tensors(found.append, arguments)
     return [t for t in found if isinstance(t, Tensor) and not t.is_inference()]

@@ -1,4 +1,4 @@
-"""Modules that return their loss: alone, as ``.loss``, or under ``"loss"``, as transformers and timm's tasks do."""
+"""The loss that a module returns: alone, as ``.loss``, or under ``"loss"``, as transformers and timm's tasks do."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class LossModule(nn.Module):
     """A model and a criterion as one module that returns its loss, for :func:`attach`.
 
     Args:
-        model: called with all arguments but the last.
-        criterion: mean loss of a batch, called as ``criterion(outputs, targets)``.
+        model: module that is called with all arguments but the last.
+        criterion: function ``criterion(outputs, targets)`` that returns the mean loss of a batch.
     """
 
     def __init__(self, model: nn.Module, criterion: Any) -> None:
@@ -36,15 +36,15 @@ _FOR_ATTACH = (
 
 
 def loss_of(output: Any, module: nn.Module, needed: tuple[str, str] = _FOR_ATTACH) -> Tensor:
-    """The loss in what the module returned.
+    """Return the loss in what a module returned.
 
     Args:
-        output: of the module.
-        module: whose it is.
-        needed: for the error, who needs what, and what else to do.
+        output: what the module returned.
+        module: module that returned it.
+        needed: words for the error, who needs a loss and what else can be done; default those of ``attach()``.
 
     Raises:
-        TypeError: there is none, or it is not a scalar.
+        TypeError: there is no loss, or it is not a scalar.
     """
     if isinstance(output, Tensor):
         loss: Any = output
@@ -62,7 +62,7 @@ def loss_of(output: Any, module: nn.Module, needed: tuple[str, str] = _FOR_ATTAC
 
 
 def with_loss(output: Any, loss: Tensor) -> Any:
-    """The same output with another loss."""
+    """Return the output with another loss in it; a mapping and an object are changed in place."""
     if isinstance(output, Tensor):
         return loss
     if isinstance(output, MutableMapping):

@@ -1,4 +1,4 @@
-"""L2 norms of tensors, and of the parts of them that this process holds."""
+"""L2 norms of tensors that may be spread over devices and processes."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, as a real one in the same storage; a lazily conjugated one is conjugated."""
+    """Return what this process holds of a tensor, as a real tensor in its storage; a lazy conjugate is a copy."""
     tensor = local_shard(tensor)
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def norms_of(tensors: list[Tensor]) -> Tensor:
-    """L2 norm of each tensor, as one vector; half precision is summed in float32, which cannot overflow."""
+    """Return the L2 norm of each tensor, as one vector; 16-bit tensors are summed in float32, which cannot overflow."""
     dtype = torch.float32 if tensors[0].dtype in LOW_PRECISION else None
     return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
 
 
 def overall_norm(norms: Sequence[Tensor]) -> Tensor:
-    """L2 norm over all vectors, which may live on several devices; on the first one's device."""
+    """Return the L2 norm over vectors on one or several devices, as a 0-d tensor on the first vector's device."""
     device = norms[0].device
     together = torch.cat([n.to(device) for n in norms]) if len(norms) > 1 else norms[0]
     norm: Tensor = torch.linalg.vector_norm(together)
@@ -33,16 +33,16 @@ def overall_norm(norms: Sequence[Tensor]) -> Tensor:
 
 
 def all_finite(norms: Sequence[Tensor]) -> Tensor:
-    """0-d bool: no NaN and no infinity in any vector (each entry is >= 0, so one sum tells)."""
+    """Return a 0-d bool, whether no vector has a NaN or an infinity. Entries are >= 0, so that their sum tells."""
     device = norms[0].device
     finite: Tensor = sum((n.sum().to(device) for n in norms[1:]), norms[0].sum()) < torch.inf
     return finite
 
 
 def global_squared_norm(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Squared L2 norm over all entries of all tensors, 0-d; None if there are none.
+    """Return the squared L2 norm over all entries of all tensors, 0-d; None if there is no tensor.
 
-    Of tensors that are split over processes the whole ones count, so all processes have to call this.
+    A tensor that is split over processes counts as a whole, so all processes have to call this.
     """
     alike: dict[tuple[object, ...], list[Tensor]] = {}
     for tensor in tensors:

@@ -22,11 +22,11 @@ from amp_plugin.core.shared_memory import clone_overlapping
 Norm = Literal["tensor", "global"]
 NORMS: tuple[str, ...] = get_args(Norm)
 
-# A float of that many bytes, read as an integer: multiplying the bits by 0 clears even NaN and inf.
+# The integer type by size in bytes. A float's bits, read as an integer and multiplied by 0, clear even NaN and inf.
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# Autograd's version counters of displaced weights: out of reach of the small numbers that ordinary changes count to,
-# and with room for the changes that a module makes to its own weights (nn.Embedding's max_norm).
+# Version counters of displaced weights. They start out of reach of the small numbers that ordinary changes count to,
+# and leave room between them for the changes that a module makes to its own weights (nn.Embedding's max_norm).
 _displacements = itertools.count(2**31, 64)
 
 
@@ -34,9 +34,9 @@ class Ascent(NamedTuple):
     """What one parameter contributes to an ascent step.
 
     Attributes:
-        param: the parameter, of any shape; complex numbers count as pairs of reals.
-        grad: its gradient, same shape, or None if it received none in this pass. **Consumed**: overwritten.
-        inner_lr: step length (zeta in the paper), > 0; < 0 to go downhill, the worst direction when maximising.
+        param: parameter of any shape; complex numbers count as pairs of reals.
+        grad: gradient of the same shape, which the step **overwrites**; None if the parameter received none.
+        inner_lr: step length (zeta in the paper), > 0; or < 0 to go downhill, the worst direction when maximising.
         epsilon: radius of the ball, in the units of the weights, > 0.
     """
 
@@ -47,15 +47,15 @@ class Ascent(NamedTuple):
 
 
 class Displacement(NamedTuple):
-    """A point theta + delta that the weights have left for a while, and can be put back to.
+    """A point theta + delta that the weights have left for a while and can be put back to.
 
     Attributes:
-        params: the displaced parameters.
-        moved: their values at theta + delta.
-        theta_versions: autograd's version counters at theta.
-        moved_versions: and at theta + delta.
+        params: displaced parameters.
+        moved: values of the parameters at theta + delta.
+        theta_versions: autograd's version counters of the parameters at theta.
+        moved_versions: version counters at theta + delta.
         finite: 0-d bool on the device, whether all gradients of the ascent were finite; None if there were none.
-        flag: the same on its way to the host.
+        flag: `finite` on its way to the host; None if the host is not told.
     """
 
     params: list[Tensor]
@@ -66,12 +66,21 @@ class Displacement(NamedTuple):
     flag: AsyncScalar | None
 
     def was_finite(self) -> bool:
-        """Whether all gradients of the ascent were finite; waits for the device if that is not known yet."""
+        """Return whether all gradients of the ascent were finite; wait for the device if that is not known yet."""
         return self.flag is None or bool(self.flag.value())
 
 
 class _Bucket(NamedTuple):
-    """Parameters that one batched kernel can treat together, as plain local real tensors."""
+    """Parameters that one batched kernel can treat together, as local real tensors.
+
+    Attributes:
+        inner_lr: step length of all these parameters.
+        epsilon: radius of their balls.
+        split: processes that the parameters are split between; None if each process has all of them.
+        params: values of the parameters, in their own storage.
+        backups: copies of theta.
+        deltas: gradients at first, then steps, then displacements, in the storage of the gradients.
+    """
 
     inner_lr: float
     epsilon: float
@@ -82,20 +91,29 @@ class _Bucket(NamedTuple):
 
 
 class Perturbation:
-    """Moves parameters to theta + delta inside an L2 ball around theta, and back to the exact bits of theta.
+    """The ball: it moves parameters to theta + delta inside an L2 ball around theta, and back to the bits of theta.
 
-    With ``norm="tensor"`` every parameter tensor has a ball of its own (what the released code of the paper
-    does and its tables were made with); with ``norm="global"`` there is one ball for all of them (what the
-    paper's text says). Where the groups' radii differ, the global ball is an ellipsoid: a group's share is
-    measured in units of its own epsilon.
+    With ``norm="tensor"`` every parameter tensor has a ball of its own, as in the released code of the paper, which
+    its tables were made with; with ``norm="global"`` there is one ball for all of them, as the paper's text says. Where
+    the groups' radii differ, the global ball is an ellipsoid: a group's share is measured in units of its epsilon.
 
-    Batched kernels throughout, no host synchronisation; statistics stay on the device until asked for.
-    Memory: one copy of the displaced weights, kept from step to step. With ``tell_host=False`` nothing is sent to the
-    host, not even whether the gradients were finite: :attr:`finite` has it on the device.
+    Kernels are batched and the host never waits; statistics stay on the device until they are asked for. The ball costs
+    one copy of the displaced weights, kept from step to step.
 
-    Autograd's version counters tell the two points apart: each displacement has a number of its own, and theta has
-    its old one back after :meth:`restore`. So a graph recorded at one point cannot silently be differentiated at
-    another (autograd's own check fails), but can be at the same one.
+    Autograd's version counters tell the two points apart: each displacement has a number of its own, and theta has its
+    old one back after :meth:`restore`. So a graph recorded at one point cannot silently be differentiated at another
+    (autograd's own check fails), but can be at the same one.
+
+    Args:
+        norm: ``"tensor"`` or ``"global"``; default ``"tensor"``.
+        tell_host: whether the host learns if an ascent was finite, without waiting; default True. If not,
+            :attr:`finite` has it on the device.
+
+    Attributes:
+        disturbed: whether a gradient hook has changed displaced weights, which :meth:`restore` has undone.
+
+    Raises:
+        ValueError: the norm is unknown.
     """
 
     def __init__(self, norm: Norm = "tensor", *, tell_host: bool = True) -> None:
@@ -104,9 +122,9 @@ class Perturbation:
         self.norm: Norm = norm
         self._tell_host = tell_host
         self._backups: dict[Tensor, Tensor] = {}
-        self._displaced: dict[Tensor, int] = {}  # with the version counter at theta
-        self._moved_versions: list[int] = []  # and at theta + delta
-        self.disturbed = False  # whether a gradient hook changed displaced weights, which restore() has undone
+        self._displaced: dict[Tensor, int] = {}  # parameters with their version counter at theta
+        self._moved_versions: list[int] = []  # version counters of the same parameters at theta + delta
+        self.disturbed = False
         self._ratios: list[tuple[Tensor, float]] = []
         self._finite: Tensor | None = None
         self._flag: AsyncScalar | None = None
@@ -119,14 +137,14 @@ class Perturbation:
     @not_compiled
     @torch.no_grad()
     def ascend(self, ascents: Iterable[Ascent], grad_scale: float | Tensor = 1.0) -> None:
-        """Move to ``theta + project(delta + inner_lr * grad / grad_scale)``; gradients are consumed.
+        """Move to ``theta + project(delta + inner_lr * grad / grad_scale)``; the gradients are overwritten.
 
-        A parameter displaced earlier but without a gradient now keeps its share of the displacement. If any
+        A parameter that was displaced before but has no gradient now keeps its share of the displacement. If any
         gradient since theta was NaN or infinite, all parameters go to theta exactly, and :meth:`was_finite` is False.
 
         Args:
             ascents: one for each parameter.
-            grad_scale: what the loss was multiplied by, > 0; a 0-d tensor costs no synchronisation.
+            grad_scale: factor that the loss was multiplied by, > 0; default 1. A 0-d tensor costs no synchronisation.
 
         Raises:
             RuntimeError: a gradient is sparse, or a parameter a pending sum over processes; no parameter has moved.
@@ -138,30 +156,37 @@ class Perturbation:
         buckets = self._buckets(ascents)
         if not buckets:
             return
-        divisors = [_beside(b, grad_scale) for b in buckets]
-        scales: list[Any] = [b.inner_lr / d for b, d in zip(buckets, divisors, strict=True)]  # float or 0-d tensor
-        # The quotient first: then a grad_scale that is a power of two changes no bit of the result.
-        reaches: list[Any] = [abs(b.inner_lr) / b.epsilon / d for b, d in zip(buckets, divisors, strict=True)]
-        if again:  # delta = (theta + delta) - theta, plus the new step
-            for b, scale in zip(buckets, scales, strict=True):
-                torch._foreach_mul_(b.deltas, scale)
+
+        # delta + inner_lr * grad. In the first ascent delta is 0: the gradient stands for it, and its factor is left to
+        # the multiplication that projects. The quotient of inner_lr comes first, so that a grad_scale that is a power
+        # of two changes no bit of the result.
+        divisors = [_on_device(grad_scale, b) for b in buckets]
+        factors: list[Any] = [b.inner_lr / d for b, d in zip(buckets, divisors, strict=True)]  # floats or 0-d tensors
+        in_radii: list[Any] = [abs(b.inner_lr) / b.epsilon / d for b, d in zip(buckets, divisors, strict=True)]
+        if again:
+            for b, factor in zip(buckets, factors, strict=True):
+                torch._foreach_mul_(b.deltas, factor)
                 torch._foreach_add_(b.deltas, b.params)
                 torch._foreach_sub_(b.deltas, b.backups)
-            scales, reaches = [1.0 for _ in buckets], [1.0 / b.epsilon for b in buckets]
+            factors, in_radii = [1.0 for _ in buckets], [1.0 / b.epsilon for b in buckets]
+
+        # ||delta|| / epsilon: how many radii each step is long. A NaN or an infinity anywhere makes a length so.
         for b in buckets:
             self._weigh(b.deltas, b.backups)
         norms = [global_norms(norms_of(b.deltas), b.split) for b in buckets]
-        ratios = [n * reach for n, reach in zip(norms, reaches, strict=True)]
+        ratios = [n * factor for n, factor in zip(norms, in_radii, strict=True)]
         finite = all_finite(ratios)
         if again and self._finite is not None:
             finite = finite & self._finite
+
+        # delta * min(1, epsilon / ||delta||), or 0 where something was not finite, and there go the weights.
         overall = overall_norm(ratios) if self.norm == "global" else None
-        for b, scale, ratio in zip(buckets, scales, ratios, strict=True):
-            shrink = self._share(ratio if overall is None else overall.to(ratio.device)).mul_(scale)
+        for b, factor, ratio in zip(buckets, factors, ratios, strict=True):
+            shrink = self._share(ratio if overall is None else overall.to(ratio.device)).mul_(factor)
             ok = finite.to(ratio.device)
             shrink = torch.where(ok, shrink, 0.0)
             bits = _BITS[b.deltas[0].element_size()]
-            torch._foreach_mul_([d.view(bits) for d in b.deltas], ok.to(bits))
+            torch._foreach_mul_([d.view(bits) for d in b.deltas], ok.to(bits))  # 0 times NaN would be NaN
             if overall is None:
                 torch._foreach_mul_(b.deltas, shrink.unbind())
             else:
@@ -170,9 +195,10 @@ class Perturbation:
             if again:
                 torch._foreach_copy_(b.params, b.backups)
             torch._foreach_add_(b.params, b.deltas)
+
         self._moved_versions = [next(_displacements)] * len(self._displaced)
         _set_versions(self._displaced, self._moved_versions)
-        torch.clear_autocast_cache()
+        torch.clear_autocast_cache()  # which holds theta, cast to 16 bits
         self._ratios = [(ratio, b.epsilon) for b, ratio in zip(buckets, ratios, strict=True)]
         self._finite = finite
         self._flag = AsyncScalar(finite) if self._tell_host else None
@@ -180,14 +206,15 @@ class Perturbation:
     @not_compiled
     @torch.no_grad()
     def restore(self) -> None:
-        """Put back the exact bits of theta, in place; nothing to do if the weights are not displaced."""
+        """Put back the exact bits of theta, in place, if the weights are displaced."""
         if not self._displaced:
             return
-        versions = zip(self._displaced, self._moved_versions, strict=False)  # not all, if an ascent failed
+        versions = zip(self._displaced, self._moved_versions, strict=False)  # fewer versions, if an ascent failed
         self.disturbed |= any(local_shard(p)._version != version and _is_hooked(p) for p, version in versions)
         params = [local_tensor(p) for p in self._displaced]
         torch._foreach_copy_(params, [self._backups[p] for p in self._displaced])
-        # The first to be displaced comes last: tensors in the same memory share a counter, and its is theta's.
+        # The parameter displaced first comes last: tensors in the same memory share a counter, and only the first saw
+        # the counter of theta.
         _set_versions(reversed(self._displaced), reversed(self._displaced.values()))
         self._displaced = {}
         torch.clear_autocast_cache()
@@ -195,7 +222,7 @@ class Perturbation:
     @not_compiled
     @torch.no_grad()
     def suspend(self) -> Displacement:
-        """Like :meth:`restore`, but keeps theta + delta, so that :meth:`resume` can go back there."""
+        """Restore, but keep theta + delta, so that :meth:`resume` can go back there."""
         params = list(self._displaced)
         plain = [local_tensor(p) for p in params]
         moved = [torch.empty_like(p) for p in plain]
@@ -237,18 +264,18 @@ class Perturbation:
 
     @property
     def finite(self) -> Tensor | None:
-        """Whether all gradients since theta were finite, 0-d bool on the device; None if none was seen."""
+        """Whether all gradients since theta were finite, a 0-d bool on the device; None if there was none."""
         return self._finite
 
     def was_finite(self) -> bool:
-        """The same on the host; True if `tell_host` is off."""
+        """Return :attr:`finite` on the host, waiting for the device if need be; True if the host is not told."""
         return self._flag is None or bool(self._flag.value())
 
     def statistics(self) -> dict[str, Tensor]:
-        """Measures of the last ascent step, as 0-d tensors on the device; empty before the first.
+        """Return measures of the last ascent step, 0-d tensors on the device by name; nothing before the first step.
 
-        ``perturbation_norm`` is the L2 norm of delta over all parameters; ``clipped`` the fraction of
-        parameter tensors that the ball held back (with ``norm="global"``: 0 or 1).
+        ``perturbation_norm`` is the L2 norm of delta over all parameters, ``clipped`` the fraction of parameter tensors
+        that the ball held back (0 or 1 with ``norm="global"``).
         """
         if not self._ratios:
             return {}
@@ -259,22 +286,22 @@ class Perturbation:
         norm = torch.linalg.vector_norm(radii * ratios * self._share(length))
         clipped = (length > 1.0).float().mean()
         assert self._finite is not None
-        moved = self._finite.to(device)  # if not, the weights stayed at theta
+        moved = self._finite.to(device)  # the weights stay at theta where the ascent was not finite
         return {"perturbation_norm": torch.where(moved, norm, 0.0), "clipped": torch.where(moved, clipped, 0.0)}
 
     def _share(self, length: Tensor) -> Tensor:
-        """What is left of a displacement of that length, in radii; a new tensor of the same shape."""
+        """Return the factor that a step of this length, in radii, is shrunk by; a new tensor of the same shape."""
         return length.reciprocal().clamp_(max=1.0)
 
     def _weigh(self, deltas: list[Tensor], theta: list[Tensor]) -> None:
-        """Where not all weights count the same: multiply the steps, before they are measured and again after."""
+        """Multiply the steps, before and after they are measured, in a ball whose axes are not all alike (ASAM's)."""
 
     def _buckets(self, ascents: Iterable[Ascent]) -> list[_Bucket]:
-        """Back up parameters that are not displaced yet; group by device, dtype, hyper-parameters and sharding."""
+        """Back up parameters that are not displaced yet; group all by device, dtype, hyper-parameters and sharding."""
         buckets: dict[tuple[object, ...], _Bucket] = {}
         entering: dict[Tensor, int] = {}
         for param, grad, inner_lr, epsilon in ascents:
-            _refuse_what_cannot_move(param, grad)
+            _check_movable(param, grad)
             plain = local_tensor(param)
             if param not in self._displaced:
                 if grad is None:
@@ -294,14 +321,14 @@ class Perturbation:
         return list(buckets.values())
 
     def _backup(self, param: Tensor, like: Tensor) -> Tensor:
-        """The buffer that keeps theta of this parameter; made when first needed or when the parameter changed."""
+        """Return the buffer that keeps theta of a parameter, made at first use and when the parameter has changed."""
         backup = self._backups.get(param)
         if backup is None or backup.shape != like.shape or backup.dtype != like.dtype or backup.device != like.device:
             backup = self._backups[param] = torch.empty_like(like)
         return backup
 
 
-def _refuse_what_cannot_move(param: Tensor, grad: Tensor | None) -> None:
+def _check_movable(param: Tensor, grad: Tensor | None) -> None:
     if hasattr(param, "_fsdp_flattened"):  # its norm would be that of this process's piece of a flat buffer
         raise RuntimeError("AMP does not support FullyShardedDataParallel (FSDP1); use fully_shard (FSDP2) or DDP")
     if grad is not None and grad.layout != torch.strided:
@@ -312,12 +339,12 @@ def _refuse_what_cannot_move(param: Tensor, grad: Tensor | None) -> None:
 
 
 def _is_hooked(param: Tensor) -> bool:
-    """Whether something is called when the parameter's gradient is there, as optimizers that step in backward are."""
+    """Return whether a parameter's gradient sets something off, as it does for optimizers that step in backward."""
     return bool(param._post_accumulate_grad_hooks or param._backward_hooks)
 
 
-def _beside(bucket: _Bucket, grad_scale: float | Tensor) -> float | Tensor:
-    """The same; a tensor on the device of the gradients, in a precision that is enough."""
+def _on_device(grad_scale: float | Tensor, bucket: _Bucket) -> float | Tensor:
+    """Return the scale, if it is a tensor, beside the gradients and in float32 or better."""
     if isinstance(grad_scale, Tensor):
         delta = bucket.deltas[0]
         return grad_scale.to(delta.device, torch.promote_types(delta.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""What an additional forward and backward pass must not disturb: running statistics and random numbers."""
+"""All passes of a step are one function at several weights: running statistics and random numbers are replayed."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from amp_plugin.core.deprecation import Renamed
+
 BatchNormPolicy = Literal["clean", "all"]
 RngPolicy = Literal["same", "fresh"]
 _Place = tuple[dict[str, Any], str]
 
 
 class SeenBuffer(NamedTuple):
-    """A buffer as a pass has seen it.
+    """A buffer as a pass has left it.
 
     Attributes:
-        place: where the module holds it, and under what name.
-        tensor: what is held there.
-        value: a copy of its value.
-        version: autograd's version of it.
+        place: dictionary of buffers of a module, and the buffer's name in it.
+        tensor: buffer that is held there.
+        value: copy of the buffer's value.
+        version: autograd's version counter of the buffer.
     """
 
     place: _Place
@@ -31,20 +33,24 @@ class SeenBuffer(NamedTuple):
 
 
 class ExtraPasses:
-    """Marks the passes of a training step, so that the additional ones leave no trace in the module.
+    """Guards of the passes of a training step, under which the passes after the first leave no trace in the module.
 
     Args:
-        module: whose buffers (BatchNorm running statistics and counters, and those of any custom layer) and
-            whose device's random number generator are looked after.
-        batch_norm: ``"clean"``: buffers keep what the pass at the unperturbed weights wrote, so running
-            statistics describe the weights that are kept. ``"all"``: every pass updates them, as the released
-            code of the paper does.
-        rng: ``"same"``: every pass of a step draws the random numbers (dropout masks, drop-path) of the clean
-            pass, and the step consumes the generator as a single pass would. ``"fresh"``: each draws new ones.
+        module: module whose buffers (BatchNorm running statistics and counters, and those of any custom layer) and
+            whose devices' random number generators are replayed.
+        batch_norm: ``"clean"`` (default) to keep in the buffers what the clean pass, at theta, has written, so that
+            running statistics describe the weights that are kept; ``"all"`` to let every pass update them, as the
+            released code of the paper does.
+        rng: ``"same"`` (default) to let every pass of a step draw the random numbers (dropout masks, drop-path) of the
+            clean pass, so that a step consumes the generator as a single pass would; ``"fresh"`` to let each pass draw
+            new ones.
 
     Raises:
-        ValueError: unknown policy.
+        ValueError: a policy is unknown.
     """
+
+    number = Renamed("nth")
+    extra = Renamed("perturbed")
 
     def __init__(self, module: nn.Module, *, batch_norm: BatchNormPolicy = "clean", rng: RngPolicy = "same") -> None:
         check_policies(batch_norm, rng)
@@ -56,25 +62,25 @@ class ExtraPasses:
 
     @contextmanager
     def clean(self) -> Iterator[None]:
-        """The pass at the unperturbed weights: remember where its random numbers start."""
+        """Guard the clean pass, at theta: remember where its random numbers start."""
         if self.rng == "same":
             self._rng_states = {device: _get_rng_state(device) for device in self._devices()}
         yield
 
     @contextmanager
     def perturbed(self) -> Iterator[None]:
-        """A pass at perturbed weights: replay the random numbers, put the buffers back afterwards."""
+        """Guard a pass at theta + delta: replay the random numbers, and put the buffers back afterwards."""
         for device, state in self._rng_states.items():
             _set_rng_state(device, state)
         with self._buffers_kept():
             yield
 
     def nth(self, index: int) -> AbstractContextManager[None]:
-        """The pass of a step with that index: the first, 0, is the one to :meth:`clean`, wherever the weights are."""
+        """Return the guard of a pass by its index in the step: :meth:`clean` for 0, wherever the weights are."""
         return self.perturbed() if index else self.clean()
 
     def seen_buffers(self) -> list[SeenBuffer]:
-        """At the end of an extra forward pass, what its backward pass may need to find in the buffers."""
+        """Return, at the end of a perturbed forward pass, what its backward pass may need to find in the buffers."""
         held = self._kept()
         values = [torch.empty_like(b) for _, b in held]
         if held:
@@ -84,7 +90,7 @@ class ExtraPasses:
 
     @contextmanager
     def backward(self, seen: list[SeenBuffer]) -> Iterator[None]:
-        """The backward pass of an extra forward pass that is over; checkpointed layers run again in it."""
+        """Guard the backward pass of a perturbed forward pass that is over; checkpointed layers run again in it."""
         with self._buffers_kept():
             if seen:
                 places, buffers, values, versions = zip(*seen, strict=True)
@@ -121,14 +127,14 @@ class ExtraPasses:
 
 
 def check_policies(batch_norm: str, rng: str) -> None:
-    """Raise ValueError unless both are known policies."""
+    """Raise ValueError unless both policies are known."""
     for name, value, known in (("batch_norm", batch_norm, BatchNormPolicy), ("rng", rng, RngPolicy)):
         if value not in get_args(known):
             raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(known)))}, got {value!r}")
 
 
 def _put(held: Iterable[tuple[_Place, Tensor]]) -> None:
-    """Undo what a layer does that makes a new tensor of its statistics rather than change the old one."""
+    """Put buffers back where a layer has put a new tensor in their place instead of changing the old one."""
     for (holder, name), buffer in held:
         if holder.get(name) is not buffer:
             holder[name] = buffer

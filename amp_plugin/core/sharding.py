@@ -1,11 +1,11 @@
-"""Parameters that are spread over processes: what `torch.distributed.fsdp.fully_shard` and tensor parallelism make.
+"""Parameters that are spread over processes, as `torch.distributed.fsdp.fully_shard` and tensor parallelism make them.
 
-Such a parameter is a DTensor: every process holds a part, perhaps an empty one. Displacing it, backing it up and
-putting it back concern each part alone; only its norm is a matter of all. They are told by their attributes, because
-importing `torch.distributed.tensor` takes up to a second, and whoever uses it has imported it.
+Such a parameter is a DTensor: every process holds a part, perhaps an empty one. To displace a parameter, to back it up
+and to put it back concerns each part alone; only the norm is a matter of all processes. DTensors are told by an
+attribute, because importing `torch.distributed.tensor` takes up to a second, and whoever uses it has imported it.
 
 Gradients must be synchronised before they come here, as FSDP does in each backward pass. Parameters that other
-processes hold altogether (pipeline stages) are unknown here: each stage has balls, and a finite flag, of its own.
+processes hold altogether (pipeline stages) are unknown here: each stage has balls and a finite flag of its own.
 
 FSDP gathers the weights for a forward pass and may keep them until the end of its backward pass. So if that backward
 pass never comes (an exception, a loss that is only looked at), a module can go on with gathered weights at
@@ -21,11 +21,11 @@ from torch import Tensor
 
 
 class Split(NamedTuple):
-    """Between which processes tensors are split: those along some dimensions of a mesh.
+    """The processes that tensors are split between, along some dimensions of a mesh.
 
     Attributes:
         mesh: a `torch.distributed.device_mesh.DeviceMesh`.
-        dims: its dimensions that split; along the others there are replicas.
+        dims: dimensions of the mesh that split; along the other dimensions there are replicas.
     """
 
     mesh: Any
@@ -33,15 +33,15 @@ class Split(NamedTuple):
 
 
 def is_distributed(tensor: Tensor) -> bool:
-    """Whether this is a DTensor."""
+    """Return whether a tensor is a DTensor."""
     return hasattr(tensor, "device_mesh")
 
 
 def split_of(tensor: Any) -> Split | None:
-    """How a tensor is split between processes; None if each has all of it, as with any plain tensor.
+    """Return how a tensor is split between processes; None if each has all of it, as with any plain tensor.
 
     Raises:
-        RuntimeError: its parts are terms of a sum that is still to be taken.
+        RuntimeError: the parts of the tensor are terms of a sum that is still to be taken.
     """
     if not is_distributed(tensor):
         return None
@@ -52,15 +52,15 @@ def split_of(tensor: Any) -> Split | None:
 
 
 def local_shard(tensor: Any) -> Tensor:
-    """What this process holds of a tensor, in the same storage; the tensor itself if it is a plain one."""
+    """Return what this process holds of a tensor, in the same storage; a plain tensor is returned as it is."""
     part: Tensor = tensor.to_local() if is_distributed(tensor) else tensor
     return part
 
 
 def redistribute_like(tensor: Any, param: Any) -> Tensor:
-    """A gradient split as its parameter is: tensor parallelism may leave it as a pending sum, for example.
+    """Return a gradient split as its parameter is; tensor parallelism may leave it as a pending sum, for example.
 
-    If it is split otherwise, all processes of the mesh have to call this, and the result is a copy.
+    Where a gradient is split otherwise, all processes of the mesh have to call this, and the result is a copy.
     """
     if is_distributed(tensor) and tensor.placements != param.placements:
         tensor = tensor.redistribute(param.device_mesh, param.placements)
@@ -69,10 +69,10 @@ def redistribute_like(tensor: Any, param: Any) -> Tensor:
 
 
 def global_norms(norms: Tensor, split: Split | None) -> Tensor:
-    """L2 norms of whole tensors, shape (tensors,), from those of the parts that this process holds.
+    """Return the L2 norms of whole tensors, shape (tensors,), from the norms of the parts that this process holds.
 
-    One collective for each dimension that splits, which all processes of the mesh have to enter; every process gets
-    the same result, so a NaN in one part is seen by all. It overflows only where the norm in one process would.
+    Each dimension that splits costs one collective, which all processes of the mesh have to enter. Every process gets
+    the same result, so a NaN in one part is seen by all; the squares overflow only where one process's would.
     """
     if split is None:
         return norms

@@ -1,7 +1,7 @@
 """Ascent policies: AMP for less than its full price, ``AMP(..., ascent="every(2)")``.
 
 The paper's AMP ascends in every step, on the whole batch, along the gradient at the weights, and so costs
-``1 + inner_iter`` passes a step. A policy spares some of that, and says what it approximates by what.
+``1 + inner_iter`` passes a step. A policy saves some of them, and its documentation says what it approximates by what.
 """
 
 from __future__ import annotations

@@ -23,22 +23,22 @@ class Adaptive(AscentPolicy):
 
     After AE-SAM (Jiang, Yang, Zhang, Kwok, "An Adaptive Policy to Employ Sharpness-Aware Minimization", ICLR 2023,
     https://arxiv.org/abs/2304.14647): with moving mean m and variance v of the squared norm n, ascend if
-    ``n >= m + threshold * sqrt(v)``. There n is of this batch, at theta; here it is of the descent's gradient of the
-    step before the last, which costs no pass and has reached the host without waiting. All processes decide alike, by
-    the averaged gradient. Cost of a step: ``1 + inner_iter * share`` passes; a lower threshold gives a higher share,
-    0 about a half. Where the loop clips the gradient to one length, all are alike and every step ascends.
+    ``n >= m + threshold * sqrt(v)``. There n belongs to this batch, at theta; here n belongs to the descent's gradient
+    of the step before the last, which costs no pass and has reached the host without waiting. All processes decide
+    alike, by the averaged gradient. A step costs ``1 + inner_iter * share`` passes; a lower threshold gives a higher
+    share, 0 about a half. Where the loop clips the gradient to one length, all norms are alike and every step ascends.
 
     Args:
-        threshold: in standard deviations; may be negative.
-        decay: of the moving mean and variance, in [0, 1).
+        threshold: excess over the mean that makes a step ascend, in standard deviations, perhaps negative; default 0.
+        decay: decay of the moving mean and variance, in [0, 1); default 0.9.
 
     Raises:
-        ValueError: one is out of range.
+        ValueError: a number is out of range.
     """
 
     name = "adaptive"
     is_deterministic = False
-    # None: there is nothing yet. The norm that is pending was measured after the last step, and not looked at yet.
+    # None stands for nothing yet. The pending norm was measured after the last step and was not looked at yet.
     state: ClassVar[Mapping[str, Any]] = {
         "ascent_norm": None,
         "ascent_mean": None,
@@ -50,7 +50,7 @@ class Adaptive(AscentPolicy):
     _arriving: AsyncScalar | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Raise ValueError if a number is out of range."""
         numbers = (self.threshold, self.decay)
         if any(isinstance(n, bool) or not isinstance(n, (int, float)) or not math.isfinite(n) for n in numbers):
             raise ValueError(f"adaptive(threshold, decay) needs two numbers, got {self.threshold!r} and {self.decay!r}")
@@ -58,13 +58,13 @@ class Adaptive(AscentPolicy):
             raise ValueError(f"adaptive: decay must be in [0, 1), got {self.decay!r}")
 
     def ascends(self, state: Mapping[str, Any], total_steps: int | None) -> bool:
-        """Whether the last norm known is large; also where none is known yet."""
+        """Return whether the last known norm is large, or none is known yet."""
         norm, mean, variance = (state[f"ascent_{name}"] for name in ("norm", "mean", "variance"))
         return norm is None or bool(norm >= mean + self.threshold * math.sqrt(variance))
 
     @contextmanager
     def around_step(self, base: Optimizer, ball: Iterable[Tensor]) -> Iterator[None]:
-        """Take in the norm of the step before, and send that of this one on its way."""
+        """Take in the norm of the step before, and send the norm of this step on its way."""
         self.flush(base)
         state = base.param_groups[0]
         norm, mean, variance = (state[f"ascent_{name}"] for name in ("pending", "mean", "variance"))
@@ -78,11 +78,11 @@ class Adaptive(AscentPolicy):
         self._arriving = None if measured is None else AsyncScalar(measured)
 
     def flush(self, base: Optimizer) -> None:
-        """The norm on its way goes into the groups."""
+        """Put the norm on its way into the groups."""
         if self._arriving is not None:
             remember(base, ascent_pending=float(self._arriving.value()))
             self._arriving = None
 
     def reset(self) -> None:
-        """The norm on its way is of another training."""
+        """Drop the norm on its way, which belongs to another training."""
         self._arriving = None

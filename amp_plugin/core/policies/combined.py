@@ -19,20 +19,20 @@ from amp_plugin.core.policies.subset import Subset
 
 @dataclass
 class Combined(AscentPolicy):
-    """Every one of several policies has its say. The order does not matter; steps are counted over the whole training.
+    """Ascend where each of several policies does. Their order does not matter; steps count over the whole training.
 
     Args:
-        policies: at least two, of different kinds.
+        policies: two or more policies of different kinds.
 
     Raises:
-        ValueError: they do not go together.
+        ValueError: the policies do not go together.
     """
 
     name = "combined"
     policies: tuple[AscentPolicy, ...]
 
     def __post_init__(self) -> None:
-        """Refuse what does not go together."""
+        """Raise ValueError if the policies do not go together."""
         names = [p.name for p in self.policies]
         if len(set(names)) < len(names):
             raise ValueError(f"ascent={str(self)!r}: each policy can be given once")
@@ -46,29 +46,29 @@ class Combined(AscentPolicy):
 
     @property
     def state(self) -> Mapping[str, Any]:  # type: ignore[override]
-        """Of all."""
+        """What all the policies keep."""
         return {name: value for p in self.policies for name, value in p.state.items()}
 
     @property
     def cost(self) -> float:  # type: ignore[override]
-        """The least of all."""
+        """The product of the costs."""
         return math.prod(p.cost for p in self.policies)
 
     @property
     def copies(self) -> int:  # type: ignore[override]
-        """Of all."""
+        """The sum of the copies."""
         return sum(p.copies for p in self.policies)
 
     @property
     def is_deterministic(self) -> bool:  # type: ignore[override]
-        """Whether all are."""
+        """Whether all the policies are deterministic."""
         return all(p.is_deterministic for p in self.policies)
 
     def ascends(self, state: Mapping[str, Any], total_steps: int | None) -> bool:
-        """Whether all agree.
+        """Return whether all policies ascend.
 
         Raises:
-            ValueError: one cannot tell, or no step of a window is one of every k.
+            ValueError: a policy cannot tell, or no step of a window is one of every k.
         """
         of = {type(p): p for p in self.policies}
         window, every = of.get(Window), of.get(Every)
@@ -81,16 +81,16 @@ class Combined(AscentPolicy):
         return all(p.ascends(state, total_steps) for p in self.policies)
 
     def select_batches(self, batches: Sequence[Any] | None) -> tuple[Sequence[Any], float]:
-        """That of the subset, if there is one."""
+        """Return the part that a subset takes, if there is one among the policies, else all."""
         return next((p for p in self.policies if isinstance(p, Subset)), Full()).select_batches(batches)
 
     def directions(self, base: Optimizer, ball: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-        """Of the one that has them."""
+        """Return the directions of the policy that has some."""
         return next(p for p in self.policies if isinstance(p, Remembered)).directions(base, ball)
 
     @contextmanager
     def around_step(self, base: Optimizer, ball: Iterable[Tensor]) -> Iterator[None]:
-        """All of them."""
+        """Surround the step by all policies."""
         ball = list(ball)
         with ExitStack() as stack:
             for p in self.policies:
@@ -98,12 +98,12 @@ class Combined(AscentPolicy):
             yield
 
     def flush(self, base: Optimizer) -> None:
-        """All of them."""
+        """Flush all policies."""
         for p in self.policies:
             p.flush(base)
 
     def reset(self) -> None:
-        """All of them."""
+        """Reset all policies."""
         for p in self.policies:
             p.reset()
 

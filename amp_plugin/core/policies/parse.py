@@ -1,4 +1,4 @@
-"""How a policy is written: ``"every(2), subset(0.5)"``."""
+"""The parser of ``ascent="every(2), subset(0.5)"``."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ EXAMPLES = "'full', 'subset(0.5)', 'every(2)', 'window(0.5, 1.0)', 'stale', 'mom
 
 
 def make_policy(ascent: str | AscentPolicy) -> AscentPolicy:
-    """The policy of that name; several are separated by commas. A policy is copied: it belongs to one optimizer.
+    """Return the policy that a string describes, or a copy of a policy, because a policy belongs to one optimizer.
+
+    Args:
+        ascent: policy; or one or several descriptions of policies, separated by commas.
 
     Raises:
-        ValueError: it is unknown, its arguments are wrong, or they do not go together.
-        TypeError: it is no policy.
+        ValueError: a policy is unknown, its arguments are wrong, or the policies do not go together.
+        TypeError: this is neither a string nor a policy.
     """
     if isinstance(ascent, AscentPolicy):
         return copy.deepcopy(ascent)

@@ -1,4 +1,4 @@
-"""What an ascent policy is: which steps ascend, over which samples, along which gradient."""
+"""The interface of an ascent policy: which steps ascend, on which samples, along which gradient."""
 
 from __future__ import annotations
 
@@ -10,21 +10,32 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim import Optimizer
 
+from amp_plugin.core.deprecation import Renamed, warn_renamed
+
+_RENAMED = {
+    "part": "select_batches",
+    "settle": "flush",
+    "forget": "reset",
+    "foreseeable": "is_deterministic",
+}
+
 
 @dataclass
 class AscentPolicy:
-    """Decides about the ascents of a training. The methods here are the paper's choice; a policy overrides some.
+    """A policy decides about the ascents of a training. The methods here are the paper's choice, to be overridden.
 
     A step without an ascent is one of the base optimizer. What a policy has to remember from step to step lives in the
     optimizer's groups and state, so it is saved, loaded and copied with them.
 
     Attributes:
-        name: how it is spelt in ``ascent=``.
-        state: what it keeps in every parameter group, with the values at the start.
-        cost: of an ascent, in forward and backward passes over the batch; 0 if its direction is there already.
-        copies: of the perturbed parameters that it keeps.
+        name: name in ``ascent=``.
+        state: values that the policy keeps in every parameter group, as they are at the start.
+        cost: price of an ascent, in forward and backward passes over the batch; 0 if a direction is there already.
+        copies: number of copies of the perturbed parameters that the policy keeps.
         is_deterministic: whether :meth:`ascends` is known before the training.
     """
+
+    part, settle, forget, foreseeable = map(Renamed, _RENAMED.values())
 
     name: ClassVar[str]
     state: ClassVar[Mapping[str, Any]] = {}
@@ -32,33 +43,45 @@ class AscentPolicy:
     copies: ClassVar[int] = 0
     is_deterministic: ClassVar[bool] = True
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for old, new in _RENAMED.items():
+            if old in vars(cls):  # a policy of a user's, written for the old names
+                warn_renamed(f"{cls.__name__}.{old}", new, stacklevel=2)
+                setattr(cls, new, vars(cls)[old])
+
     def ascends(self, state: Mapping[str, Any], total_steps: int | None) -> bool:
-        """Whether the coming step ascends.
+        """Return whether the coming step ascends.
 
         Args:
             state: a parameter group with the values of :attr:`state`.
-            total_steps: of the training, if it is known.
+            total_steps: number of steps of the training; None if it is not known.
         """
         return True
 
     def select_batches(self, batches: Sequence[Any] | None) -> tuple[Sequence[Any], float]:
-        """The micro-batches to ascend on, of those of a step, and how large a share they are."""
+        """Return the micro-batches of a step to ascend on, and how large a share of the step they are."""
         return batches or (), 1.0
 
     def directions(self, base: Optimizer, ball: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-        """Where :attr:`cost` is 0: what to ascend along, by parameter of the ball; the caller may overwrite it."""
+        """Return tensors to ascend along, by parameter, if :attr:`cost` is 0; the caller may overwrite them.
+
+        Args:
+            base: the base optimizer.
+            ball: parameters to perturb.
+        """
         raise NotImplementedError
 
     @contextmanager
     def around_step(self, base: Optimizer, ball: Iterable[Tensor]) -> Iterator[None]:
-        """Around the step of the base optimizer, with the gradients that it takes in ``.grad``."""
+        """Surround the step of the base optimizer, whose gradients are in ``.grad``."""
         yield
 
     def flush(self, base: Optimizer) -> None:
-        """Before the optimizer is saved or copied: what is still on its way goes into the groups."""
+        """Put what is still on its way into the groups, before the optimizer is saved or copied."""
 
     def reset(self) -> None:
-        """The optimizer was given another state."""
+        """Drop what is on its way, because the optimizer was given another state."""
 
     def __str__(self) -> str:
         arguments = ", ".join(repr(getattr(self, f.name)) for f in fields(self) if f.init)
@@ -67,19 +90,19 @@ class AscentPolicy:
 
 @dataclass
 class Full(AscentPolicy):
-    """Every step ascends on the whole batch, as in the paper. Cost of a step: ``1 + inner_iter`` passes."""
+    """Ascend in every step on the whole batch, as in the paper. A step costs ``1 + inner_iter`` passes."""
 
     name = "full"
 
 
 class CountsSteps(AscentPolicy):
-    """A policy that has to know how many steps the base optimizer has made."""
+    """A policy that counts the steps that the base optimizer has made."""
 
     state: ClassVar[Mapping[str, Any]] = {"ascent_step": 0}
 
     @contextmanager
     def around_step(self, base: Optimizer, ball: Iterable[Tensor]) -> Iterator[None]:
-        """Count one more."""
+        """Count one step more."""
         step = base.param_groups[0]["ascent_step"] + 1
         yield
         remember(base, ascent_step=step)

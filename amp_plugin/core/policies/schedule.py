@@ -13,26 +13,26 @@ from amp_plugin.core.policies.policy import CountsSteps
 class Every(CountsSteps):
     """Ascend in every k-th step, the first among them; the steps between are the base optimizer's.
 
-    Approximates AMP by a mixture of its update and the plain one, in the manner of the periodic methods for SAM. Cost
-    of a step: ``1 + inner_iter / k`` passes on average.
+    The policy approximates AMP by a mixture of its update and the plain one, as the periodic methods for SAM do. A step
+    costs ``1 + inner_iter / k`` passes on average.
 
     Args:
-        k: at least 1; 1 is ``full``.
+        k: period in steps, at least 1; with 1 it is ``full``.
 
     Raises:
-        ValueError: it is not.
+        ValueError: k is no such number.
     """
 
     name = "every"
     k: int
 
     def __post_init__(self) -> None:
-        """Check the number."""
+        """Raise ValueError if k is no such number."""
         if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
             raise ValueError(f"every(k) needs a whole number of steps k >= 1, got {self.k!r}")
 
     def ascends(self, state: Mapping[str, Any], total_steps: int | None) -> bool:
-        """In step 0, k, 2 k, ..."""
+        """Return whether this is step 0, k, 2 k, ..."""
         return bool(state["ascent_step"] % self.k == 0)
 
 
@@ -40,15 +40,15 @@ class Every(CountsSteps):
 class Window(CountsSteps):
     """Ascend only between two points of the training; outside, steps are the base optimizer's.
 
-    AMP there, not AMP elsewhere: what the late (or early) part of a training contributes. Cost of a step:
+    The policy is AMP in the late (or early) part of a training, and the base optimizer in the rest. A step costs
     ``1 + inner_iter`` passes inside, 1 outside.
 
     Args:
-        start: first step that ascends; or a float, a fraction of the training.
-        end: first step after it that does not; or a float.
+        start: first step that ascends, an integer; or a float, a fraction of the training.
+        end: first step after `start` that does not ascend, an integer; or a float, a fraction of the training.
 
     Raises:
-        ValueError: steps and fractions are mixed, or it is empty.
+        ValueError: steps and fractions are mixed, or the window is empty.
     """
 
     name = "window"
@@ -56,7 +56,7 @@ class Window(CountsSteps):
     end: int | float
 
     def __post_init__(self) -> None:
-        """Check that both are steps, or both fractions."""
+        """Raise ValueError unless both bounds are steps, or both fractions, and in order."""
         bounds = (self.start, self.end)
         if any(isinstance(b, bool) or not isinstance(b, (int, float)) for b in bounds):
             raise ValueError(f"window(start, end) needs two numbers, got {self.start!r} and {self.end!r}")
@@ -73,14 +73,14 @@ class Window(CountsSteps):
         return isinstance(self.start, float) or isinstance(self.end, float)
 
     def ascends(self, state: Mapping[str, Any], total_steps: int | None) -> bool:
-        """Whether the step is inside."""
+        """Return whether the step is inside."""
         return state["ascent_step"] in self.steps(total_steps)
 
     def steps(self, total_steps: int | None) -> range:
-        """Those inside.
+        """Return the steps inside.
 
         Raises:
-            ValueError: they are given in fractions of a training whose length is not known, or there is none in it.
+            ValueError: the bounds are fractions of a training whose length is not known, or no step is inside.
         """
         scale = 1
         if self._fractions:

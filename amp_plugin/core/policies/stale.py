@@ -27,28 +27,28 @@ class Remembered(CountsSteps):
     cost = 0.0
 
     def ascends(self, state: Mapping[str, Any], total_steps: int | None) -> bool:
-        """In every step but the first."""
+        """Return whether this is any step but the first."""
         return bool(state["ascent_step"] > 0)
 
     def directions(self, base: Optimizer, ball: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-        """Copies of what was kept, for the parameters that are trained."""
+        """Return copies of what was kept for the parameters that are trained."""
         kept = {p: self._kept(base, p) for p in ball if p.requires_grad}
         return {p: tensor.clone() for p, tensor in kept.items() if tensor is not None}
 
     @abstractmethod
     def _kept(self, base: Optimizer, param: Tensor) -> Tensor | None:
-        """What there is for a parameter; not a copy."""
+        """Return what was kept for a parameter, not a copy; None if nothing was."""
 
 
 @dataclass
 class Stale(Remembered):
     """Ascend along the gradient that the previous step has descended along.
 
-    Approximates the gradient of this batch at theta by that of the batch before, at the perturbed weights before (and
-    as the base optimizer got it: clipped, if the loop clips). Cost of a step: 1 pass, and one more copy of the
-    perturbed parameters, ``state[param]["ascent_gradient"]``, saved and loaded with the optimizer's state; a second
-    one for a moment. The first step has no perturbation, nor has a parameter without a gradient in the step before; no
-    step has a pass at the unperturbed weights, so the loss at them is not known.
+    The policy approximates the gradient of this batch at theta by that of the batch before, at the perturbed weights
+    before (and as the base optimizer got it, which is clipped if the loop clips). A step costs 1 pass, one more
+    copy of the perturbed parameters, ``state[param]["ascent_gradient"]``, saved and loaded with the optimizer's
+    state, and for a moment a second copy. The first step has no perturbation, nor has a parameter without a gradient in the
+    step before. No step has a pass at the unperturbed weights, so the loss at them is not known.
     """
 
     name = "stale"
@@ -60,9 +60,9 @@ class Stale(Remembered):
 
     @contextmanager
     def around_step(self, base: Optimizer, ball: Iterable[Tensor]) -> Iterator[None]:
-        """Keep the gradient: a copy, because torch's SGD writes into it. Where there is none, none is kept.
+        """Keep a copy of each gradient, because torch's SGD writes into gradients; drop those of a step without one.
 
-        A new one goes into the state after the step, because optimizers fill a parameter's state when it is empty.
+        A new copy goes into the state after the step, because optimizers fill a parameter's state when it is empty.
         """
         ball = list(ball)
         grads = {p: redistribute_like(p.grad, p) for p in ball if p.requires_grad and p.grad is not None}
@@ -86,13 +86,13 @@ class Stale(Remembered):
 class Momentum(Remembered):
     """Ascend along the base optimizer's momentum, which is a mean of gradients of the steps before.
 
-    Approximates the gradient of this batch at theta by that mean. Cost of a step: 1 pass, and no memory beyond a copy
-    for a moment. The first step has no perturbation, and no step has a pass at the unperturbed weights.
+    The policy approximates the gradient of this batch at theta by that mean. A step costs 1 pass, and no memory beyond
+    a copy for a moment. The first step has no perturbation, and no step has a pass at the unperturbed weights.
 
-    The direction is the buffer itself: it adds up gradients, and the optimizer steps along its negative. (Code that
-    perturbs along the last update goes downhill.) AMP does not normalise its step, so SGD's buffer, a sum, is made a
-    mean, ``buffer * (1 - momentum) / (1 - dampening)``; Adam's ``exp_avg`` is one. SGD's contains the weight decay.
-    Optimizers whose ``exp_avg`` is of normalised gradients (ADOPT, LaProp, NovoGrad) are refused.
+    The direction is the buffer itself, which adds up gradients, while the optimizer steps along its negative. (Code
+    that perturbs along the last update goes downhill.) AMP does not normalise its step, so SGD's buffer, a sum, is made
+    a mean, ``buffer * (1 - momentum) / (1 - dampening)``; Adam's ``exp_avg`` is a mean already. SGD's buffer contains
+    the weight decay. Optimizers whose ``exp_avg`` is of normalised gradients (ADOPT, LaProp, NovoGrad) are refused.
     """
 
     name = "momentum"
@@ -105,7 +105,7 @@ class Momentum(Remembered):
         return kept
 
     def directions(self, base: Optimizer, ball: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-        """The buffers, as means of gradients.
+        """Return the buffers, as means of gradients.
 
         Raises:
             RuntimeError: the base optimizer keeps no such mean.

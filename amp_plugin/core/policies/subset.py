@@ -16,28 +16,28 @@ from amp_plugin.core.policies.policy import AscentPolicy
 
 @dataclass
 class Subset(AscentPolicy):
-    """Take the ascent's gradient from a part of the batch; the descent's is that of the whole.
+    """Take the ascent's gradient from a part of the batch, and the descent's from the whole.
 
-    Approximates the ascent gradient by that of fewer samples, which is noisier: the ball is the same. Cost of a step:
-    ``1 + fraction * inner_iter`` passes, samples (or micro-batches) rounded up to a whole number. The part is the
-    first samples of the batch, so the data must be in random order; of a window of several micro-batches, it is the
-    first micro-batches. The clean loss, and running statistics, are those of the part.
+    The policy approximates the ascent gradient by that of fewer samples, which is noisier, in the same ball. A step
+    costs ``1 + fraction * inner_iter`` passes; samples (or micro-batches) are rounded up to a whole number. The part is
+    the first samples of the batch, so the data must be in random order; in a window of several micro-batches, the part
+    is the first micro-batches. The clean loss and running statistics are those of the part.
 
     A batch is made of tensors with the samples along their first dimension, in tuples, lists and mappings; what is
     no tensor, or has no dimension, is passed on as it is.
 
     Args:
-        fraction: in (0, 1]; 1 is ``full``.
+        fraction: share of the batch, in (0, 1]; with 1 the policy is ``full``.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the fraction is out of range.
     """
 
     name = "subset"
     fraction: float
 
     def __post_init__(self) -> None:
-        """Check the fraction."""
+        """Raise ValueError if the fraction is out of range."""
         if isinstance(self.fraction, bool) or not isinstance(self.fraction, (int, float)) or not 0 < self.fraction <= 1:
             raise ValueError(f"subset(fraction) needs a fraction of the batch in (0, 1], got {self.fraction!r}")
 
@@ -47,10 +47,10 @@ class Subset(AscentPolicy):
         return float(self.fraction)
 
     def select_batches(self, batches: Sequence[Any] | None) -> tuple[Sequence[Any], float]:
-        """The first micro-batches; of a single one the first samples.
+        """Return the first micro-batches, or the first samples of a single one, and their share.
 
         Raises:
-            ValueError: there is no batch here to take a part of, or it does not tell its samples.
+            ValueError: there is no batch here to take a part of, or the batch does not tell its samples.
         """
         if not batches:
             raise ValueError(
@@ -73,7 +73,7 @@ def _first(leaf: Any, count: int) -> Any:
 
 
 def _rows(batch: Any) -> int:
-    """The number of samples."""
+    """Return the number of samples in a batch."""
     mappings = tree_leaves(batch, is_leaf=lambda node: isinstance(node, Mapping))
     if any(isinstance(m, Mapping) and m.get("num_items_in_batch") is not None for m in mappings):
         raise ValueError(
