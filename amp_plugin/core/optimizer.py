@@ -119,10 +119,7 @@ class AMP(OptimizerWrapper):
         base = make_base(base_optimizer, params, kwargs, capturable=capturable)
         self.inner_iter, self.norm, self.capturable = inner_iter, norm, capturable
         self.policy = make_policy(ascent)
-        if capturable and self.policy.name != "full":
-            raise ValueError(f'capturable=True replays one step: it needs ascent="full", got {str(self.policy)!r}')
-        if not self.policy.cost and inner_iter > 1:
-            raise ValueError(f"ascent={str(self.policy)!r} has one direction: inner_iter must be 1, got {inner_iter}")
+        self.policy.check(inner_iter=inner_iter, capturable=capturable)
         self.selection = ParameterSelection(parameters)
         self.total_steps: int | None = None
         self._start()
@@ -348,10 +345,8 @@ class AMP(OptimizerWrapper):
         """Tell the names that ``parameters=`` chooses from; ValueError if no parameter is chosen.
 
         This is needed only where the optimizer was made of parameters without names and a closure or the loop makes
-        the passes: :func:`amp_plugin.attach` and the hosts know the module and do it.
-
-        Args:
-            named: module, or its ``named_parameters()``.
+        the passes: :func:`amp_plugin.attach` and the hosts know the module and do it. `named` is a module, or its
+        ``named_parameters()``.
         """
         named = named.named_parameters() if isinstance(named, nn.Module) else named
         self.selection.choose(self.param_groups, named)
@@ -364,11 +359,7 @@ class AMP(OptimizerWrapper):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients, also those that :meth:`step` keeps aside for the descent."""
-        if self.progress.set_aside is not None:
-            self.progress.set_aside = {}
-        self.progress.descents = []
-        if not self.progress.moved:
-            self.progress.ascents = 0  # the gradient of the descent is gone
+        self.progress.drop_gradients()
         super().zero_grad(set_to_none)
 
     def eval(self) -> None:

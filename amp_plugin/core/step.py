@@ -54,6 +54,14 @@ class Step:
         """Whether ``step(closure)`` is running its closure now."""
         return self.set_aside is not None
 
+    def drop_gradients(self) -> None:
+        """Forget the gradients that are cleared, and the ascents that the gradient of the descent belonged to."""
+        if self.set_aside is not None:
+            self.set_aside = {}
+        self.descents = []
+        if not self.moved:
+            self.ascents = 0
+
     def suspend(self) -> None:
         """Note that the weights are at theta again between a forward pass at theta + delta and its backward pass."""
         self.moved, self.ascents = False, 0

@@ -1,4 +1,4 @@
-"""AMP in a raw accelerate loop: the backward pass of a whole gradient accumulation window, exactly."""
+"""AMP in a raw accelerate loop, exact over a whole gradient accumulation window."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def amp_backward(
     rng: RngPolicy = "same",
     sync_ascent: bool = True,
 ) -> Tensor:
-    """Instead of ``accelerator.backward(loss)``: leave AMP's gradient for a window of micro-batches in ``.grad``.
+    """Leave AMP's gradient for a window of micro-batches in ``.grad``, in place of ``accelerator.backward(loss)``.
 
-    For loops that accumulate gradients; where they do not, :func:`amp_plugin.attach` does the same. One window is one
-    update, so it goes without ``accelerator.accumulate``::
+    This is for loops that accumulate gradients; in others :func:`amp_plugin.attach` does the same. One window is one
+    update, so ``accelerator.accumulate`` is not needed::
 
         model, optimizer, loader = accelerator.prepare(model, AMP(model.parameters(), lr=0.1), loader)
         micro_batches = iter(loader)
@@ -49,33 +49,33 @@ def amp_backward(
             optimizer.step()
             optimizer.zero_grad()
 
-    All micro-batches are run at theta, then the weights are perturbed along the mean gradient, then all are run at
-    theta + delta; the weights are theta again on return. So k micro-batches equal one that is k times larger. The
-    gradients are averaged over processes once in a pass over the window; those from before the call are dropped. With
-    fp16 an overflow in any pass makes accelerate's gradient scaler skip the step and lower its scale.
+    All micro-batches are run at theta, then the weights are perturbed along the mean gradient, then all micro-batches
+    are run at theta + delta; the weights are at theta again on return. So k micro-batches equal one that is k times
+    larger. Processes average their gradients once in a pass over the window; gradients from before the call are
+    dropped. With fp16 an overflow in any pass makes accelerate's gradient scaler skip the step and lower its scale.
 
     Args:
-        accelerator: of the loop; its ``gradient_accumulation_steps`` does not matter.
-        model: as ``accelerator.prepare`` returned it, not attached.
+        accelerator: accelerator of the loop; its ``gradient_accumulation_steps`` does not matter.
+        model: module as ``accelerator.prepare`` returned it, not attached.
         optimizer: an :class:`amp_plugin.AMP`, also as ``accelerator.prepare`` returned it.
-        compute_loss: runs the model on one micro-batch and returns its mean loss, 0-d. Called ``inner_iter + 1`` times
-            for each, or less often with an ascent policy; it may take a mapping to pieces, but must not change a
-            tensor in place.
-        batches: the micro-batches of this process, at least one. All count the same, whatever their sizes.
-        batch_norm: which passes update running statistics, see :class:`amp_plugin.ExtraPasses`.
-        rng: whether all passes use the same dropout masks, see there.
-        sync_ascent: average the ascent's gradients over the processes, so that any number of them equals one; else
-            each process perturbs along its own.
+        compute_loss: function that runs the model on one micro-batch and returns the mean loss, 0-d. It is called
+            ``inner_iter + 1`` times for each micro-batch, or less often with an ascent policy; it may take a mapping
+            to pieces, but must not change a tensor in place.
+        batches: micro-batches of this process, at least one. All count the same, whatever their sizes.
+        batch_norm: passes that update running statistics, see :class:`amp_plugin.ExtraPasses`; default ``"clean"``.
+        rng: random numbers of the passes, see :class:`amp_plugin.ExtraPasses`; default ``"same"``.
+        sync_ascent: whether the processes average the ascent's gradients, so that any number of them equals one; if
+            not, each process perturbs along its own gradient. Default True.
 
     Returns:
-        The mean loss of this process's micro-batches at theta (of those of the ascent, if the policy takes a part; at
-        theta + delta, if it makes no pass at theta), 0-d, detached.
+        The mean loss of this process's micro-batches at theta, 0-d, detached. With a policy that ascends on a part of
+        the window the loss is that of the part; with one that makes no pass at theta, the loss at theta + delta.
 
     Raises:
         TypeError: the optimizer is not AMP.
-        ValueError: no micro-batches, or the host cannot run AMP exactly.
-        RuntimeError: within ``accelerator.accumulate``, before its last micro-batch; the optimizer is attached; or
-            a batch was changed. Whatever is raised, the weights are the unperturbed ones.
+        ValueError: there are no micro-batches, or the host cannot run AMP exactly.
+        RuntimeError: the call is within ``accelerator.accumulate``, before its last micro-batch; the optimizer is
+            attached; or a batch was changed. Whatever is raised, the weights are at theta.
     """
     amp = find_amp(optimizer)
     if amp is None:
@@ -133,7 +133,7 @@ def _check(accelerator: Accelerator, amp: AMP, batches: Sequence[Any]) -> None:
 
 
 def watch_accelerate() -> None:
-    """From now on accelerate refuses to drop a closure of AMP's, which it would do without a word."""
+    """Let accelerate refuse to drop a closure of AMP's, which it would do without a word."""
     when_imported("accelerate.optimizer")(_refuse_dropped_closures)
 
 

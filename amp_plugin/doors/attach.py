@@ -1,9 +1,9 @@
 """AMP inside a module's forward and backward passes, for loops that know nothing of it.
 
-The module must return its loss. In training mode its forward pass first makes the ascent (`inner_iter` passes of its
-own, at theta and beyond) and then runs at theta + delta; the weights are theta again when it returns. The backward
-pass of the returned loss goes to theta + delta once more and comes back when it ends, however it ends. So the gradient
-that ``loss.backward()`` leaves is AMP's, and at no other time is a weight displaced.
+The module must return its loss. In training mode a call of the module first makes the ascent (`inner_iter` passes, at
+theta and beyond) and then runs the module at theta + delta; the weights are at theta again when the call returns. The
+backward pass of the returned loss goes to theta + delta once more and comes back when it ends, however it ends. So the
+gradient that ``loss.backward()`` leaves is AMP's, and at no other time is a weight displaced.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from amp_plugin.core.sharding import is_distributed
 from amp_plugin.doors.perturbed_backward import AtDisplacement, PerturbedBackward
 from amp_plugin.doors.window import ascend_over
 
-# The attachment whose module is between the begin and the end of its perturbed forward pass, in this thread.
+# The attachment, in this thread, whose module is between the begin and the end of its perturbed forward pass.
 _running: ContextVar[Attachment | None] = ContextVar("running", default=None)
-# The passes of an ascent: each gives the arguments of one call of the module, and is sent what that returned.
+# A generator of the passes of an ascent, which yields the arguments of a call of the module and is sent its output.
 _Passes = Generator[tuple[tuple[Any, ...], dict[str, Any]], Any, int]
 
 
@@ -44,27 +44,27 @@ def attach(
 ) -> Attachment:
     """Make a module that returns its loss train with AMP in a plain ``loss.backward(); optimizer.step()`` loop.
 
-    Each training forward pass costs ``inner_iter + 1`` passes, or less with an ascent policy. The loss it returns has
-    the value at the clean weights and the gradient at the perturbed ones; other outputs are those of the perturbed
-    pass. With gradient accumulation each micro-batch is perturbed for itself (:class:`amp_plugin.AMPTrainer` treats
-    the window as one batch). In eval mode, or without gradients, the module is left alone.
+    A training forward pass costs ``inner_iter + 1`` passes, or less with an ascent policy. The loss that it returns has
+    the value at theta and the gradient at theta + delta; other outputs are those of the pass at theta + delta. With
+    gradient accumulation each micro-batch is perturbed for itself (:class:`amp_plugin.AMPTrainer` treats the window as
+    one batch). In eval mode, or without gradients, the module is left alone.
 
     Args:
-        optimizer: an :class:`amp_plugin.AMP`, also inside accelerate's or timm's Lookahead's wrapper.
-        module: its forward returns the mean loss of the batch, a mapping with ``"loss"``, or an object with ``.loss``.
-            For a model and a criterion, see :class:`amp_plugin.LossModule`. First ``fully_shard``, then attach.
-        batch_norm: which passes update running statistics, see :class:`amp_plugin.ExtraPasses`.
-        rng: whether all passes use the same dropout masks, see there.
-        sync_ascent: under DDP, average the ascent's gradients over the processes, so that any number of processes
-            equals one; else each process perturbs along its own.
+        optimizer: an :class:`amp_plugin.AMP`, also inside accelerate's wrapper or timm's Lookahead.
+        module: module whose forward returns the mean loss of the batch, a mapping with ``"loss"``, or an object with
+            ``.loss``. For a model and a criterion see :class:`amp_plugin.LossModule`. ``fully_shard`` comes first.
+        batch_norm: passes that update running statistics, see :class:`amp_plugin.ExtraPasses`; default ``"clean"``.
+        rng: random numbers of the passes, see :class:`amp_plugin.ExtraPasses`; default ``"same"``.
+        sync_ascent: whether DDP's processes average the ascent's gradients, so that any number of them equals one; if
+            not, each process perturbs along its own gradient. Default True.
 
     Returns:
-        The attachment, with the losses of the last forward pass; ``detach(module)`` undoes it.
+        The attachment, with the losses of the last forward pass. ``detach(module)`` undoes it.
 
     Raises:
         TypeError: the optimizer is not AMP.
-        ValueError: the module does not hold the optimizer's parameters, it or a part of it is attached already, or
-            the optimizer is.
+        ValueError: the module does not hold the optimizer's parameters; or it, a part of it or the optimizer is
+            attached already.
     """
     amp = find_amp(optimizer)
     if amp is None:
@@ -79,7 +79,7 @@ def attach(
 
 
 def detach(module: nn.Module) -> None:
-    """Undo :func:`attach`; ValueError if the module is not attached."""
+    """Undo :func:`attach`, or raise ValueError if the module is not attached."""
     for attachment in attachments(module):
         if attachment.module is module:
             attachment.detach()
@@ -88,13 +88,15 @@ def detach(module: nn.Module) -> None:
 
 
 class Attachment:
-    """What :func:`attach` put on a module. A copy of the module, made by copying or pickling, is not attached.
+    """The tie between a module and an optimizer. A copy of the module, copied or unpickled, is not attached.
 
     Attributes:
-        loss: 0-d, the loss of the last training pass at the clean weights; None before the first, and where the ascent
-            policy makes no pass there.
-        amp_loss: 0-d, at the perturbed ones; None where the step does not ascend.
-        handles: of the hooks that :meth:`detach` removes.
+        loss: loss of the last training pass at theta, 0-d; None before the first pass, and where the ascent policy
+            makes no pass at theta.
+        amp_loss: loss of the last training pass at theta + delta, 0-d; None where the step does not ascend.
+        grad_scale: upstream gradient of the last loss, rounded down to a power of two, 0-d: it is the loss scale, which
+            the ascent needs in fp16 too. None before the first backward pass.
+        handles: handles of the hooks that :meth:`detach` removes.
     """
 
     def __init__(self, amp: AMP | None, module: nn.Module | None, passes: ExtraPasses | None, sync: bool) -> None:
@@ -103,16 +105,16 @@ class Attachment:
         self.amp, self.module, self.passes, self._sync_ascent = amp, module, passes, sync
         self._ascending = False
         self._forward: ExitStack | None = None
-        # The loss's last upstream gradient, which is the loss scale, as a power of two: an fp16 ascent needs it too.
         self.grad_scale: Tensor | None = None
         if amp is None or module is None:
             return
         amp.attached = True
         self._sharded = _is_fully_sharded(module)
-        # torch runs the hook after a pass that fails, but not after one that is interrupted. Copies do not keep this.
+        # torch runs the forward hook after a pass that fails, but not after one that is interrupted, so the call is
+        # guarded as well. Copies of the module do not keep this attribute.
         self._call = module._compiled_call_impl or module._call_impl
         module._compiled_call_impl = self.guarded_call
-        # Around everything that a host hooks on the module (FSDP gathers the weights in a hook of its own).
+        # The hooks surround everything that a host hooks on the module: FSDP gathers the weights in a hook of its own.
         self.handles = [
             module.register_forward_pre_hook(self.before, prepend=True, with_kwargs=True),
             module.register_forward_hook(self.after, with_kwargs=True, always_call=True),
@@ -153,7 +155,10 @@ class Attachment:
 
     @not_compiled_itself
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The forward pre-hook: the ascent. Compiled or not, it is this frame that calls the module."""
+        """Make the ascent, as a forward pre-hook.
+
+        This frame calls the module, compiled or not: torch.compile would not compile a call from a generator.
+        """
         passes = self._ascent(module, args, kwargs)
         call = _advance(passes)
         while call is not None:
@@ -166,7 +171,7 @@ class Attachment:
 
     @not_compiled
     def _ascent(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Passes:
-        """All that comes before the last forward pass, that of the descent; returns how many passes came before."""
+        """Make what comes before the forward pass of the descent; return how many passes that were."""
         amp, passes = self.amp, self.passes
         if amp is None or passes is None or self._ascending or not (module.training and torch.is_grad_enabled()):
             return 0
@@ -185,7 +190,7 @@ class Attachment:
 
     @not_compiled
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """The forward hook: back to theta, and the loss on its way to the backward pass."""
+        """Go back to theta after a forward pass, as a forward hook, and tie the loss to its backward pass."""
         amp = self.amp
         if amp is None or self._forward is None or self._ascending:
             return None
@@ -283,7 +288,7 @@ def _advance(passes: _Passes, output: Any = None, error: BaseException | None = 
 
 
 def attachments(module: nn.Module) -> Iterator[Attachment]:
-    """Those of the module and of its parts."""
+    """Yield the attachments of a module and of its parts."""
     for part in module.modules():
         for hook in part._forward_pre_hooks.values():
             attachment = getattr(hook, "__self__", None)
@@ -307,7 +312,7 @@ def _is_fully_sharded(module: nn.Module) -> bool:
 
 
 def _reshard(module: nn.Module) -> None:
-    """Drop what FSDP has gathered at theta + delta; the backward pass gathers it there again, and nothing else may."""
+    """Drop the weights that FSDP has gathered at theta + delta, which only the backward pass may see again."""
     for part in module.modules():
         if _is_fully_sharded(part):
             part.reshard()  # type: ignore[operator]

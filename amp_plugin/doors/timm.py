@@ -18,7 +18,7 @@ from amp_plugin.core.perturbation import Norm
 
 
 class _AdamFamily(AMP):
-    """AMP around a base optimizer with `betas` and `eps`, spelt out because timm reads the signature."""
+    """AMP around a base optimizer with `betas` and `eps`, which are spelt out because timm reads the signature."""
 
     base: str
 
@@ -53,13 +53,13 @@ class _AdamFamily(AMP):
 
 
 class AMPAdamW(_AdamFamily):
-    """AMP around `torch.optim.AdamW`; arguments as in :class:`amp_plugin.AMP`, and AdamW's own."""
+    """AMP around `torch.optim.AdamW`, with the arguments of :class:`amp_plugin.AMP` and of AdamW."""
 
     base = "adamw"
 
 
 class AMPLamb(_AdamFamily):
-    """AMP around `timm.optim.Lamb`; arguments as in :class:`amp_plugin.AMP`, and LAMB's own."""
+    """AMP around `timm.optim.Lamb`, with the arguments of :class:`amp_plugin.AMP` and of Lamb."""
 
     base = "lamb"
 
@@ -89,6 +89,6 @@ _OPTIMIZERS = (
 
 
 def register_optimizers() -> None:
-    """Add AMP to timm's registry; again is harmless."""
+    """Add AMP to timm's registry; a second call is harmless."""
     for info in _OPTIMIZERS:
         default_registry.register(info)

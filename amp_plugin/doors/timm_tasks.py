@@ -1,4 +1,4 @@
-"""timm's training tasks, found on their own: the stock train.py trains with AMP when it imports this package.
+"""timm's training tasks, which find their AMP optimizer, so that the stock train.py trains with AMP unedited.
 
 The stock script makes the optimizer and the task apart from each other (``--opt amp --device-modules amp_plugin``), so
 a task looks for the AMP optimizer of its parameters at its first training pass.
@@ -22,7 +22,7 @@ _logger = logging.getLogger(__name__)
 
 
 def watch_tasks() -> None:
-    """Attach AMP to every `timm.task.TrainingTask` from now on, when it first trains parameters of an AMP optimizer."""
+    """Attach every `timm.task.TrainingTask` made from now on, when it first trains an AMP optimizer's parameters."""
     register_module_module_registration_hook(_on_registration)
 
 

@@ -50,6 +50,13 @@ class AscentPolicy:
                 warn_renamed(f"{cls.__name__}.{old}", new, stacklevel=2)
                 setattr(cls, new, vars(cls)[old])
 
+    def check(self, *, inner_iter: int, capturable: bool) -> None:
+        """Raise ValueError if the policy cannot be followed with that many ascent steps, or in a captured step."""
+        if capturable and self.name != "full":
+            raise ValueError(f'capturable=True replays one step: it needs ascent="full", got {str(self)!r}')
+        if not self.cost and inner_iter > 1:
+            raise ValueError(f"ascent={str(self)!r} has one direction: inner_iter must be 1, got {inner_iter}")
+
     def ascends(self, state: Mapping[str, Any], total_steps: int | None) -> bool:
         """Return whether the coming step ascends.
 

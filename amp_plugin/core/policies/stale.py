@@ -47,8 +47,8 @@ class Stale(Remembered):
     The policy approximates the gradient of this batch at theta by that of the batch before, at the perturbed weights
     before (and as the base optimizer got it, which is clipped if the loop clips). A step costs 1 pass, one more
     copy of the perturbed parameters, ``state[param]["ascent_gradient"]``, saved and loaded with the optimizer's
-    state, and for a moment a second copy. The first step has no perturbation, nor has a parameter without a gradient in the
-    step before. No step has a pass at the unperturbed weights, so the loss at them is not known.
+    state, and for a moment a second copy. The first step has no perturbation, nor has a parameter without a gradient in
+    the step before. No step has a pass at the unperturbed weights, so the loss at them is not known.
     """
 
     name = "stale"
