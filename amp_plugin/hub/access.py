@@ -1,10 +1,9 @@
-"""Whether a repository on the Hub can be written to, and what to do if not."""
+"""Find out whether a repository on the Hub can be written to, and explain what to do if not."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled
@@ -22,11 +21,11 @@ _HINTS = {
 
 
 class HubError(RuntimeError):
-    """The Hub cannot be pushed to; the message tells why, what is still there and what to do."""
+    """Tell why the Hub cannot be pushed to, what is still there and what to do."""
 
 
 def hub_api(token: str | None) -> HfApi:
-    """The Hub's client."""
+    """Return the Hub's client."""
     return HfApi(token=token, library_name="amp_plugin")
 
 
@@ -35,8 +34,8 @@ def require_write_access(repo_id: str, *, token: str | None = None, private: boo
 
     Args:
         repo_id: ``OWNER/NAME``, or ``NAME`` for the token's owner.
-        token: with write permission; by default the one that is logged in.
-        private: of a repository that has to be made.
+        token: token with write permission, default the one that is logged in.
+        private: whether a repository that has to be made is private.
 
     Returns:
         ``OWNER/NAME``.
@@ -50,11 +49,12 @@ def require_write_access(repo_id: str, *, token: str | None = None, private: boo
         if token is None:
             raise HubError(f"there is no token: {_LOG_IN}")
         who = api.whoami(token)
-        if _is_read_only(who):
+        # A fine-grained token says nothing of one repository here; `auth_check` below asks for that.
+        if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise HubError(f"the token of {who['name']!r} may only read: {_LOG_IN}")
         full = repo_id if "/" in repo_id else f"{who['name']}/{repo_id}"
         if not api.repo_exists(full):
-            _refuse_other_kinds(api, full)
+            _check_other_kinds(api, full)
             full = api.create_repo(full, private=private, exist_ok=True).repo_id
         api.auth_check(full, write=True)
         return full
@@ -62,15 +62,15 @@ def require_write_access(repo_id: str, *, token: str | None = None, private: boo
 
 @contextmanager
 def explained(what: str, then: str = "") -> Iterator[None]:
-    """Make whatever the Hub's client raises a `HubError`: what failed, why, what to do."""
+    """Turn whatever the Hub's client raises into a `HubError` that tells what failed, why, and what to do."""
     try:
         yield
-    except Exception as error:  # from the client, its HTTP library, the server's JSON
+    except Exception as error:  # the client, its HTTP library and the server's JSON may raise anything
         raise HubError(f"{what}: {reason(error)}{then}") from error
 
 
 def reason(error: Exception) -> str:
-    """Why the client failed, in one line, with what to do about it where that is known."""
+    """Tell why the client failed, in one line, with what to do about it where that is known."""
     if isinstance(error, HubError):
         return str(error)
     if isinstance(error, OfflineModeIsEnabled):
@@ -88,13 +88,8 @@ def reason(error: Exception) -> str:
     return str(error).strip().replace("\n", " ") or type(error).__name__
 
 
-def _is_read_only(who: dict[str, Any]) -> bool:
-    """A fine-grained token says nothing of one repository here; `auth_check` asks for that."""
-    return bool(who.get("auth", {}).get("accessToken", {}).get("role") == "read")
-
-
-def _refuse_other_kinds(api: HfApi, repo_id: str) -> None:
-    """The Hub would let a model share its name with a data set; that is far more often a slip."""
+def _check_other_kinds(api: HfApi, repo_id: str) -> None:
+    """Refuse the name of a data set or Space: the Hub would let a model share it, but that is mostly a slip."""
     for kind in ("dataset", "space"):
         if api.repo_exists(repo_id, repo_type=kind):
             raise HubError(

@@ -1,4 +1,4 @@
-"""The model card of a trained model: what it is, how good, how it was made, how to load it."""
+"""Write the card of a trained model: what it is, how good it is, how it was made and how to load it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from amp_plugin.provenance import commit, versions
 
-PLACEHOLDER = "OWNER/NAME"  # of the repository, until there is one
+PLACEHOLDER = "OWNER/NAME"  # stands for the repository until there is one
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
-# Key, name in the metadata, name in a table, format. Accuracy is a fraction, error a percentage, as in `metrics`.
-_METRICS = (
-    ("accuracy", "Accuracy", "accuracy", "{:.4f}"),
-    ("error", "Error (%)", "error (%)", "{:.2f}"),
-    ("nll", "Negative log-likelihood (nats)", "NLL (nats)", "{:.4f}"),
-    ("ece", "Expected calibration error", "ECE", "{:.4f}"),
-)
+# A metric has a name in the metadata, a name in a table and a format; as in `metrics`, the error is in percent.
+_METRICS = {
+    "accuracy": ("Accuracy", "accuracy", "{:.4f}"),
+    "error": ("Error (%)", "error (%)", "{:.2f}"),
+    "nll": ("Negative log-likelihood (nats)", "NLL (nats)", "{:.4f}"),
+    "ece": ("Expected calibration error", "ECE", "{:.4f}"),
+}
 _CAPTIONS = {
     "curves": "Training curves",
     "confusion": "Confusion matrix",
@@ -31,16 +31,16 @@ _CAPTIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """The data that a model was trained and tested on.
+    """Describe the data that a model was trained and tested on.
 
     Attributes:
-        name: for readers, e.g. ``CIFAR-10``.
-        id: of the data set, on the Hub if it is there.
-        on_hub: whether it is.
-        config: of that data set.
-        split: that the results are of.
+        name: name for readers, e.g. ``CIFAR-10``.
+        id: id of the data set, on the Hub if the data set is there.
+        on_hub: whether the data set is on the Hub.
+        config: configuration of the data set.
+        split: split that the results are of.
         described: number of images and the like, after the name.
-        note: a sentence on what results on these data mean.
+        note: sentence on what results on these data mean.
     """
 
     name: str
@@ -54,28 +54,29 @@ class RunData:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a card tells of a model and the training that made it; what is not given is left out.
+    """Describe a model and the training that made it for a card, which leaves out what is not given.
 
     Attributes:
-        name: the card's title.
+        name: title of the card.
         architecture: timm's name, or the class of a transformers model.
-        library: that opens it: timm (then transformers does too), transformers or peft; None if neither does.
-        repo_id: on the Hub; filled in when the folder is pushed.
-        task: as the Hub calls it.
+        library: library that opens the model: timm (then transformers does too), transformers or peft; None if none.
+        repo_id: repository on the Hub, filled in when the folder is pushed.
+        task: task as the Hub calls it.
         parameters: number of parameters.
-        data: what it was trained and tested on.
-        metrics: of the test, by name: as `amp_plugin.metrics` gives them, or any others.
+        data: data that the model was trained and tested on.
+        metrics: metrics of the test by name, as `amp_plugin.metrics` gives them, or any others.
         optimizer: one phrase, e.g. "SGD".
-        uses_amp: whether it was trained with AMP.
-        from_scratch: whether its first weights were random; None if that is not known.
-        base_model: on the Hub, that it was fine-tuned from.
-        settings: of the training, by name.
-        command: that trains it again.
-        compared: rows of another run's results by its name, and a sentence on what else differs.
+        uses_amp: whether the model was trained with AMP.
+        from_scratch: whether the first weights were random; None if that is not known.
+        base_model: model on the Hub that was fine-tuned.
+        settings: settings of the training, by name.
+        command: command that trains the model again.
+        compared: metrics of another run, by that run's name.
+        compared_note: sentence on what else differs in that run.
         pictures: file names in the repository.
-        license: as the Hub calls it.
-        language: of the data.
-        tags: further ones.
+        license: licence as the Hub calls it.
+        language: language of the data.
+        tags: further tags.
         metadata: further fields of the card's metadata.
     """
 
@@ -103,14 +104,14 @@ class Run:
 
     @property
     def needs_plugin(self) -> bool:
-        """Whether the architecture is this package's, so that it must be imported before the model is opened."""
+        """Tell whether the architecture is this package's, which must be imported before the model is opened."""
         if self.library != "timm" or not timm.is_model(self.architecture):
             return False
         return timm.model_entrypoint(self.architecture).__module__.startswith("amp_plugin.")
 
 
 def model_card(run: Run) -> ModelCard:
-    """The card of a run, with metadata that the Hub accepts: model-index, data set, library, licence, tags."""
+    """Write the card of a run, with metadata that the Hub accepts: model-index, data set, library, licence, tags."""
     card: ModelCard = ModelCard.from_template(
         _metadata(run),
         template_path=str(_TEMPLATE),
@@ -124,23 +125,23 @@ def model_card(run: Run) -> ModelCard:
 
 
 def pictures_in(folder: Path) -> list[str]:
-    """Names of the pictures in a run's folder, the training curves first."""
+    """List the names of the pictures in a run's folder, the training curves first."""
     return sorted((path.name for path in folder.glob("*.png")), key=lambda name: (name != "curves.png", name))
 
 
 def with_later_pictures(card: str, folder: Path) -> str:
-    """The card with the pictures in the folder that came after it, such as a loss landscape, below those it has."""
+    """Add to a card the pictures that came into the folder later, such as a loss landscape, below its own."""
     lines = card.split("\n")
     shown = [i for i, line in enumerate(lines) if line.startswith("![")]
     later = [name for name in pictures_in(folder) if f"]({name})" not in card]
     if shown:
-        end = shown[-1] + 3  # with its caption
+        end = shown[-1] + 3  # a caption follows
         lines[end:end] = [f"\n![{caption(name)}]({name})\n\n*{caption(name)}.*" for name in later]
     return "\n".join(lines)
 
 
 def caption(picture: str) -> str:
-    """What to write below a picture."""
+    """Return what to write below a picture."""
     stem = Path(picture).stem
     return _CAPTIONS.get(stem, stem.replace("_", " ").replace("-", " ").capitalize())
 
@@ -166,7 +167,6 @@ def _metadata(run: Run) -> ModelCardData:
 def _eval_results(run: Run) -> list[EvalResult]:
     if run.data is None or run.task is None:
         return []
-    names = {key: name for key, name, _, _ in _METRICS}
     return [
         EvalResult(
             task_type=run.task,
@@ -176,7 +176,7 @@ def _eval_results(run: Run) -> list[EvalResult]:
             dataset_config=run.data.config,
             dataset_split=run.data.split,
             metric_type=key,
-            metric_name=names.get(key, key),
+            metric_name=_METRICS[key][0] if key in _METRICS else key,
             metric_value=float(f"{value:.6g}"),
         )
         for key, value in run.metrics.items()
@@ -184,16 +184,15 @@ def _eval_results(run: Run) -> list[EvalResult]:
 
 
 def _results(run: Run) -> list[list[str]]:
-    """A table: its heading, this run, and those it is compared with."""
+    """Return a table: its heading, this run, and those it is compared with."""
     if not run.metrics:
         return []
-    known = {key: (name, form) for key, _, name, form in _METRICS}
-    shown = {key: known.get(key, (key.replace("_", " "), "{:.4g}")) for key in run.metrics}
+    shown = {key: _METRICS.get(key, (key, key.replace("_", " "), "{:.4g}")) for key in run.metrics}
     rows = {f"**this model{f' ({run.optimizer})' if run.optimizer else ''}**": run.metrics, **run.compared}
     return [
-        ["", *(name for name, _ in shown.values())],
+        ["", *(name for _, name, _ in shown.values())],
         *(
-            [label, *(form.format(row[key]) if key in row else "" for key, (_, form) in shown.items())]
+            [label, *(form.format(row[key]) if key in row else "" for key, (_, _, form) in shown.items())]
             for label, row in rows.items()
         ),
     ]

@@ -1,4 +1,4 @@
-"""Upload a run's folder, or a timm model, to the Hub: in one commit, without pickles, as often as it takes."""
+"""Upload a run's folder, or a timm model, to the Hub in one commit without pickles, which can be repeated."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from amp_plugin.hub.card import PLACEHOLDER, Run, model_card, with_later_picture
 
 WEIGHTS = "model.safetensors"
 _CARD = "README.md"
-_WRAPPER_PREFIX = "timm_model."  # of the parameters' names in transformers' wrapper of timm models
+_WRAPPER_PREFIX = "timm_model."  # transformers' wrapper of timm models adds it to the parameters' names
 # Pickles run code when they are opened. Folders of checkpoints and what begins with "_" are the Trainer's own.
 _PICKLES = ("*.bin", "*.ckpt", "*.pickle", "*.pkl", "*.pt", "*.pth")
 _LEFT_OUT = ("_*", ".*", "*/.*", "checkpoint-*", "*/checkpoint-*", *_PICKLES)
@@ -40,25 +40,25 @@ def push_folder(
 ) -> CommitInfo:
     """Push the folder of a finished run: weights, configuration, card and pictures, but no pickles or checkpoints.
 
-    It is one commit, so the repository has all of it or what it had before; nothing in the folder is changed. After a
-    failure it can be repeated, and goes on with the large files that have not arrived yet.
+    There is one commit, so the repository has the whole folder or what it had before; the folder is not changed. After
+    a failure the push can be repeated, and goes on with the large files that have not arrived yet.
 
     Args:
-        folder: with ``model.safetensors`` (or its shards, or an adapter's), ``config.json`` and ``README.md``.
+        folder: folder with ``model.safetensors`` (or its shards, or an adapter's), ``config.json`` and ``README.md``.
         repo_id: ``OWNER/NAME``, or ``NAME`` for the token's owner; made if it does not exist.
-        token: with write permission; by default the one that is logged in.
-        private: of a repository that has to be made.
-        revision: the branch; by default ``main``.
-        commit_message: of the commit.
+        token: token with write permission, default the one that is logged in.
+        private: whether a repository that has to be made is private.
+        revision: branch, default ``main``.
+        commit_message: message of the commit.
 
     Returns:
         The commit; its ``repo_url`` is the address of the repository.
 
     Raises:
         FileNotFoundError: there is nothing to push.
-        HubError: it cannot be pushed; the message names the command that repeats it.
+        HubError: the folder cannot be pushed; the message names the command that repeats the push.
     """
-    _require_weights(Path(folder))
+    _check_weights(Path(folder))
     repo_id = require_write_access(repo_id, token=token, private=private)
     return upload(Path(folder), repo_id, token=token, revision=revision, commit_message=commit_message)
 
@@ -76,26 +76,18 @@ def push(
     revision: str | None = None,
     commit_message: str = "Upload the model",
 ) -> CommitInfo:
-    """Push a timm model, so that timm and transformers open it.
+    """Push a timm model, so that timm and transformers open it; `push_folder` describes the arguments not named here.
 
     Args:
-        model: made by `timm.create_model`.
-        repo_id: ``OWNER/NAME``, or ``NAME`` for the token's owner; made if it does not exist.
+        model: model made by `timm.create_model`.
         class_names: one name a class.
-        mean: per channel, of pixels in [0, 1]; by default that of the model's ``pretrained_cfg``.
-        std: per channel, of pixels in [0, 1]; by default that of the model's ``pretrained_cfg``.
-        run: what the card shall tell: data, settings, results; by default only the architecture.
-        token: with write permission; by default the one that is logged in.
-        private: of a repository that has to be made.
-        revision: the branch; by default ``main``.
-        commit_message: of the commit.
-
-    Returns:
-        The commit; its ``repo_url`` is the address of the repository.
+        mean: mean per channel, of pixels in [0, 1], default that of the model's ``pretrained_cfg``.
+        std: standard deviation per channel, of pixels in [0, 1], default that of the model's ``pretrained_cfg``.
+        run: data, settings and results for the card, default the architecture alone.
 
     Raises:
         ValueError: the model is not timm's, or the number of names is not that of its classes.
-        HubError: it cannot be pushed.
+        HubError: the model cannot be pushed.
     """
     settings: Any = getattr(model, "pretrained_cfg", None)
     if settings is None:
@@ -130,23 +122,12 @@ def upload(
     complete: bool = False,
     lasting: bool = True,
 ) -> CommitInfo:
-    """Upload a folder to a repository that is there and writable; see `push_folder`.
+    """Upload a folder, as `push_folder` does, to a repository that is there and writable.
 
     Args:
-        folder: what to upload.
-        repo_id: ``OWNER/NAME``.
-        token: with write permission.
-        revision: the branch.
-        commit_message: of the commit.
-        path_in_repo: folder to put it in.
-        complete: with the pickles, for a checkpoint to resume from.
+        path_in_repo: folder of the repository to put the files in, default the top.
+        complete: whether to upload pickles too, for a checkpoint to resume from.
         lasting: whether the folder will still be there after a failure.
-
-    Returns:
-        The commit; its ``repo_url`` is the address of the repository.
-
-    Raises:
-        HubError: it cannot be pushed.
     """
     repeat = f"python -m amp_plugin.hub {shlex.quote(str(folder))} {repo_id}"
     then = f". Nothing is lost: everything is in {str(folder)!r}; push it with: {repeat}" if lasting else ""
@@ -164,27 +145,26 @@ def upload(
 def upload_later(
     folder: Path, repo_id: str, failed: Callable[[str], None], **settings: Any
 ) -> Future[CommitInfo | None]:
-    """`upload` a copy of the folder as it is now, in the background; `failed` is told why if it cannot be done."""
-    copied = Path(tempfile.mkdtemp())
+    """Upload a copy of the folder as it is now, in the background; `failed` gets the reason if that cannot be done."""
+    copied = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     try:
-        shutil.copytree(folder, copied, dirs_exist_ok=True)
+        shutil.copytree(folder, copied.name, dirs_exist_ok=True)
     except BaseException:
-        shutil.rmtree(copied, ignore_errors=True)
+        copied.cleanup()
         raise
 
     def work() -> CommitInfo | None:
-        try:
-            return upload(copied, repo_id, lasting=False, **settings)
-        except Exception as error:
-            failed(str(error))
-            return None
-        finally:
-            shutil.rmtree(copied, ignore_errors=True)
+        with copied:
+            try:
+                return upload(Path(copied.name), repo_id, lasting=False, **settings)
+            except Exception as error:
+                failed(str(error))
+                return None
 
     return hub_api(settings["token"]).run_as_future(work)
 
 
-def _require_weights(folder: Path) -> None:
+def _check_weights(folder: Path) -> None:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(
@@ -200,7 +180,7 @@ def _require_weights(folder: Path) -> None:
 
 
 def _content(path: Path, repo_id: str, temporary: Path) -> Path | bytes:
-    """What to upload for a file: itself, but weights that timm reads, and the card with repository and pictures."""
+    """Return what to upload: the file, but timm's names for weights, and the card with repository and pictures."""
     if path.name == _CARD:
         card = path.read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id)
         return with_later_pictures(card, path.parent).encode()
@@ -212,6 +192,6 @@ def _content(path: Path, repo_id: str, temporary: Path) -> Path | bytes:
 
 
 def _is_wrapped(weights: Path) -> bool:
-    """Whether the names are those of a wrapper that was made from a configuration; transformers reads either."""
+    """Tell whether all names are those of transformers' wrapper of timm models; transformers reads either kind."""
     with safe_open(weights, "pt") as file:
         return all(name.startswith(_WRAPPER_PREFIX) for name in file.keys())  # noqa: SIM118

@@ -1,4 +1,4 @@
-"""Models published on a Hub (on loopback) by the stock client, and opened from there in a fresh process."""
+"""Test models published on a Hub (on loopback) by the stock client, and opened from there in a fresh process."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import timm
 import torch
 from hub_pushes import FAULTS, TOKENS
 from hub_server import Hub, Repository, card_errors, environment, hub_server
+from main_job import QUICK, SCRIPT
 from repository import HELPERS, ROOT
 from safetensors.torch import load_file, save_file
 
@@ -23,8 +24,7 @@ from amp_plugin.hub import HubError, push_folder
 
 NAME = "ann/first-run"
 JOB = [
-    *("--train_images", "60", "--per_device_train_batch_size", "20", "--num_train_epochs", "2"),
-    *("--model_kwargs", '{"width": 4, "layers": [1, 1, 1, 1]}', "--use_cpu", "true", "--cpu_threads", "1"),
+    *QUICK,
     *("--output_dir", "out", "--push_to_hub", "--hub_model_id", NAME, "--hub_token", "hf_writer"),
     *("--compare_with", "other"),
 ]
@@ -40,17 +40,10 @@ OTHER = {
 def run(
     folder: Path, variables: dict[str, str], *command: str, fails: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(ROOT), str(HELPERS)])
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        env={**environ, **variables, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | variables
+    environ |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(HELPERS)]), "OMP_NUM_THREADS": "1"}
+    command = (sys.executable, *command)
+    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode != 0) == fails, done.stderr
     return done
 
@@ -68,10 +61,10 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def job(hub: Hub, folder: Path) -> subprocess.CompletedProcess[str]:
-    """The main job, publishing its model beside the record of another run."""
+    """Run the main job, which publishes its model beside the record of another run."""
     (folder / "other").mkdir()
     (folder / "other" / "run.json").write_text(json.dumps(OTHER))
-    return run(folder, environment(hub, folder / "home", token=None), str(ROOT / "recipes" / "train.py"), *JOB)
+    return run(folder, environment(hub, folder / "home", token=None), str(SCRIPT), *JOB)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +75,7 @@ def happened(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def opened(hub: Hub, folder: Path, job: Any, happened: Any) -> Path:
-    """What a fresh process with empty caches makes of the published models."""
+    """Open the published models in a fresh process with empty caches."""
     names = ["ann/plain", "ann/trained"]
     for name in [*names, "ann/base", "ann/adapted"]:
         files = {path.name: path.read_bytes() for path in (folder / name).iterdir()}
@@ -109,7 +102,7 @@ def test_several_processes_publish_once_or_all_end_before_the_training(hub: Hub,
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "run.json").write_text(json.dumps(OTHER))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, str(ROOT / "recipes" / "train.py"), *JOB, "--hub_model_id", name, "--hub_token", token]
+    command = [*launcher, str(SCRIPT), *JOB, "--hub_model_id", name, "--hub_token", token]
     done = run(tmp_path, environment(hub, tmp_path / "home", token=None), *command, fails=token == "hf_reader")
     if token == "hf_reader":
         assert "the token of 'ann' may only read" in done.stderr
@@ -148,7 +141,7 @@ def test_a_published_model_opens_everywhere_with_the_same_logits(opened: Path, n
     model.load_state_dict(published_weights(opened, name))
     with torch.no_grad():
         logits = model.eval()(torch.ones(2, 3, 32, 32))
-    if name != NAME:  # as they were before the push
+    if name != NAME:  # the logits were kept before the push
         assert torch.equal(logits, torch.load(opened / f"{name.split('/')[1]}.pt", weights_only=True))
     assert torch.equal(found["timm"], logits)
     assert torch.equal(found["transformers"], logits)
