@@ -1,4 +1,4 @@
-"""Trains with rival methods in several processes, for test_methods.py: the weights, and whether replicas agree."""
+"""Trains with baselines in several processes, for test_methods.py: the weights, and whether replicas agree."""
 
 from __future__ import annotations
 

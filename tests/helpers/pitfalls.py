@@ -48,7 +48,7 @@ PITFALLS = [
     ),
     Pitfall(
         "the perturbation leaks into checkpoints",
-        "by running rivals",
+        "by running other implementations",
         "core/optimizer.py",
         "        step.ascents += 1\n",
         "        step.ascents += 1\n        for a in ascents:\n"
@@ -98,7 +98,7 @@ PITFALLS = [
     ),
     Pitfall(
         "a parameter whose first gradient comes in the second ascent is a KeyError",
-        "by running rivals",
+        "by running other implementations",
         "core/perturbation.py",
         "                if grad is None:\n                    continue\n",
         "                if grad is None or self._displaced:\n                    raise KeyError(param)\n",
@@ -130,7 +130,7 @@ PITFALLS = [
     ),
     Pitfall(
         "16-bit weights swallow small perturbations, and nobody says so",
-        "by running rivals",
+        "by running other implementations",
         "core/optimizer.py",
         "        if any(a.param.dtype in LOW_PRECISION",
         "        if not any(a.param.dtype in LOW_PRECISION",
@@ -162,7 +162,7 @@ PITFALLS = [
     ),
     Pitfall(
         "autocast's cache serves the second pass the weights of the first",
-        "by running rivals",
+        "by running other implementations",
         "core/perturbation.py",
         "        torch.clear_autocast_cache()\n",
         "        pass\n",
@@ -178,7 +178,7 @@ PITFALLS = [
     ),
     Pitfall(
         "under FSDP2 the norm is that of one process's part",
-        "by running rivals",
+        "by running other implementations",
         "core/perturbation.py",
         "global_norms(norms_of(b.deltas), b.split)",
         "norms_of(b.deltas)",
@@ -186,7 +186,7 @@ PITFALLS = [
     ),
     Pitfall(
         "gradients that FSDP2 has not synchronised are not in .grad, so the ascent goes nowhere",
-        "by running rivals",
+        "by running other implementations",
         "core/selection.py",
         "    if sharded and all(",
         "    if not sharded and all(",
@@ -218,7 +218,7 @@ PITFALLS = [
     ),
     Pitfall(
         "the host clips a gradient that is not the one that is used",
-        "by running rivals",
+        "by running other implementations",
         "core/optimizer.py",
         "                self.base_optimizer.step()\n",
         "                torch._foreach_mul_(self.gradients(), 2.0)\n                self.base_optimizer.step()\n",
@@ -250,7 +250,7 @@ PITFALLS = [
     ),
     Pitfall(
         "a stop in the middle of a window saves perturbed weights",
-        "by running rivals",
+        "by running other implementations",
         "trainer/trainer.py",
         "        self.callback_handler.callbacks.insert(0, _EndOfEpoch(self))\n",
         "",
