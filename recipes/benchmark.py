@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from benchmarks.rows import Row, markdown
 
-from amp_plugin.train.fast import cpu_computes_in_bf16
+from amp_plugin.train.defaults import cpu_computes_in_bf16
 
 try:
     from benchmarks import ascents, counts, pipeline, recipe, startup, step

@@ -1,11 +1,11 @@
-"""The main job: `amp_plugin.train`, whose documentation ``--help`` shows."""
+"""Run the main job, `amp_plugin.train`, whose documentation ``--help`` shows."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-# Before torch starts its threads: waiting ones sleep, or on a busy machine they slow each other down sevenfold.
+# Waiting threads shall sleep, or on a busy machine they slow each other down sevenfold. torch reads this at its start.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from amp_plugin.train.job import run

@@ -21,7 +21,7 @@ from amp_plugin.flatness.curvature import require_library
 from amp_plugin.flatness.measures import MEASURES, Measures, MeasureSettings, measure, measures_table
 from amp_plugin.flatness.objective import Objective
 from amp_plugin.flatness.pictures import plot_landscapes
-from amp_plugin.train.saved import SavedRun, open_run
+from amp_plugin.train.run_folder import SavedRun, open_run
 
 # Options of the runs that must be the same, or the models would be measured on different data.
 _DATA = (

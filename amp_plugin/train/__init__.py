@@ -8,7 +8,7 @@ AMP is short for that here, not for automatic mixed precision.
     train.py preactresnet18_cifar10 --dry_run                        # what that would do and take
     train.py --pretrained resnet18.a1_in1k --dataset cifar10         # from pretrained weights
 
-Works the same under ``accelerate launch`` and ``torchrun``. Ends with a table, the saved model and a picture of the
-training curves in the output folder. With ``--save_strategy epoch --resume_from_checkpoint last`` it may be killed at
-any moment: the same command given again continues to the same weights, bit for bit.
+The job works under ``accelerate launch`` and ``torchrun`` too. It ends with a table, the saved model and a picture of
+the training curves in the output folder. With ``--save_strategy epoch --resume_from_checkpoint last`` it may be killed
+at any moment: the same command given again continues to the same weights, bit for bit.
 """

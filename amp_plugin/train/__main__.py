@@ -1,4 +1,4 @@
-"""``python -m amp_plugin.train``: what recipes/train.py does, where there is no repository."""
+"""Run the main job where there is no recipes/train.py: ``python -m amp_plugin.train``."""
 
 import sys
 

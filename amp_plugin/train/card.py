@@ -1,8 +1,9 @@
-"""What the main job's model card tells beyond what the Trainer knows: data, command, the run compared with."""
+"""Tell the main job's model card what the Trainer does not know: the data, the command and the run to compare with."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,26 +12,25 @@ from amp_plugin.data import ImageBatches
 from amp_plugin.data.settings import BUNDLED, SOURCES
 from amp_plugin.hub.card import RunData
 from amp_plugin.report import read_ledger
-from amp_plugin.train.command import command_line
-from amp_plugin.train.described import card_words, trained_with
-from amp_plugin.train.method_options import OBJECTIVES, RADII
-from amp_plugin.train.options import DataArguments, RecipeArguments
+from amp_plugin.train.method_options import OBJECTIVES
+from amp_plugin.train.options import ELSEWHERE, DataArguments, RecipeArguments
+from amp_plugin.train.run_folder import RECORD
 from amp_plugin.train.tasks import Task
+from amp_plugin.trainer.described import BALLS, optimizer_in_words, settings_in_words
 
-RECORD = "run.json"
 _SHOWN = ("accuracy", "error", "nll", "ece")
 _PRETTY = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN", BUNDLED: "a sample of CIFAR-10"}
+# Further options that begin so do not decide the outcome; some hold a token, or folders of the machine.
+_PRIVATE = ("hub", "push_to_hub", "output_dir", "logging_dir", "run_name", "disable_tqdm")
+_LINE = 100
 
 
 def compared_run(path: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of the run to compare with.
+    """Return the record, as `amp_plugin.provenance.run_record` made it, of the run to compare with.
 
     Args:
-        path: its output folder; or a ledger, for the last run in it with these settings and another optimizer.
-        settings: of the run that is compared.
-
-    Returns:
-        What `amp_plugin.provenance.run_record` returned for it.
+        path: output folder of that run; or a ledger, for its last run with these settings and another optimizer.
+        settings: settings of the run that is compared.
 
     Raises:
         ValueError: there is no such run.
@@ -57,12 +57,12 @@ def compared_run(path: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings, but for the optimizer's, that two runs have both and that differ: theirs and ours.
+    """Return the settings, except the optimizer's, that both runs have and that differ: theirs and ours.
 
-    What changes the training loss counts even if one run alone has it.
+    A setting that changes the training loss counts even if one run alone has it.
     """
     ours = json.loads(json.dumps(dict(ours), default=str))
-    optimizers = ("optim", "sync_ascent", *(option for option, _ in RADII.values()))
+    optimizers = ("optim", "sync_ascent", *BALLS.values())
     common = [n for n in ours if n in theirs and n not in optimizers and not n.startswith("amp_")]
     compared = {name: (theirs.get(name), ours.get(name)) for name in (*common, *OBJECTIVES)}
     return {name: (t, o) for name, (t, o) in compared.items() if t != o}
@@ -77,32 +77,42 @@ def card_details(
     record: Mapping[str, Any],
     compared: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Fields of `amp_plugin.hub.Run` for a finished run.
+    """Return fields of `amp_plugin.hub.Run` for a finished run.
 
-    Args:
-        argv: the job's arguments as given.
-        task: what was trained and tested on.
-        args: which data.
-        training: how.
-        record: of this run.
-        compared: of another one, if it shall be compared.
+    `argv` holds the job's options, with those of its recipe; `compared` is the record of another run, if any.
     """
-    words = card_words(training)
-    settings = {**words["settings"], "augmentation": args.augmentation}
-    if training.channels_last:
-        settings["memory format"] = "channels-last"
-    rows, note = _comparison(training, record, compared)
+    rows, note = _comparison(record, compared)
+    layout = {"memory format": "channels-last"} if training.channels_last else {}
     return {
         "data": _data(task, args),
         "metrics": _metrics(record),
         "from_scratch": task.new is None,
-        "optimizer": words["optimizer"],
-        "settings": settings,
+        "settings": {**settings_in_words(training), "augmentation": args.augmentation, **layout},
         "command": command_line(argv, training.world_size),
         "license": training.hub_license,
         "compared": rows,
         "compared_note": note,
     }
+
+
+def command_line(argv: list[str], processes: int) -> str:
+    """Return a command that repeats a run anywhere, without folders and tokens.
+
+    `argv` holds the job's options, with those of its recipe; `processes` is the number of processes.
+    """
+    options: dict[str, list[str]] = {}  # the last one of a name wins, as in argparse
+    values: list[str] = []
+    for word in argv:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            values = options[name.replace("-", "_")] = [value] if equals else []
+        else:
+            values.append(word)
+    kept = {n: v for n, v in options.items() if n == "fast" or not (n in ELSEWHERE or n.startswith(_PRIVATE))}
+    launcher = ["torchrun", "--nproc_per_node", str(processes)] if processes > 1 else ["python"]
+    parts = [[*launcher, "-m", "amp_plugin.train"], *([f"--{name}", *values] for name, values in kept.items())]
+    whole = " ".join(map(shlex.join, parts))
+    return whole if len(whole) <= _LINE else " \\\n    ".join(map(shlex.join, parts))
 
 
 def _metrics(record: Mapping[str, Any]) -> dict[str, float]:
@@ -118,27 +128,24 @@ def _data(task: Task, args: DataArguments) -> RunData:
     bundled, local = args.dataset == BUNDLED, Path(args.dataset).exists()
     source = SOURCES.get(args.dataset)
     name = Path(args.dataset).name if local else args.dataset
-    split = "validation" if held_out else args.test_split
     return RunData(
         name=_PRETTY.get(name, name),
         id=name if bundled or local or source is None else source.path,
         on_hub=not (bundled or local),
         config=args.dataset_config_name or (source.config_name if source else None),
-        split=split,
+        split="validation" if held_out else args.test_split,
         described=f"{len(task.train):,} {kind} to train, {len(task.test):,} {'held out' if held_out else 'to test'},"
         f" {size}{len(task.class_names())} classes",
         note="These few images are for trying things out: the results say nothing about CIFAR-10." if bundled else "",
     )
 
 
-def _comparison(
-    training: RecipeArguments, ours: Mapping[str, Any], theirs: Mapping[str, Any] | None
-) -> tuple[dict[str, dict[str, float]], str]:
+def _comparison(ours: Mapping[str, Any], theirs: Mapping[str, Any] | None) -> tuple[dict[str, dict[str, float]], str]:
     if theirs is None:
         return {}, ""
-    label = trained_with(theirs["settings"])
-    if label == trained_with(ours["settings"]):
-        label = f"another run with {card_words(training)['optimizer']}"
+    label = optimizer_in_words(theirs["settings"])
+    if label == optimizer_in_words(ours["settings"]):
+        label = f"another run with {label}"
     differ = differences(theirs["settings"], ours["settings"])
     listed = "; ".join(f"`{name}` {_cell(t)}, here {_cell(o)}" for name, (t, o) in differ.items())
     same = f"The runs also differ in: {listed}." if differ else "All settings but the optimizer are the same."

@@ -1,27 +1,29 @@
-"""The command line of `train.py`: help that can be read, errors of one line that name what was meant."""
+"""Parse the command line of `train.py`: recipes, a help to be read, and errors of one line that name what was meant."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from amp_plugin.suggest import did_you_mean
-from amp_plugin.train.recipe_file import known_recipes, recipe_options
 
-# What --help shows.
+# The help shows these options.
 GROUPS = {
     "data": "dataset data_root augment train_images validation_images image_size image_column text_column"
     " text_pair_column label_column train_split test_split dataset_config_name max_seq_length",
     "model": "model model_kwargs pretrained freeze_backbone",
     "AMP (Adversarial Model Perturbation; for mixed precision see --bf16 below)": "amp_epsilon amp_inner_lr"
     " amp_inner_iter amp_norm amp_ascent amp_parameters amp_batch_norm amp_rng sync_ascent",
-    "Rival methods (also --optim sgd, rmp, sam, asam; --label_smoothing_factor; dropout by --model_kwargs)": (
+    "Baselines (also --optim sgd, rmp, sam, asam; --label_smoothing_factor; dropout by --model_kwargs)": (
         "flood_level mixup_alpha adversarial_epsilon rmp_epsilon sam_rho"
     ),
     "optimisation": "optim optim_args learning_rate lr_scheduler_type lr_milestones lr_gamma warmup_steps weight_decay"
@@ -32,7 +34,7 @@ GROUPS = {
     " compare_with",
     "hardware and speed": "fast channels_last bf16 fp16 torch_compile use_cpu cpu_threads dataloader_num_workers",
 }
-# For some of them the stock text is long, or about something else.
+# The stock help text of these options is long, or about something else.
 _WORDS = {
     "bf16": "Mixed precision in bfloat16.",
     "dataloader_num_workers": "Processes that load batches; 0: the training process itself.",
@@ -49,7 +51,7 @@ _WORDS = {
     "use_cpu": "Use the CPU even if there is an accelerator.",
     "warmup_steps": "Steps of linear warmup, or below 1 a fraction of all; not with 'steps'.",
 }
-# What other training scripts call it.
+# Other training scripts have these names for some options.
 _ELSEWHERE = {
     "amp": "optim amp (Adversarial Model Perturbation) or --bf16 (mixed precision)",
     "batch_size": "per_device_train_batch_size",
@@ -67,15 +69,15 @@ _ELSEWHERE = {
     "workers": "dataloader_num_workers",
 }
 _REST = "everything else of transformers.TrainingArguments"
-_Group = tuple[str, list[argparse.Action]]
+_FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parents[2] / "recipes")  # in a wheel, in a clone
 
 
 class CommandLine(HfArgumentParser):
-    """The options of some dataclasses; what is wrong with them is a ValueError.
+    """Parse the options of some dataclasses, and raise a ValueError where they are wrong.
 
     Args:
         types: the dataclasses.
-        description: for the help; calls the program ``train.py``.
+        description: text for the help, in which the program is called ``train.py``.
     """
 
     def __init__(self, types: Any, description: str | None = None) -> None:
@@ -87,33 +89,37 @@ class CommandLine(HfArgumentParser):
             prog=program,
             usage="%(prog)s [RECIPE] [--OPTION VALUE ...]",
             description=(description or "").replace("train.py", program),
-            formatter_class=_Formatter,
+            epilog=f"--help_all shows the options left out here, {_REST}. All of them work.",
+            formatter_class=lambda prog: _Formatter(prog, max_help_position=34),
             allow_abbrev=False,
         )
-        self.add_argument("--help_all", action=_HelpAll, help="Show all options.")
-        self._by_name = {a.dest: a for a in reversed(self._actions) if a.dest not in ("help", argparse.SUPPRESS)}
+        self._by_name = {a.dest: a for a in reversed(self._actions) if a.dest != "help"}
+        self.add_argument("--help_all", action=_HelpAll, nargs=0, dest=argparse.SUPPRESS, default=argparse.SUPPRESS)
+        self._action_groups.clear()
+        recipes = "\n".join(f"  {name}" for name in known_recipes())
+        self.add_argument_group(
+            "RECIPE",
+            f"A YAML file of options, or the name of one that comes with the package:\n{recipes}\n"
+            "An OPTION wins over the recipe. Its default is in [brackets], unless that is off or nothing.",
+        )
+        for title, names in GROUPS.items():
+            self.show(title, names.split())
 
-    def with_recipe(self, argv: list[str]) -> list[str]:
-        """The same options, with those of the recipe, if one is named first, in its place.
+    def show(self, title: str, names: list[str]) -> None:
+        """Add a group of options to the help."""
+        self.add_argument_group(title)._group_actions = [self._by_name[name] for name in names]
 
-        Raises:
-            ValueError: the recipe does not exist, or something in it is wrong.
-        """
-        if not argv or argv[0].startswith("-"):
-            return argv
-        options = recipe_options(argv[0])
-        try:
-            self.namespace(options)
-        except ValueError as error:
-            raise ValueError(f"recipe {argv[0]!r}: {error}") from None
-        return [*options, *argv[1:]]
+    def show_all(self) -> None:
+        """Add all other options to the help."""
+        self.epilog = None
+        self.show(_REST, sorted(self._by_name.keys() - " ".join(GROUPS.values()).split()))
 
     def namespace(self, argv: list[str], **defaults: Any) -> argparse.Namespace:
-        """All options by name.
+        """Return all options by name.
 
         Args:
-            argv: the options as given.
-            **defaults: instead of those of the dataclasses, by name.
+            argv: options as given.
+            **defaults: values by name, instead of the defaults of the dataclasses.
 
         Raises:
             ValueError: an option does not exist or does not take this value; the message says what was meant.
@@ -129,72 +135,33 @@ class CommandLine(HfArgumentParser):
         """Raise a ValueError, where argparse would print the usage and exit."""
         raise ValueError(re.sub(r"^argument (--\w+)[^:]*", r"\1", message))
 
-    def format_help(self) -> str:
-        """The help: what one may want to change, in groups."""
-        return self._help(self._groups(), f"--help_all shows the options left out here, {_REST}. All of them work.")
-
-    def format_help_all(self) -> str:
-        """The help with all options."""
-        groups = self._groups()
-        shown = [action for _, actions in groups for action in actions]
-        rest = [action for _, action in sorted(self._by_name.items()) if action not in shown]
-        return self._help([*groups, (_REST, rest)])
-
-    def _groups(self) -> list[_Group]:
-        known = self._by_name
-        return [(title, [known[n] for n in names.split() if n in known]) for title, names in GROUPS.items()]
-
-    def _help(self, groups: list[_Group], last: str | None = None) -> str:
-        formatter = self._get_formatter()
-        formatter.add_usage(self.usage, self._actions, [])
-        formatter.add_text(self.description)
-        recipes = "\n".join(f"  {name}" for name in known_recipes())
-        formatter.start_section("RECIPE")
-        formatter.add_text(
-            f"A YAML file of options, or the name of one that comes with the package:\n{recipes}\n"
-            "An OPTION wins over the recipe. Its default is in [brackets], unless that is off or nothing."
-        )
-        formatter.end_section()
-        for title, actions in groups:
-            formatter.start_section(title)
-            formatter.add_arguments(actions)
-            formatter.end_section()
-        formatter.add_text(last)
-        return formatter.format_help()
-
     def _meant(self, option: str) -> str:
         name = option.lstrip("-").partition("=")[0].replace("-", "_")
         if name in _ELSEWHERE:
             return f", did you mean --{_ELSEWHERE[name]}"
-        as_shown = [action.dest for _, actions in self._groups() for action in actions]
-        longer = [known for known in dict.fromkeys([*as_shown, *self._by_name]) if f"_{name}_" in f"_{known}_"]
+        ordered = dict.fromkeys([*" ".join(GROUPS.values()).split(), *self._by_name])
+        longer = [known for known in ordered if f"_{name}_" in f"_{known}_"]
         if longer:
             return f", did you mean --{' or --'.join(longer[:3])}"
         return did_you_mean(f"--{name}", self._option_string_actions)
 
 
 class _HelpAll(argparse.Action):
-    def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
-
     def __call__(self, parser: Any, *args: Any, **kwargs: Any) -> NoReturn:
-        print(parser.format_help_all())
+        parser.show_all()
+        parser.print_help()
         sys.exit(0)
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """An option's first name and what it takes; the default after its help."""
-
-    def __init__(self, prog: str, **kwargs: Any) -> None:
-        super().__init__(prog, max_help_position=34, **kwargs)
+    """Show an option's first name and the kind of its value, and the default after its help."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         return f"{action.option_strings[0]} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        if action.type is string_to_bool:
-            return "BOOL"
-        return {int: "INT", float: "FLOAT"}.get(action.type, "TEXT")  # type: ignore[call-overload, no-any-return]
+        kinds: dict[Any, str] = {string_to_bool: "BOOL", int: "INT", float: "FLOAT"}
+        return kinds.get(action.type, "TEXT")
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = _WORDS.get(action.dest, action.help or "")
@@ -202,3 +169,46 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
             return text
         default = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
         return f"{text} [{default}]"
+
+
+def known_recipes() -> dict[str, Path]:
+    """Return the recipes that come with the package, by name."""
+    folder = next((f for f in _FOLDERS if f.is_dir()), None)
+    return {} if folder is None else {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def recipe_options(recipe: str) -> list[str]:
+    """Return a recipe, a YAML file or the name of one that comes with the package, as options on the command line.
+
+    Raises:
+        ValueError: there is no such recipe, or the recipe is not a mapping of options to values.
+    """
+    known = known_recipes()
+    path = Path(recipe) if Path(recipe).is_file() else known.get(recipe)
+    if path is None:
+        meant = did_you_mean(Path(recipe).stem, known)
+        raise ValueError(f"recipe {recipe!r} does not exist{meant}; known by name are {', '.join(known)}")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {recipe!r} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"recipe {recipe!r} must be a mapping of options to values")
+    return as_options(settings, recipe)
+
+
+def as_options(settings: Mapping[str, Any], recipe: str) -> list[str]:
+    """Return a mapping of options to values as it would be written on the command line.
+
+    Raises:
+        ValueError: an option has no value; the message names the `recipe`.
+    """
+    tokens = []
+    for name, value in settings.items():
+        if value is None:
+            raise ValueError(f"recipe {recipe!r} has no value for --{name}; leave it out for the default")
+        if isinstance(value, list):
+            tokens += [f"--{name}", *map(str, value)]
+        else:
+            tokens.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return tokens

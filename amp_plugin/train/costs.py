@@ -1,4 +1,4 @@
-"""What a run computes and holds: counted as the Trainer will, and measured on tensors without contents."""
+"""Count what a run computes, as the Trainer will, and measure what it holds on tensors without contents."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from amp_plugin.train.options import RecipeArguments
 
 @dataclass(frozen=True)
 class Counts:
-    """How often a run does what.
+    """Count how often a run does what.
 
     Attributes:
-        steps: of the optimizer.
-        steps_per_epoch: of the optimizer.
-        passes_per_batch: forward and backward passes over a batch: that of the descent and those AMP adds, on average.
-        passes: forward and backward passes of a process in the whole run, a part of a batch counting as that part.
-        images: that go through them, with repetitions, in all processes.
+        steps: steps of the optimizer.
+        steps_per_epoch: steps of the optimizer in an epoch.
+        passes_per_batch: mean number of forward and backward passes over a batch, with those that AMP adds.
+        passes: forward and backward passes of a process in the whole run; a part of a batch counts as that part.
+        images: images in these passes, with repetitions, in all processes.
     """
 
     steps: int
@@ -43,17 +43,16 @@ class Counts:
 
 @dataclass(frozen=True)
 class Costs:
-    """What one process computes and holds, without the kernels' work space and the framework itself.
+    """Hold what one process computes and holds, without the kernels' work space and the framework itself.
 
     Attributes:
-        forward_flops: of one image; a multiply-add counts as two.
-        training_flops: of one image's forward and backward pass.
+        forward_flops: FLOPs of one image's forward pass; a multiply-add counts as two.
+        training_flops: FLOPs of one image's forward and backward pass.
         weights: bytes of parameters and buffers.
-        gradients: bytes.
-        optimizer_state: bytes of the base optimizer's state; None if it cannot be told without a real step.
-        perturbation: bytes of what AMP or a rival of it keeps: a copy of the weights that it perturbs, and its ascent
-            policy's.
-        activations: bytes that autograd keeps for the backward pass of a batch, weights cast for it included.
+        gradients: bytes of the gradients, with DDP's buckets.
+        optimizer_state: bytes of the base optimizer's state; None if only a real step can tell.
+        perturbation: bytes that AMP or a baseline keeps: copies of the weights that it perturbs.
+        activations: bytes that autograd keeps for the backward pass of a batch, with the weights cast for it.
     """
 
     forward_flops: int
@@ -66,12 +65,12 @@ class Costs:
 
     @property
     def peak(self) -> int:
-        """Bytes held when the backward pass at the perturbed weights begins."""
+        """Return the bytes held when the backward pass at the perturbed weights begins."""
         return self.weights + self.gradients + (self.optimizer_state or 0) + self.perturbation + self.activations
 
 
 def mean_passes(optimizer: Any, steps: int) -> float:
-    """Forward and backward passes over a batch in a training of so many steps; at most so many, if AMP decides late."""
+    """Count the mean passes over a batch in a training of so many steps; the most, if AMP decides on the way."""
     amp = find_amp(optimizer)
     if amp is None or not amp.perturbs:
         return 1
@@ -82,12 +81,9 @@ def mean_passes(optimizer: Any, steps: int) -> float:
 
 
 def passes_made(optimizer: Any, steps: int, records: Iterable[Mapping[str, float]]) -> float:
-    """Forward and backward passes over a batch in a training that is over, on average.
+    """Count the mean forward and backward passes over a batch in a training that is over.
 
-    Args:
-        optimizer: of the run, perhaps inside accelerate's.
-        steps: that it made.
-        records: what the Trainer logged. They tell where the ascent policy decided on the way.
+    The records that the Trainer logged tell what the ascent policy decided on the way.
     """
     amp = find_amp(optimizer)
     if amp is None or amp.policy.is_deterministic:
@@ -101,13 +97,7 @@ def passes_made(optimizer: Any, steps: int, records: Iterable[Mapping[str, float
 
 
 def counts(args: RecipeArguments, images: int, optimizer: Any, passes_per_loss: int = 1) -> Counts:
-    """Count as the Trainer will.
-
-    Args:
-        args: of the run.
-        images: to train on.
-        optimizer: of the run.
-        passes_per_loss: that a loss and its gradient take.
+    """Count steps, passes and images as the Trainer will; a loss and its gradient take `passes_per_loss` passes.
 
     Raises:
         ValueError: there is not one whole batch.
@@ -130,13 +120,9 @@ def counts(args: RecipeArguments, images: int, optimizer: Any, passes_per_loss: 
 def costs(
     model: nn.Module, make_optimizer: OptimizerFactory, args: RecipeArguments, batch: Mapping[str, Tensor]
 ) -> Costs:
-    """Run a training step on tensors that have shapes but no contents.
+    """Run a training step on tensors that have shapes but no contents; `model` and `batch` stay as they are.
 
-    Args:
-        model: takes the batch and returns its loss; stays as it is.
-        make_optimizer: called with its parameters.
-        args: of the run.
-        batch: tensors by name, with the examples along their first dimension; stays as it is.
+    The model takes the batch, tensors by name with the examples along their first dimension, and returns its loss.
     """
     size, device = len(batch["labels"]), args.device
     precision = torch.bfloat16 if args.bf16 else torch.float16
@@ -148,7 +134,7 @@ def costs(
         return tensor
 
     with FakeTensorMode() as mode:
-        # A copy for which these stand in place of the model's own tensors.
+        # The copy of the model has these tensors in place of its own.
         fakes: dict[int, Any] = {id(b): mode.from_tensor(b).to(device) for b in model.buffers()}
         for p in model.parameters():
             fakes[id(p)] = nn.Parameter(mode.from_tensor(p).detach().to(device), p.requires_grad)
@@ -167,30 +153,26 @@ def costs(
             forward = counter.get_total_flops()
             loss.backward()
         state = _state_of(optimizer)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained, copies = [p for p in model.parameters() if p.requires_grad], 0
+    if isinstance(optimizer, AMP) and optimizer.perturbs:
+        ball = [p for group in optimizer.param_groups for p in optimizer.selection.of(group) if p.requires_grad]
+        copies = _bytes(ball) * (1 + optimizer.policy.copies)
     return Costs(
         forward_flops=forward // size,
         training_flops=counter.get_total_flops() // size,
         weights=_bytes([*model.parameters(), *model.buffers()]),
-        gradients=_bytes(trained) * (2 if args.world_size > 1 else 1),  # DDP's buckets beside them
+        gradients=_bytes(trained) * (2 if args.world_size > 1 else 1),  # DDP has buckets beside them
         optimizer_state=state,
-        perturbation=_copies(optimizer),
+        perturbation=copies,
         activations=sum(s.nbytes() for key, s in kept.items() if key not in own),
     )
-
-
-def _copies(optimizer: Optimizer) -> int:
-    if not isinstance(optimizer, AMP) or not optimizer.perturbs:
-        return 0
-    ball = [p for group in optimizer.param_groups for p in optimizer.selection.of(group) if p.requires_grad]
-    return _bytes(ball) * (1 + optimizer.policy.copies)
 
 
 def _state_of(optimizer: Optimizer) -> int | None:
     base = optimizer.base_optimizer if isinstance(optimizer, AMP) else optimizer
     try:
         base.step()
-    except Exception:  # of an optimizer that looks at its values, or needs a kernel for them
+    except Exception:  # an optimizer may look at its values, or need a kernel for them
         return None
     return _bytes([v for state in base.state.values() for v in state.values() if isinstance(v, Tensor)])
 

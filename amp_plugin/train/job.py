@@ -1,4 +1,4 @@
-"""The main job: train an image classifier, test it, save it and report."""
+"""Run the main job: train a classifier, test it, save it and report."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from huggingface_hub import CommitInfo
 from transformers import set_seed
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
@@ -21,26 +23,24 @@ from amp_plugin.hub import HubError
 from amp_plugin.metrics import compute_metrics
 from amp_plugin.provenance import run_record
 from amp_plugin.report import append_to_ledger, table
-from amp_plugin.train.card import RECORD, card_details, compared_run
-from amp_plugin.train.config import write_config
+from amp_plugin.suggest import did_you_mean
+from amp_plugin.train.card import card_details, compared_run
 from amp_plugin.train.costs import passes_made
-from amp_plugin.train.described import methods_in_words
-from amp_plugin.train.fast import keep_freed_memory
-from amp_plugin.train.options import parse, settings_of
-from amp_plugin.train.pictures import draw_pictures
+from amp_plugin.train.defaults import keep_freed_memory
+from amp_plugin.train.options import parse, settings_of, with_recipe
 from amp_plugin.train.plan import plan
 from amp_plugin.train.progress import EpochLine
-from amp_plugin.train.records import RecordsFile
+from amp_plugin.train.run_folder import RECORD, RecordsFile, draw_pictures, write_config
 from amp_plugin.train.tasks import make_task
-from amp_plugin.train.trackers import require_trackers
 from amp_plugin.train.trainer import RecipeTrainer
 from amp_plugin.trainer.checkpoints import SaveError, explained, require_writable
+from amp_plugin.trainer.described import amp_in_words, methods_in_words
 
 _LOGGED = ("loss", "amp_loss", "perturbed_loss", "sharpness", "clipped")
 
 
 def set_cpu_threads(requested: int | None) -> int:
-    """Use the cores: accelerate launch allows a process one thread unless it is told otherwise."""
+    """Set the threads of this process, and return their number; accelerate launch would allow a process one thread."""
     if requested is not None:
         torch.set_num_threads(requested)
     elif "ACCELERATE_MIXED_PRECISION" in os.environ and torch.get_num_threads() == 1:
@@ -49,13 +49,27 @@ def set_cpu_threads(requested: int | None) -> int:
     return torch.get_num_threads()
 
 
+def check_trackers(names: Iterable[str]) -> None:
+    """Raise a ValueError if a tracker in ``report_to`` is unknown or not installed, before anything takes its time."""
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            near = did_you_mean(name, INTEGRATION_TO_CALLBACK).removeprefix(", ")
+            hint = near or f"there are {', '.join(INTEGRATION_TO_CALLBACK)}"
+            raise ValueError(f"tracker {name!r} is unknown; {hint}?")
+        if name not in installed:
+            package = '"amp-plugin[tensorboard]"' if name == "tensorboard" else name.replace("_", "-")
+            raise ValueError(f"--report_to {name}: {name} is not installed (pip install {package})")
+
+
 def main(argv: list[str]) -> None:
     """Train, test, save and report."""
+    argv = with_recipe(argv)  # the card's command needs the recipe's options, and the file may be gone by then
     data_args, model_args, args = parse(argv, amp_plugin.train.__doc__)
     folder = Path(str(args.output_dir))
     settings = settings_of(data_args, model_args, args)
     compared = None if args.compare_with is None else compared_run(args.compare_with, settings)
-    require_trackers(args.report_to)
+    check_trackers(args.report_to)
     if not args.dry_run:
         require_writable(folder)
     threads = set_cpu_threads(args.cpu_threads)
@@ -78,7 +92,7 @@ def main(argv: list[str]) -> None:
         compute_metrics=compute_metrics,
         callbacks=[EpochCallback(), RecordsFile(folder / "metrics.jsonl")],
     )
-    disable_progress_bar()  # transformers' own, of writing a file
+    disable_progress_bar()  # transformers shows one for every file that it writes
     for default in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(default)
     shown = EpochLine()
@@ -87,14 +101,11 @@ def main(argv: list[str]) -> None:
         write_config(folder / "config.yaml", data_args, model_args, args)
         where = f"cpu, {threads} thread(s)" if args.device.type == "cpu" else str(args.device)
         where += f", {args.arithmetic()}" if args.arithmetic() else ""
-        described = f"AMP, epsilon {args.amp_epsilon}, inner_lr {args.amp_inner_lr}, {args.amp_norm} ball"
-        described += "" if args.amp_ascent == "full" else f", ascent {args.amp_ascent}"
-        described += "" if args.amp_parameters is None else f" on {args.amp_parameters!r}"
         methods = "".join(f", {name}: {words}" for name, words in methods_in_words(vars(args)).items())
         print(
-            f"{model_args.name} with {sum(p.numel() for p in model.parameters()):,} parameters{task.origin()} on"
+            f"{model_args.name} with {model.num_parameters():,} parameters{task.origin()} on"
             f" {task.dataset}: {len(task.train):,} {task.train.split.kind} to train, {len(task.test):,} to test;"
-            f" {args.optim} ({described if args.uses_amp else 'without AMP'}){methods}; on {where}; results in"
+            f" {args.optim} ({amp_in_words(args) if args.uses_amp else 'without AMP'}){methods}; on {where}; results in"
             f" {args.output_dir}",
             flush=True,
         )
@@ -105,15 +116,15 @@ def main(argv: list[str]) -> None:
     metrics = {**result.metrics, **(tested.metrics or {})}
     last = next((r for r in reversed(trainer.state.log_history) if "loss" in r), {})
     metrics.update({name: last[name] for name in _LOGGED if name in last})
-    metrics.setdefault("loss", metrics["train_loss"])  # the mean of the whole run, if none was logged
+    metrics.setdefault("loss", metrics["train_loss"])  # if none was logged, the whole run's mean stands in
     made = passes_made(trainer.optimizer, trainer.state.global_step, trainer.state.log_history)
     metrics["best_eval_error"] = min(r["eval_error"] for r in trainer.state.log_history if "eval_error" in r)
     metrics["passes"] = float(trainer.state.epoch or 0.0) * args.passes_per_loss * made
     metrics["seconds"] = seconds
     if shown.first_step:
-        metrics["resumed_at_step"] = shown.first_step  # the seconds are those since
+        metrics["resumed_at_step"] = shown.first_step  # the seconds count from there
     with explained("the results", folder):
-        trainer.save_model(_internal_call=True)  # or it would be pushed before there is a card
+        trainer.save_model(_internal_call=True)  # a public call would push before there is a card
         trainer.save_state()
         trainer.save_metrics("all", metrics)
         if trainer.is_world_process_zero():
@@ -130,16 +141,16 @@ def main(argv: list[str]) -> None:
             print(f"model card: {folder / 'README.md'}")
     if args.push_to_hub:
         pushed = trainer.push_to_hub()
-        if isinstance(pushed, CommitInfo):  # in the first process
+        if isinstance(pushed, CommitInfo):  # only the first process has one
             print(f"published: {pushed.repo_url}")
-    # Together, and in good order: a process whose group outlives it, or that leaves it alone, is aborted now and then
+    # The processes leave together: one whose group outlives it, or that leaves the group alone, is aborted now and then
     # ("terminate called without an active exception"), and torchrun then calls the whole job failed.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 
 def report(metrics: dict[str, float], where: str, folder: Path) -> None:
-    """Print the table."""
+    """Print the table of a run's metrics, and where the model is."""
     rows = {
         "train loss": f"{metrics['loss']:.4f}",
         f"{where} error": f"{metrics['eval_error']:.2f} %",
@@ -153,13 +164,13 @@ def report(metrics: dict[str, float], where: str, folder: Path) -> None:
 
 
 def run(argv: list[str]) -> None:
-    """`main`; what the user can mend ends the process with one line instead of a traceback."""
+    """Run `main`; an error that the user can mend ends the process with one line instead of a traceback."""
     try:
         main(argv)
-    except SaveError as error:  # in every process alike: the first one tells, before a launcher ends it with the others
+    except SaveError as error:  # every process raises it: the first one tells, before a launcher ends all of them
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(5)
             sys.exit(1)
-        sys.exit(f"\nerror: {error}")  # on a line of its own, below the bar
+        sys.exit(f"\nerror: {error}")  # the bar has left its line unfinished
     except (DatasetError, HubError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -1,4 +1,4 @@
-"""Options of the methods that AMP is compared with."""
+"""Define the options of the methods that AMP is compared with."""
 
 from __future__ import annotations
 
@@ -11,103 +11,99 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from amp_plugin import AMP, AMPTrainingArguments
-from amp_plugin.train.methods.optimizers import RIVALS, RMP
+from amp_plugin.train.methods.optimizers import BASELINES, RMP
+from amp_plugin.trainer.described import BALLS
 
-# Options that change the training loss, whatever the optimizer.
+# These options change the training loss, whatever the optimizer.
 OBJECTIVES = ("label_smoothing_factor", "flood_level", "mixup_alpha", "adversarial_epsilon")
-# The radius of each rival optimizer's ball: its option and that option's default.
-RADII = {"rmp": ("rmp_epsilon", 0.1), "sam": ("sam_rho", 0.05), "asam": ("sam_rho", 0.5)}
+_DEFAULT_RADII = {"rmp": 0.1, "sam": 0.05, "asam": 0.5}
+
+
+def option(default: Any, help: str) -> Any:
+    """Return a dataclass field with a help text for the command line."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class MethodArguments(AMPTrainingArguments):
-    """Whether and how to train with another method of the paper's tables.
+    """Choose another method of the paper's tables to train with.
 
     Raises:
-        ValueError: a value out of range, or options that do not go together.
+        ValueError: a value is out of range, or two options do not go together.
     """
 
-    _further_optims = tuple(RIVALS)
+    _further_optims = tuple(BASELINES)
 
-    optim: str = field(
-        default="amp",
-        metadata={
-            "help": "'amp': Adversarial Model Perturbation around SGD; 'amp_NAME': around any optimizer that the stock"
-            " Trainer knows, e.g. amp_adamw_torch; a stock name alone, e.g. sgd, to train without it; or a rival around"
-            " SGD: rmp, sam, asam. SGD gets momentum=0.9,nesterov=True unless --optim_args says otherwise."
-        },
+    optim: str = option(
+        "amp",
+        "'amp': Adversarial Model Perturbation around SGD; 'amp_NAME': around any optimizer that the stock"
+        " Trainer knows, e.g. amp_adamw_torch; a stock name alone, e.g. sgd, to train without it; or a baseline"
+        " around SGD: rmp, sam, asam. SGD gets momentum=0.9,nesterov=True unless --optim_args says otherwise.",
     )
-    flood_level: float | None = field(
-        default=None, metadata={"help": "Flooding: keep the training loss at this level; 0.02 in the paper."}
+    flood_level: float | None = option(None, "Flooding: keep the training loss at this level; 0.02 in the paper.")
+    mixup_alpha: float | None = option(None, "mixup: mix pairs of images, in proportions from Beta(ALPHA, ALPHA).")
+    adversarial_epsilon: float | None = option(
+        None,
+        "Adversarial training: move every pixel so far against the label (FGSM), of pixels in [0, 1];"
+        " 1/255 = 0.00392156862745098 in the paper. One more pass for each pass.",
     )
-    mixup_alpha: float | None = field(
-        default=None, metadata={"help": "mixup: mix pairs of images, in proportions from Beta(ALPHA, ALPHA)."}
+    rmp_epsilon: float | None = option(
+        None, "Radius of the ball of --optim rmp, random model perturbation. Default: 0.1."
     )
-    adversarial_epsilon: float | None = field(
-        default=None,
-        metadata={
-            "help": "Adversarial training: move every pixel so far against the label (FGSM), of pixels in [0, 1];"
-            " 1/255 = 0.00392156862745098 in the paper. One more pass for each pass."
-        },
-    )
-    rmp_epsilon: float | None = field(
-        default=None,
-        metadata={"help": "Radius of the ball of --optim rmp, random model perturbation. Default: 0.1."},
-    )
-    sam_rho: float | None = field(
-        default=None, metadata={"help": "Radius of the ball of --optim sam or asam. Default: 0.05, of asam 0.5."}
-    )
+    sam_rho: float | None = option(None, "Radius of the ball of --optim sam or asam. Default: 0.05, of asam 0.5.")
 
     def __post_init__(self) -> None:
-        """Check the options, and settle the radius of a rival's ball."""
+        """Check the options, and settle the radius of a baseline's ball."""
         optim = str(getattr(self.optim, "value", self.optim))
         _check_range("flood_level", self.flood_level, 0.0, math.inf, zero=True)
         _check_range("mixup_alpha", self.mixup_alpha, 0.0, math.inf)
         _check_range("adversarial_epsilon", self.adversarial_epsilon, 0.0, 1.0)
-        if optim.partition("_")[0] in RIVALS and optim not in RIVALS:
-            raise ValueError(f"optim {optim!r} is unknown: {', '.join(RIVALS)} are around SGD only; AMP is around any")
-        option, default = RADII.get(optim, (None, None))
-        for name in dict.fromkeys(name for name, _ in RADII.values()):
+        if optim.partition("_")[0] in BASELINES and optim not in BASELINES:
+            raise ValueError(
+                f"optim {optim!r} is unknown: {', '.join(BASELINES)} are around SGD only; AMP is around any"
+            )
+        radius = BALLS.get(optim)
+        for name in dict.fromkeys(BALLS.values()):
             _check_range(name, getattr(self, name), 0.0, math.inf, zero=True)
-            if name != option and getattr(self, name) is not None:
-                optims = " or ".join(rival for rival, (theirs, _) in RADII.items() if theirs == name)
+            if name != radius and getattr(self, name) is not None:
+                optims = " or ".join(baseline for baseline, theirs in BALLS.items() if theirs == name)
                 raise ValueError(f"--{name} is for --optim {optims}, but --optim is {optim}")
-        if option is None:
+        if radius is None:
             super().__post_init__()
             return
         for name, paper in (("amp_inner_iter", 1), ("amp_ascent", "full"), ("amp_parameters", None)):
             if getattr(self, name) != paper:
                 raise ValueError(f"--{name} is for AMP, but --optim is {optim}, which perturbs all weights once a step")
-        if getattr(self, option) is None:
-            setattr(self, option, default)
+        if getattr(self, radius) is None:
+            setattr(self, radius, _DEFAULT_RADII[optim])
         self.optim = "amp"
         super().__post_init__()
         self.optim = optim
 
     @property
-    def rival(self) -> type[AMP] | None:
-        """The optimizer, if it is one of those that AMP is compared with."""
-        return RIVALS.get(self.optim)
+    def baseline(self) -> type[AMP] | None:
+        """Return the optimizer's class if AMP is compared with this optimizer, else None."""
+        return BASELINES.get(self.optim)
 
     @property
     def passes_per_loss(self) -> int:
-        """Forward and backward passes that a training loss and its gradient take."""
+        """Count the forward and backward passes that a training loss and its gradient take."""
         return 1 if self.adversarial_epsilon is None else 2
 
     def base_arguments(self) -> TrainingArguments:
-        """The same arguments with the stock name of the base optimizer in `optim`."""
-        if self.rival is None:
+        """Return a copy of the arguments with the stock name of the base optimizer in `optim`."""
+        if self.baseline is None:
             return super().base_arguments()
         stock = copy.copy(self)
         stock.optim = OptimizerNames.SGD
         return stock
 
     def optimizer_kwargs(self) -> dict[str, Any]:
-        """The hyper-parameters of AMP or its rival, as :class:`amp_plugin.AMP` names them."""
-        if self.rival is None:
+        """Return the hyper-parameters of AMP or of the baseline, as :class:`amp_plugin.AMP` names them."""
+        if self.baseline is None:
             return super().optimizer_kwargs()
-        epsilon = getattr(self, RADII[self.optim][0])
-        if self.rival is RMP:
+        epsilon = getattr(self, BALLS[self.optim])
+        if self.baseline is RMP:
             return {"epsilon": epsilon, "norm": self.amp_norm, "seed": self.seed}
         return {"epsilon": epsilon, "norm": "global"}
 

@@ -1,4 +1,4 @@
-"""What `train.py` can be told: on the command line, in a YAML recipe, or both."""
+"""Define what `train.py` can be told: on the command line, in a YAML recipe, or both."""
 
 from __future__ import annotations
 
@@ -14,55 +14,39 @@ from amp_plugin import AMPTrainingArguments
 from amp_plugin.data import Augmentation
 from amp_plugin.data.settings import BUNDLED
 from amp_plugin.data.splits import Split
-from amp_plugin.train.command_line import CommandLine
-from amp_plugin.train.described import objectives
-from amp_plugin.train.fast import fast_settings
-from amp_plugin.train.finetune import fine_tuning_settings
-from amp_plugin.train.method_options import MethodArguments
+from amp_plugin.train.command_line import CommandLine, recipe_options
+from amp_plugin.train.defaults import fast_settings, fine_tuning_settings
+from amp_plugin.train.method_options import MethodArguments, option
+from amp_plugin.trainer.described import added_methods
 
 
 @dataclass
 class DataArguments:
-    """Which images, and how they are augmented; or which texts."""
+    """Choose the images and their augmentation, or the texts."""
 
-    dataset: str = field(
-        default="cifar10_sample",
-        metadata={"help": "cifar10, cifar100, svhn, cifar10_sample (bundled), or any other with its two columns."},
+    dataset: str = option(
+        "cifar10_sample", "cifar10, cifar100, svhn, cifar10_sample (bundled), or any other with its two columns."
     )
-    data_root: str | None = field(
-        default=None, metadata={"help": "Folder in the layout of the Hub to load from, instead of the Hub."}
+    data_root: str | None = option(None, "Folder in the layout of the Hub to load from, instead of the Hub.")
+    dataset_config_name: str | None = option(None, "Configuration of the data set.")
+    image_column: str | None = option(None, "Column of the images.")
+    text_column: str | None = option(None, "Column of texts: a text classifier is fine-tuned instead.")
+    text_pair_column: str | None = option(None, "Column of second texts, for pairs.")
+    max_seq_length: int | None = option(None, "Tokens of a text at most. Default: as many as the checkpoint takes.")
+    label_column: str | None = option(None, "Column of the labels.")
+    train_split: str = option("train", "Split to train on.")
+    test_split: str = option("test", "Split to test on.")
+    image_size: int | None = option(
+        None, "Side of the images that the network sees, in pixels. Default: theirs, or the checkpoint's."
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images."})
-    text_column: str | None = field(
-        default=None, metadata={"help": "Column of texts: a text classifier is fine-tuned instead."}
+    augment: Literal["default", "none", "plain", "cutout", "autoaugment"] = option(
+        "default",
+        "plain: crop and flip; cutout: and Cutout; autoaugment: and AutoAugment and Cutout. Default: plain,"
+        " but none on the bundled sample, which a network can then learn by heart.",
     )
-    text_pair_column: str | None = field(default=None, metadata={"help": "Column of second texts, for pairs."})
-    max_seq_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a text at most. Default: as many as the checkpoint takes."}
-    )
-    label_column: str | None = field(default=None, metadata={"help": "Column of the labels."})
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    test_split: str = field(default="test", metadata={"help": "Split to test on."})
-    image_size: int | None = field(
-        default=None,
-        metadata={"help": "Side of the images that the network sees, in pixels. Default: theirs, or the checkpoint's."},
-    )
-    augment: Literal["default", "none", "plain", "cutout", "autoaugment"] = field(
-        default="default",
-        metadata={
-            "help": "plain: crop and flip; cutout: and Cutout; autoaugment: and AutoAugment and Cutout. Default: plain,"
-            " but none on the bundled sample, which a network can then learn by heart."
-        },
-    )
-    train_images: int | None = field(
-        default=None, metadata={"help": "Train on so many images (or texts) only, equally many of every class."}
-    )
-    validation_images: int | None = field(
-        default=None,
-        metadata={
-            "help": "Hold out so many training images (or texts) and report on them, to choose settings honestly."
-        },
+    train_images: int | None = option(None, "Train on so many images (or texts) only, equally many of every class.")
+    validation_images: int | None = option(
+        None, "Hold out so many training images (or texts) and report on them, to choose settings honestly."
     )
 
     def __post_init__(self) -> None:
@@ -76,13 +60,13 @@ class DataArguments:
 
     @property
     def augmentation(self) -> Augmentation:
-        """`augment`, with the default settled."""
+        """Return `augment` with the default settled."""
         if self.augment == "default":
             return "none" if self.dataset == BUNDLED else "plain"
         return self.augment
 
     def chosen(self, train: Split, test: Split) -> tuple[Split, Split]:
-        """What to train and to report on, of the two splits."""
+        """Return the examples to train on and those to report on."""
         if self.validation_images is not None:
             train, test = train.split(self.validation_images)
         return (train if self.train_images is None else train.subset(self.train_images)), test
@@ -90,21 +74,19 @@ class DataArguments:
 
 @dataclass
 class ModelArguments:
-    """Which network."""
+    """Choose the network."""
 
-    pretrained: str | None = field(
-        default=None,
-        metadata={
-            "help": "Fine-tune this checkpoint instead of training from scratch: an id on the Hub (timm's too, e.g."
-            " resnet18.a1_in1k) or a folder. Its head is replaced, and other defaults apply: AdamW, 3 epochs, ..."
-        },
+    pretrained: str | None = option(
+        None,
+        "Fine-tune this checkpoint instead of training from scratch: an id on the Hub (timm's too, e.g."
+        " resnet18.a1_in1k) or a folder. Its head is replaced, and other defaults apply: AdamW, 3 epochs, ...",
     )
-    freeze_backbone: bool = field(default=False, metadata={"help": "Train the head of --pretrained alone."})
+    freeze_backbone: bool = option(False, "Train the head of --pretrained alone.")
 
-    model: str = field(default="preactresnet18", metadata={"help": "Any architecture that timm knows."})
-    model_kwargs: str | None = field(
-        default='{"width": 16, "layers": [1, 1, 1, 1]}',
-        metadata={"help": "Its arguments, as JSON. Default: a narrow network; '{}' for the full one."},
+    model: str = option("preactresnet18", "Any architecture that timm knows.")
+    model_kwargs: str | None = option(
+        '{"width": 16, "layers": [1, 1, 1, 1]}',
+        "Its arguments, as JSON. Default: a narrow network; '{}' for the full one.",
     )
 
     def __post_init__(self) -> None:
@@ -115,11 +97,11 @@ class ModelArguments:
 
     @property
     def name(self) -> str:
-        """What to call the model: a checkpoint in a folder goes by the folder's own name."""
+        """Return the model's name; a checkpoint in a folder goes by the folder's own name."""
         return self.model if self.pretrained is None else shown_name(self.pretrained)
 
     def parsed_model_kwargs(self) -> dict[str, Any]:
-        """`model_kwargs` as a dict."""
+        """Return `model_kwargs` as a dict."""
         try:
             value = json.loads(self.model_kwargs or "{}")
         except json.JSONDecodeError as error:
@@ -131,74 +113,61 @@ class ModelArguments:
 
 @dataclass
 class RecipeArguments(MethodArguments):
-    """The paper's settings where they do not depend on the data set, and the small job's where they do."""
+    """Hold the paper's settings where they do not depend on the data set, and the small job's where they do."""
 
-    learning_rate: float = field(default=0.1, metadata={"help": "Learning rate at the start."})
-    lr_scheduler_type: str = field(
-        default="steps", metadata={"help": "'steps': drop at --lr_milestones; or a schedule of the stock Trainer."}
-    )
+    learning_rate: float = option(0.1, "Learning rate at the start.")
+    lr_scheduler_type: str = option("steps", "'steps': drop at --lr_milestones; or a schedule of the stock Trainer.")
     lr_milestones: list[float] = field(
         default_factory=lambda: [0.5, 0.75],
         metadata={"help": "Fractions of the training at which the learning rate drops."},
     )
-    lr_gamma: float = field(default=0.1, metadata={"help": "What it is multiplied by there."})
-    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay."})
-    decay_all_parameters: bool = field(default=True, metadata={"help": "On BatchNorm and biases too."})
-    max_grad_norm: float = field(default=50.0, metadata={"help": "Clip norm of the descent gradient."})
-    num_train_epochs: float = field(default=30, metadata={"help": "Passes over the training images."})
-    per_device_train_batch_size: int = field(default=50, metadata={"help": "Images of a step, per process."})
-    per_device_eval_batch_size: int = field(default=500, metadata={"help": "Images of an evaluation batch."})
-    amp_epsilon: float = field(default=0.2, metadata={"help": "Radius of the ball (paper: 0.5 for wide networks)."})
-    amp_inner_lr: float = field(default=0.3, metadata={"help": "Step length of the ascent (paper: 1)."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to test."})
-    logging_strategy: str = field(default="epoch", metadata={"help": "When to log."})
-    save_strategy: str = field(default="no", metadata={"help": "When to save a checkpoint; 'epoch' to resume."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "'last': continue from the last complete checkpoint in the output folder, or start if there is"
-            " none, so the same command starts a job and continues it (torchrun --max_restarts repeats it after a"
-            " failure); 'true': the same, but there must be one; or the folder of a checkpoint."
-        },
+    lr_gamma: float = option(0.1, "What it is multiplied by there.")
+    weight_decay: float = option(1e-4, "Weight decay.")
+    decay_all_parameters: bool = option(True, "On BatchNorm and biases too.")
+    max_grad_norm: float = option(50.0, "Clip norm of the descent gradient.")
+    num_train_epochs: float = option(30, "Passes over the training images.")
+    per_device_train_batch_size: int = option(50, "Images of a step, per process.")
+    per_device_eval_batch_size: int = option(500, "Images of an evaluation batch.")
+    amp_epsilon: float = option(0.2, "Radius of the ball (paper: 0.5 for wide networks).")
+    amp_inner_lr: float = option(0.3, "Step length of the ascent (paper: 1).")
+    eval_strategy: str = option("epoch", "When to test.")
+    logging_strategy: str = option("epoch", "When to log.")
+    save_strategy: str = option("no", "When to save a checkpoint; 'epoch' to resume.")
+    save_total_limit: int | None = option(2, "Checkpoints to keep.")
+    resume_from_checkpoint: str | None = option(
+        None,
+        "'last': continue from the last complete checkpoint in the output folder, or start if there is"
+        " none, so the same command starts a job and continues it (torchrun --max_restarts repeats it after a"
+        " failure); 'true': the same, but there must be one; or the folder of a checkpoint.",
     )
     report_to: list[str] = field(
         default_factory=lambda: ["none"], metadata={"help": "Experiment trackers, e.g. tensorboard."}
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The data set has what the model takes."})
+    remove_unused_columns: bool = option(False, "The data set has what the model takes.")
     dataloader_pin_memory: bool = field(
         default_factory=torch.accelerator.is_available, metadata={"help": "Pin the batches' memory for an accelerator."}
     )
-    cpu_threads: int | None = field(
-        default=None,
-        metadata={"help": "Threads of a process on the CPU. Default: torch's, but all cores under accelerate launch."},
+    cpu_threads: int | None = option(
+        None, "Threads of a process on the CPU. Default: torch's, but all cores under accelerate launch."
     )
-    fast: bool = field(
-        default=False,
-        metadata={
-            "help": "Use what is fast on this device: channels-last, bf16 autocast and, on CUDA, torch.compile; on a"
-            " CPU, freed memory is kept. Any of --channels_last, --bf16 and --torch_compile still wins."
-        },
+    fast: bool = option(
+        False,
+        "Use what is fast on this device: channels-last, bf16 autocast and, on CUDA, torch.compile; on a"
+        " CPU, freed memory is kept. Any of --channels_last, --bf16 and --torch_compile still wins.",
     )
-    channels_last: bool = field(default=False, metadata={"help": "Memory format of images and convolutions."})
-    dry_run: bool = field(
-        default=False,
-        metadata={
-            "help": "Print what would be done and what it would take, and exit. Nothing is trained or written; but a"
-            " data set that is not in the cache yet is fetched into it."
-        },
+    channels_last: bool = option(False, "Memory format of images and convolutions.")
+    dry_run: bool = option(
+        False,
+        "Print what would be done and what it would take, and exit. Nothing is trained or written; but a"
+        " data set that is not in the cache yet is fetched into it.",
     )
-    ledger: str | None = field(
-        default=None, metadata={"help": "JSON Lines file to append the finished run to: settings, commit, metrics."}
+    ledger: str | None = option(None, "JSON Lines file to append the finished run to: settings, commit, metrics.")
+    compare_with: str | None = option(
+        None,
+        "Output folder of another run, e.g. with --optim sgd, to show beside this one in the model card; or"
+        " a ledger, for the last run in it with the same settings and another optimizer.",
     )
-    compare_with: str | None = field(
-        default=None,
-        metadata={
-            "help": "Output folder of another run, e.g. with --optim sgd, to show beside this one in the model card; or"
-            " a ledger, for the last run in it with the same settings and another optimizer."
-        },
-    )
-    hub_license: str = field(default="mit", metadata={"help": "Licence of the weights, as the Hub calls it."})
+    hub_license: str = option("mit", "Licence of the weights, as the Hub calls it.")
 
     def __post_init__(self) -> None:
         """Check the schedule."""
@@ -208,7 +177,7 @@ class RecipeArguments(MethodArguments):
             raise ValueError(f"lr_gamma must be positive, got {self.lr_gamma}")
         if self.cpu_threads is not None and self.cpu_threads < 1:
             raise ValueError(f"cpu_threads must be positive, got {self.cpu_threads}")
-        self.warmup_steps = float(self.warmup_steps)  # one type, whether it is the default or was given
+        self.warmup_steps = float(self.warmup_steps)  # the default is an int
         steps = self.lr_scheduler_type == "steps"
         if steps and self.warmup_steps:
             raise ValueError("lr_scheduler_type 'steps' has no warmup; leave warmup_steps at 0 or use e.g. cosine")
@@ -219,31 +188,49 @@ class RecipeArguments(MethodArguments):
             self.lr_scheduler_type = "steps"
 
     def arithmetic(self) -> str:
-        """How the passes are computed, where that is not eager, channels-first fp32; empty if it is."""
+        """Tell how the passes are computed; the text is empty for eager, channels-first fp32."""
         chosen = {"channels-last": self.channels_last, "bf16": self.bf16, "fp16": self.fp16}
         chosen |= {"compiled": self.torch_compile, "fp32": self.fast and not (self.bf16 or self.fp16)}
         return ", ".join(name for name, on in chosen.items() if on)
 
     def checkpoint_to_resume(self) -> str | bool | None:
-        """`resume_from_checkpoint`: a folder, "last", or whether to take the last one in the output folder."""
+        """Return a checkpoint's folder, "last", or whether to take the last checkpoint in the output folder."""
         word = str(self.resume_from_checkpoint).lower()
         return word == "true" if word in ("true", "false") else self.resume_from_checkpoint
 
 
 def shown_name(name: str) -> str:
-    """A name on the Hub as it is, of a folder only the last part: where it lies is nobody's business."""
+    """Return a name on the Hub as it is, and only the last part of a folder's path: the rest is private."""
     return Path(name).resolve().name if Path(name).is_dir() else name
 
 
-def parse(argv: list[str], description: str | None = None) -> tuple[DataArguments, ModelArguments, RecipeArguments]:
-    """The recipe, if one is named first, then the command line, which wins.
+_TYPES: Any = (DataArguments, ModelArguments, RecipeArguments)
+
+
+def with_recipe(argv: list[str]) -> list[str]:
+    """Return the options with those of the recipe in place of its name, if `argv` names one first.
 
     Raises:
-        ValueError: something is wrong with an option; the message names it.
+        ValueError: the recipe does not exist, or something in the recipe is wrong.
     """
-    types: Any = (DataArguments, ModelArguments, RecipeArguments)
-    parser = CommandLine(types, description)
-    argv = parser.with_recipe(argv)
+    if not argv or argv[0].startswith("-"):
+        return argv
+    options = recipe_options(argv[0])
+    try:
+        CommandLine(_TYPES).namespace(options)
+    except ValueError as error:
+        raise ValueError(f"recipe {argv[0]!r}: {error}") from None
+    return [*options, *argv[1:]]
+
+
+def parse(argv: list[str], description: str | None = None) -> tuple[DataArguments, ModelArguments, RecipeArguments]:
+    """Read the recipe, if `argv` names one first, then the options after it, which win.
+
+    Raises:
+        ValueError: something is wrong with an option; the message names the option.
+    """
+    parser = CommandLine(_TYPES, description)
+    argv = with_recipe(argv)
     named = parser.namespace(argv, optim=None)  # None if nobody asks for one
     if named.pretrained is not None:
         parser.set_defaults(**fine_tuning_settings(named.optim))
@@ -256,53 +243,30 @@ def parse(argv: list[str], description: str | None = None) -> tuple[DataArgument
         parser.set_defaults(**chosen)
     data, model, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     if training.output_dir in (None, "trainer_output"):
-        name = (shown_name(data.dataset), model.name, training.optim, *objectives(vars(training)))
+        name = (shown_name(data.dataset), model.name, training.optim, *added_methods(vars(training)))
         training.output_dir = "runs/" + "-".join(name).replace("/", "_").replace(" ", "_") + f"-seed{training.seed}"
     return data, model, training
 
 
-# What is recorded of the stock fields even if it has its stock default, and what does not decide the outcome of a run.
-_STOCK = (
-    "seed",
-    "max_steps",
-    "gradient_accumulation_steps",
-    "world_size",
-    "warmup_steps",
-    "bf16",
-    "fp16",
-    "torch_compile",
-    "optim_args",
+# These stock options are recorded even at their defaults.
+_STOCK = "seed max_steps gradient_accumulation_steps world_size warmup_steps bf16 fp16 torch_compile optim_args"
+# These options do not decide the outcome of a run; what --fast chose is recorded instead of it.
+_NO_OUTCOME = (
+    "compare_with data_root dataloader_pin_memory debug disable_tqdm do_eval dry_run fast hub_license ledger output_dir"
+    " project remove_unused_columns report_to resume_from_checkpoint run_name save_total_limit"
 )
-ELSEWHERE = {
-    "compare_with",
-    "data_root",
-    "dataloader_pin_memory",
-    "debug",
-    "disable_tqdm",
-    "do_eval",
-    "dry_run",
-    "fast",  # what it chose is there
-    "hub_license",
-    "ledger",
-    "output_dir",
-    "project",
-    "remove_unused_columns",
-    "report_to",
-    "resume_from_checkpoint",
-    "run_name",
-    "save_total_limit",
-}
+ELSEWHERE = frozenset(_NO_OUTCOME.split())
 _ELSEWHERE_PREFIXES = ("ddp_", "hub_", "log_", "push_to_hub", "trackio_")
 
 
 def settings_of(data: DataArguments, model: ModelArguments, training: RecipeArguments) -> dict[str, Any]:
-    """The settings that decide a run's outcome, for the ledger; not where it ran or what it left there."""
+    """Return the settings that decide a run's outcome, for the ledger, without where the run wrote its results."""
     settings = {**vars(data), "dataset": shown_name(data.dataset), "augment": data.augmentation, **vars(model)}
     if model.pretrained is not None:
         settings |= {"model": None, "model_kwargs": None, "pretrained": model.name}
     own = {*RecipeArguments.__annotations__, *AMPTrainingArguments.__annotations__}
     settings.update({f.name: getattr(training, f.name) for f in fields(training) if f.name in own})
-    settings.update({name: getattr(training, name) for name in _STOCK})
+    settings.update({name: getattr(training, name) for name in _STOCK.split()})
     settings.update({f.name: getattr(training, f.name) for f in fields(training) if _changed(f, training)})
     return {
         name: value.value if isinstance(value, Enum) else value
@@ -312,9 +276,9 @@ def settings_of(data: DataArguments, model: ModelArguments, training: RecipeArgu
 
 
 def _changed(option: Field[Any], training: RecipeArguments) -> bool:
-    """Whether an option has not its default, as far as that can be told after transformers has settled some."""
+    """Tell whether an option differs from its default, as far as transformers, which settles some, lets us see."""
     value = getattr(training, option.name)
     default = option.default if option.default_factory is MISSING else option.default_factory()
-    if is_dataclass(value):  # made of the default None, or of a dict
+    if is_dataclass(value):  # transformers makes it of the default None, or of a dict
         return value != type(value)()  # type: ignore[misc]
     return value != default and not (default is None and value is False)

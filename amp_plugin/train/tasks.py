@@ -1,4 +1,4 @@
-"""What the main job trains: a model with its examples, from scratch or from a checkpoint."""
+"""Make what the main job trains: a model with its examples, from scratch or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArgume
 
 @dataclass(frozen=True)
 class Task:
-    """A model, and the examples to train and to report on.
+    """Hold a model, and the examples to train and to report on.
 
     Attributes:
-        dataset: its name, for the reader.
-        model: to be trained.
-        train: whole batches, see `amp_plugin.data.collate`.
-        test: whole batches.
-        processor: what whoever opens the saved model needs beside it, if anything.
-        new: the parameters that do not come from the checkpoint; None without one.
+        dataset: name of the data set, for the reader.
+        model: model to be trained.
+        train: examples to train on, in whole batches, see `amp_plugin.data.collate`.
+        test: examples to report on, in whole batches.
+        processor: image processor or tokenizer to save beside the model, if any.
+        new: names of the parameters that do not come from the checkpoint; None without a checkpoint.
     """
 
     dataset: str
@@ -40,12 +40,12 @@ class Task:
     new: list[str] | None = None
 
     def class_names(self) -> list[str]:
-        """In the order of the model's outputs."""
+        """Return the names of the classes, in the order of the model's outputs."""
         names: Any = self.model.config.id2label
         return [str(names[i]) for i in sorted(names)]
 
     def origin(self) -> str:
-        """Where the parameters come from, and which are trained, if not all; empty from scratch."""
+        """Tell where the parameters come from, and how many are trained, if not all; the text is empty from scratch."""
         if self.new is None:
             return ""
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -58,16 +58,16 @@ def make_task(data_args: DataArguments, model_args: ModelArguments, args: Recipe
     """Load data and model as the options say.
 
     Raises:
-        ValueError: they cannot be had as asked for.
+        ValueError: data or model cannot be had as the options say.
     """
-    task = (image_task if data_args.text_column is None else text_task)(data_args, model_args, args)
+    task = (_image_task if data_args.text_column is None else _text_task)(data_args, model_args, args)
     if model_args.freeze_backbone:
         freeze_backbone(task.model)
     return task
 
 
-def image_task(data_args: DataArguments, model_args: ModelArguments, args: RecipeArguments) -> Task:
-    """A timm architecture from scratch, or an image checkpoint."""
+def _image_task(data_args: DataArguments, model_args: ModelArguments, args: RecipeArguments) -> Task:
+    """Make a timm architecture from scratch, or load an image checkpoint, with images."""
     checkpoint, side = None, data_args.image_size
     if model_args.pretrained is not None:
         checkpoint = image_checkpoint(model_args.pretrained, side)
@@ -106,18 +106,12 @@ def image_task(data_args: DataArguments, model_args: ModelArguments, args: Recip
     training: Any = batches
     if args.mixup_alpha is not None:
         training = partial(MixedBatches, **batches.keywords, alpha=args.mixup_alpha, classes=len(data.class_names))
-    return Task(
-        shown_name(data.name),
-        model,
-        training(train, augment=data_args.augmentation, seed=args.seed),
-        batches(test),
-        processor,
-        new,
-    )
+    training = training(train, augment=data_args.augmentation, seed=args.seed)
+    return Task(shown_name(data.name), model, training, batches(test), processor, new)
 
 
-def text_task(data_args: DataArguments, model_args: ModelArguments, args: RecipeArguments) -> Task:
-    """A text checkpoint."""
+def _text_task(data_args: DataArguments, model_args: ModelArguments, args: RecipeArguments) -> Task:
+    """Load a text checkpoint, with texts."""
     if model_args.pretrained is None:
         raise ValueError("--text_column needs --pretrained: texts are classified with a pretrained language model")
     for name in ("mixup_alpha", "adversarial_epsilon"):

@@ -1,36 +1,138 @@
-"""`AMPTrainer` with the paper's schedule and a final test."""
+"""Give `AMPTrainer` the paper's schedule, the baselines and a final test."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Trainer
 from transformers.trainer_utils import PredictionOutput
 
 from amp_plugin import AMPTrainer
-from amp_plugin.train.described import card_words
-from amp_plugin.train.methods.objective import ObjectiveTrainer
+from amp_plugin.core.replay import ExtraPasses
+from amp_plugin.train.method_options import MethodArguments
 from amp_plugin.train.options import RecipeArguments
+
+_NOT_OF_AMP = {"amp_loss": "perturbed_loss", "amp_passes": "passes"}
+
+
+class ObjectiveTrainer(Trainer):
+    """Give the stock Trainer the training losses of `MethodArguments`; AMP above it perturbs for any of them.
+
+    The losses hold in training mode alone: an evaluation reports the plain cross-entropy, without label smoothing too.
+    The logged ``loss`` is the smoothed, mixed or adversarial loss; with flooding it is the plain one, not the flooded.
+    """
+
+    args: MethodArguments
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.mixup_alpha is not None:
+            self.model_accepts_loss_kwargs = False  # the loss is not the model's, but the mean computed here
+        self._losses: list[Tensor] = []  # one for each micro-batch of the accumulation window
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Compute the stock loss; in training of the adversarial batch, if one is asked for, at the current weights."""
+        if model.training:
+            if self.args.adversarial_epsilon is not None:
+                inputs = self._attacked(inputs, num_items_in_batch)
+            return self._training_loss(model, inputs, return_outputs, num_items_in_batch)
+        smoother, self.label_smoother = self.label_smoother, None
+        try:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            self.label_smoother = smoother
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Begin a window of micro-batches as the stock Trainer does."""
+        self._losses = []
+        return super().get_batch_samples(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Make the stock step; with a flood level, find the gradient of ``|L - b| + b`` for the window's loss L.
+
+        That gradient is the gradient of L, with its sign turned round where L is below the level b. So accumulation and
+        several processes make no difference. Source: Ishida et al., "Do We Need Zero Training Loss After Achieving Zero
+        Training Error?", ICML 2020, https://arxiv.org/abs/2002.08709.
+
+        Returns:
+            The loss, not the flooded loss, which would not be comparable.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.args.flood_level is not None:
+            self._losses.append(loss.detach())
+            if len(self._losses) == self.current_gradient_accumulation_steps:
+                mean: Any = self.accelerator.reduce(sum(self._losses), "mean")
+                gradients = [p.grad for p in model.parameters() if p.grad is not None]
+                torch._foreach_mul_(gradients, torch.sign(mean - self.args.flood_level))
+                self._losses = []
+        return loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Double the stock count where there is an attack."""
+        return self.args.passes_per_loss * int(super().floating_point_ops(inputs))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as the stock Trainer does; a baseline has its own names for ``amp_loss`` and ``amp_passes``."""
+        if self.args.baseline is not None:
+            logs = {_NOT_OF_AMP.get(name, name): value for name, value in logs.items()}
+        super().log(logs, start_time)
+
+    def _training_loss(self, model: nn.Module, inputs: Any, return_outputs: bool, num_items_in_batch: Any) -> Any:
+        labels = inputs.get("labels")
+        if labels is None or not labels.is_floating_point():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        loss = F.cross_entropy(outputs["logits"], labels, label_smoothing=self.args.label_smoothing_factor)
+        return (loss, outputs) if return_outputs else loss
+
+    def _attacked(self, inputs: Any, num_items_in_batch: Any) -> dict[str, Any]:
+        """Return the batch with ``images + epsilon * sign(gradient)``, no farther than black and white.
+
+        These are the worst images nearby, to first order. The pass that finds the gradient leaves no trace. Source:
+        Goodfellow, Shlens, Szegedy, "Explaining and Harnessing Adversarial Examples", ICLR 2015,
+        https://arxiv.org/abs/1412.6572, section 4.
+        """
+        model: Any = self.model  # not the model in DDP: the gradient of the images is each process's own
+        settings: Any = self.train_dataset.settings  # type: ignore[union-attr]
+        images = inputs["pixel_values"].detach().requires_grad_()
+        passes = ExtraPasses(model)
+        with passes.clean():
+            pass  # the pass that follows draws the same dropout masks
+        with passes.perturbed():
+            loss = self._training_loss(model, {**inputs, "pixel_values": images}, False, num_items_in_batch)
+            if self.accelerator.scaler is not None:
+                loss = self.accelerator.scaler.scale(loss)  # a small gradient would be 0 in fp16
+            (gradient,) = torch.autograd.grad(loss, images)
+        with passes.perturbed():
+            pass
+        # The images are normalised, and epsilon is of pixels scaled to [0, 1].
+        centre, scale = (images.new_tensor(list(v)).view(-1, 1, 1) for v in (settings.mean, settings.std))
+        moved = images.detach() + (self.args.adversarial_epsilon or 0.0) / scale * gradient.sign()
+        return {**inputs, "pixel_values": torch.clamp(moved, (0.0 - centre) / scale, (1.0 - centre) / scale)}
 
 
 class RecipeTrainer(AMPTrainer, ObjectiveTrainer):
-    """`AMPTrainer` with the paper's step schedule, and the methods it is compared with."""
+    """Train as `AMPTrainer` does, with the paper's step schedule, and with the baselines."""
 
     args: RecipeArguments
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.card_details = card_words(self.args)
-        if self.args.rival is not None:
+        if self.args.baseline is not None:
             self._refuse_inexact_hosts()
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
-        """AMPTrainer's choice, or the rival that ``args.optim`` asks for, around SGD."""
-        if args.rival is None:
+        """Choose as `AMPTrainer` does, or take the baseline that ``args.optim`` asks for, around SGD."""
+        if args.baseline is None:
             return AMPTrainer.get_optimizer_cls_and_kwargs(args, model)
         base, kwargs = AMPTrainer.get_optimizer_cls_and_kwargs(args.base_arguments(), model)
-        return args.rival, {**kwargs, **args.optimizer_kwargs(), "base_optimizer": base}
+        return args.baseline, {**kwargs, **args.optimizer_kwargs(), "base_optimizer": base}
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Multiply the learning rate by `lr_gamma` at each of `lr_milestones`, unless a stock schedule is named."""
@@ -44,7 +146,7 @@ class RecipeTrainer(AMPTrainer, ObjectiveTrainer):
         return self.lr_scheduler
 
     def final_test(self) -> PredictionOutput:
-        """Predictions, labels and metrics (``eval_...``) of the evaluation data at the weights that will be saved.
+        """Return predictions, labels and metrics (``eval_...``) of the evaluation data at the final weights.
 
         The metrics are logged, unless the last evaluation of the training already logged them.
         """

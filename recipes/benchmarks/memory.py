@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from amp_plugin.train.fast import keep_freed_memory
+from amp_plugin.train.defaults import keep_freed_memory
 from benchmarks.turns import Loop
 
 _WARM_UP = 2  # steps: buffers and allocators grow in them

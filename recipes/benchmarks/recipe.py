@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from amp_plugin import AMP, ExtraPasses
 from amp_plugin.train import job
-from amp_plugin.train.fast import fast_settings
+from amp_plugin.train.defaults import fast_settings
 from benchmarks.rows import Row, timed
 from benchmarks.step import SGD_ARGS, architecture, problem
 from benchmarks.turns import Loop, Turn, take_turns

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from amp_plugin.report import read_ledger
+from amp_plugin.train.command_line import as_options
 from amp_plugin.train.options import parse, settings_of
-from amp_plugin.train.recipe_file import as_options
 from reproduction.cells import Cell
 from reproduction.scale import Scale
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from amp_plugin.data import collate
 from amp_plugin.flatness import Landscape, Objective, plot_landscapes
 from amp_plugin.train import job
-from amp_plugin.train.saved import open_run
+from amp_plugin.train.run_folder import open_run
 
 command = importlib.import_module("amp_plugin.flatness.__main__")
 JOB = [

@@ -1,4 +1,4 @@
-"""The text of a model card, and the command in it that repeats a run."""
+"""Test the text of a model card, and the command in it that repeats a run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from transformers import ViTConfig, ViTForImageClassification
 from amp_plugin import AMPTrainer, AMPTrainingArguments
 from amp_plugin.hub import Run, RunData, model_card
 from amp_plugin.hub.card import pictures_in, with_later_pictures
-from amp_plugin.train.card import compared_run
-from amp_plugin.train.command import command_line
+from amp_plugin.train.card import command_line, compared_run
+from amp_plugin.train.options import with_recipe
 
 METRICS = {"accuracy": 0.5, "error": 50.0, "nll": 1.25, "ece": 0.125}
 
@@ -79,7 +79,8 @@ def test_pictures_in_the_folder_are_shown_the_curves_first(tmp_path: Path) -> No
 
 
 def test_the_command_of_a_recipe_known_by_name_has_its_settings() -> None:
-    words = shlex.split(command_line(["preactresnet18_svhn", "--amp_epsilon", "0.3"], processes=1).replace("\\\n", ""))
+    command = command_line(with_recipe(["preactresnet18_svhn", "--amp_epsilon", "0.3"]), processes=1)
+    words = shlex.split(command.replace("\\\n", ""))
     assert words[:3] == ["python", "-m", "amp_plugin.train"]
     assert words[words.index("--dataset") + 1] == "svhn"
     assert words.count("--amp_epsilon") == 1
@@ -90,7 +91,7 @@ def test_the_command_is_whole_and_tells_no_secret(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("model_kwargs: {width: 8}\nlr_milestones: [0.3, 0.6]\nseed: 3\ndata_root: /home/me\n")
     secret = ["--hub_token=hf_secret", "--push_to_hub", "--output_dir", "/home/me/out", "--hub_model_id", "me/x"]
-    command = command_line([str(recipe), "--seed", "4", "--fast", *secret], processes=2)
+    command = command_line(with_recipe([str(recipe), "--seed", "4", "--fast", *secret]), processes=2)
     assert command.replace(" \\\n   ", "") == (
         "torchrun --nproc_per_node 2 -m amp_plugin.train --model_kwargs '{\"width\": 8}' --lr_milestones 0.3 0.6"
         " --seed 4 --fast"

@@ -1,4 +1,4 @@
-"""The command line of the main job: its help, its recipes and what it says of mistakes."""
+"""Test the command line of the main job: its help, its recipes and its words for mistakes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OWN = {
 
 
 def shown_by(option: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, list[str]]:
-    """What it prints, and the names of the options there."""
+    """Return what the option prints, and the names of the options there."""
     with pytest.raises(SystemExit) as left:
         options.parse([option], "train.py trains.")
     assert not left.value.code

@@ -1,4 +1,4 @@
-"""Training that is killed with SIGKILL, again and again, ends with the bits of training that is not.
+"""Test that training that is killed with SIGKILL, again and again, ends with the bits of training that is not.
 
 The slow tests keep a record when AMP_PLUGIN_RECORD_FAILURES is set: failure_runs.jsonl, and FAILURES.md made of it.
 """
@@ -47,7 +47,7 @@ def environment() -> dict[str, str]:
 
 
 class Job:
-    """A job in a folder of its own: out/ with what it saves, and a diary."""
+    """Run a job in a folder of its own, which gets out/ with what the job saves, and a diary."""
 
     def __init__(self, folder: Path, *arguments: str, launcher: Sequence[str] = (), plan: Sequence[Any] = ()) -> None:
         folder.mkdir()
@@ -56,7 +56,7 @@ class Job:
         self.arguments = [*launcher, str(PROGRAM), "diary", *JOB, "--output_dir", "out", *arguments]
 
     def start(self) -> subprocess.Popen[bytes]:
-        """The same command every time."""
+        """Start the command, which is the same every time."""
         with (self.folder / "log").open("a") as log:
             return subprocess.Popen(
                 [sys.executable, *self.arguments], cwd=self.folder, env=environment(), stdout=log, stderr=log
@@ -78,7 +78,7 @@ class Job:
         return [entry for entry in map(json.loads, lines) if entry["what"] == what]
 
     def bits(self) -> dict[str, str]:
-        """Hashes of the model, and of the last checkpoint's weights, optimizer, schedule and random numbers."""
+        """Hash the model, and the last checkpoint's weights, optimizer, schedule and random numbers."""
         last = max((self.folder / "out").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
         files = [*sorted(last.glob("*.pt")), *sorted(last.glob("*.pth"))]
         bits = {f"{last.name}/{file.name}": digest(torch.load(file, weights_only=False)) for file in files}
@@ -87,7 +87,7 @@ class Job:
         return bits
 
     def check(self, alone: Job, kills: Sequence[dict[str, Any]], **facts: Any) -> None:
-        """The same end as that of the job that was left alone; recorded if that was asked for."""
+        """Check that the job ended as the one that was left alone; record it if that was asked for."""
         steps = [entry["step"] for entry in self.entries("step")]
         if os.environ.get("AMP_PLUGIN_RECORD_FAILURES"):
             record(
@@ -105,7 +105,7 @@ class Job:
 
 
 def digest(value: Any) -> str:
-    """Hash of all that nested dicts and lists hold, to the bit."""
+    """Hash all that nested dicts and lists hold, to the bit."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -120,7 +120,7 @@ def digest(value: Any) -> str:
 
 
 def test_two_processes_of_which_one_is_killed_continue_by_themselves(tmp_path: Path) -> None:
-    """In the middle of a step and of an epoch; the last checkpoint is one step behind."""
+    """One process dies in the middle of a step and of an epoch; the last checkpoint is one step behind."""
     command = ["--train_images", "60", "--num_train_epochs", "2", "--save_steps", "2"]
     plan = [{"rank": 1, "step": 3, "where": "descent"}]
     alone = Job(tmp_path / "alone", *command, launcher=processes(2))
@@ -180,7 +180,7 @@ def test_kill_9_at_random_moments(tmp_path: Path, job: str) -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("count", [2, 3])
 def test_an_elastic_job_killed_at_random_points(tmp_path: Path, count: int, seed: int) -> None:
-    """A process in the middle of a step, one in the middle of a save, and again one in the middle of a step."""
+    """Processes die in the middle of a step, in the middle of a save, and again in the middle of a step."""
     command = ["--train_images", "120", "--num_train_epochs", "4", "--save_steps", "2"]
     command = [*command, "--gradient_accumulation_steps", "2"]
     chosen = random.Random(seed)
@@ -221,7 +221,7 @@ def test_one_of_two_processes_that_cannot_write_ends_all_with_one_error(tmp_path
 
 @pytest.mark.slow
 def test_a_full_file_system(tmp_path: Path) -> None:
-    """A real one, mounted in a namespace of its own, with room for some of the checkpoints; then it gets larger."""
+    """Mount one in a namespace of its own, with room for some of the checkpoints; then make it larger."""
     command = ["--train_images", "60", "--num_train_epochs", "2", "--save_steps", "1", "--save_total_limit", "99"]
     alone, full = (Job(tmp_path / name, *command) for name in ("alone", "full"))
     mount = ["unshare", "--mount", "sh", "-c", 'mkdir -p out && mount -t tmpfs -o size=1200k tmpfs out && "$@"', "sh"]

@@ -1,4 +1,4 @@
-"""`--fast`: what it chooses, that an explicit option wins, and that it trains as the slow way does."""
+"""Test what `--fast` chooses, that an explicit option wins, and that it trains as the slow way does."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from amp_plugin import AMP, LossModule, attach
-from amp_plugin.train import fast, options
+from amp_plugin.train import defaults, options
 
 
 @pytest.fixture(params=[True, False], ids=["bf16", "no bf16"])
 def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(fast, "cpu_computes_in_bf16", lambda: request.param)
+    monkeypatch.setattr(defaults, "cpu_computes_in_bf16", lambda: request.param)
     return bool(request.param)
 
 
@@ -51,8 +51,8 @@ def test_an_explicit_option_wins_on_the_command_line_and_in_a_recipe(native: boo
 def test_on_cuda_it_compiles_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert fast.fast_settings(use_cpu=False) == {"channels_last": True, "torch_compile": True, "bf16": True}
-    assert "torch_compile" not in fast.fast_settings(use_cpu=True)
+    assert defaults.fast_settings(use_cpu=False) == {"channels_last": True, "torch_compile": True, "bf16": True}
+    assert "torch_compile" not in defaults.fast_settings(use_cpu=True)
 
 
 def test_the_ledger_holds_what_it_chose(native: bool) -> None:
@@ -82,7 +82,7 @@ def test_channels_last_is_the_same_trajectory() -> None:
 
 
 def test_a_fast_run_resumes_to_the_same_bits_and_saves_an_ordinary_model(tmp_path: Path) -> None:
-    # A constant rate, for the steps of the schedule depend on the length of the run.
+    # The rate is constant, for the steps of the schedule depend on the length of the run.
     common = [*QUICK, "--fast", "--save_strategy", "epoch", "--bf16", "true", "--lr_scheduler_type", "constant"]
 
     def train(folder: str, *more: str) -> dict[str, Any]:

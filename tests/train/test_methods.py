@@ -1,4 +1,4 @@
-"""The methods that AMP is compared with, each against a few lines written from its paper: the same weights."""
+"""Test the baselines that AMP is compared with, each against a few lines written from its paper."""
 
 from __future__ import annotations
 
@@ -42,30 +42,32 @@ from transformers import TrainerCallback
 from amp_plugin.data.loader import ImageBatches
 from amp_plugin.train import job, options
 from amp_plugin.train.card import differences
-from amp_plugin.train.described import trained_with
 from amp_plugin.train.methods.mixup import MixedBatches
 from amp_plugin.train.tasks import make_task
+from amp_plugin.trainer.described import optimizer_in_words
 
 
-def batches(data: ImageBatches | None = None, size: int = BATCH) -> Iterator[Batch]:
+def batches(data: ImageBatches | None = None) -> Iterator[Batch]:
     data = data or images()
     for epoch in range(EPOCHS):
         data.set_epoch(epoch)
-        for start in range(0, SAMPLES, size):
-            yield in_double(data.__getitems__(range(start, min(start + size, SAMPLES))))
+        for start in range(0, SAMPLES, BATCH):
+            yield in_double(data.__getitems__(range(start, start + BATCH)))
 
 
-Step = Callable[[nn.Module, Tensor, Tensor], Any]  # leaves the gradient that the optimizer takes
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Move = Callable[[list[Tensor]], list[Tensor]]
+Step = Callable[[nn.Module, Tensor, Tensor], Any]  # it leaves the gradient that the optimizer takes
 
 
-def reference(step: Step, model: nn.Module | None = None, data: ImageBatches | None = None, size: int = BATCH) -> Net:
+def reference(step: Step, model: Net | None = None, data: ImageBatches | None = None) -> Net:
     model = model or Net()
     sgd = torch.optim.SGD(model.parameters(), LR, momentum=0.9, nesterov=True, weight_decay=DECAY)
-    for batch in batches(data, size):
+    for batch in batches(data):
         sgd.zero_grad()
         step(model, batch["pixel_values"], batch["labels"])
         sgd.step()
-    return model  # type: ignore[return-value]
+    return model
 
 
 def logits_of(model: Any, x: Tensor) -> Tensor:
@@ -77,7 +79,7 @@ def cross_entropy(model: Any, x: Tensor, y: Tensor) -> Tensor:
 
 
 def assert_same_weights(ours: Any, theirs: Any, **tolerance: float) -> None:
-    """And the same running statistics."""
+    """Assert that weights and running statistics are equal."""
     tolerance = tolerance or {"rtol": 1e-9, "atol": 1e-12}
     assert ours is not theirs
     assert ours.state_dict().keys() == theirs.state_dict().keys()
@@ -85,7 +87,14 @@ def assert_same_weights(ours: Any, theirs: Any, **tolerance: float) -> None:
         torch.testing.assert_close(value, theirs.state_dict()[name], **tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def moved_far(model: Any, other: Any) -> bool:
+def in_windows(accumulation: int) -> dict[str, int]:
+    """Return the arguments of a training whose windows are whole batches."""
+    return {"per_device_train_batch_size": BATCH // accumulation, "gradient_accumulation_steps": accumulation}
+
+
+def moved_far(model: Any, step: Step) -> bool:
+    """Tell whether another step gives other weights."""
+    other = reference(step)
     return any((p - q).abs().max() > 1e-4 for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
@@ -96,6 +105,10 @@ def untraced(model: nn.Module) -> Iterator[None]:
     yield
     for buffer, value in zip(model.buffers(), buffers, strict=True):
         buffer.copy_(value)
+
+
+def plain(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    cross_entropy(model, x, y).backward()
 
 
 # --- losses
@@ -131,11 +144,10 @@ LOSSES: dict[str, tuple[dict[str, Any], Step]] = {
 @pytest.mark.parametrize("method", LOSSES)
 def test_the_trajectory_of_another_loss(tmp_path: Path, method: str, accumulation: int) -> None:
     chosen, step = LOSSES[method]
-    kwargs = {"per_device_train_batch_size": BATCH // accumulation, "gradient_accumulation_steps": accumulation}
-    ours = trained(tmp_path, **kwargs, **chosen).model
-    tolerance = {"rtol": 1e-6, "atol": 1e-8} if method == "label smoothing" else {}  # transformers sums it in float32
+    ours = trained(tmp_path, **in_windows(accumulation), **chosen).model
+    tolerance = {"rtol": 1e-6, "atol": 1e-8} if method == "label smoothing" else {}  # transformers sums in float32
     assert_same_weights(ours, reference(step), **tolerance)
-    assert moved_far(ours, reference(lambda m, x, y: cross_entropy(m, x, y).backward()))
+    assert moved_far(ours, plain)
 
 
 # --- mixup
@@ -147,10 +159,10 @@ def mixed_images() -> ImageBatches:
 
 def test_mixup_is_the_cross_entropy_of_both_labels_in_proportion(tmp_path: Path) -> None:
     """Recover the proportion from the mixed labels, mix the images by hand, and weigh the losses of hard labels."""
-    plain = batches()
+    unmixed = batches()
 
     def mixed(model: nn.Module, x: Tensor, shares: Tensor) -> None:
-        batch = next(plain)
+        batch = next(unmixed)
         y, other = batch["labels"], batch["labels"].roll(1)
         k = int((y != other).nonzero()[0])
         lam = shares[k, y[k]]
@@ -160,22 +172,22 @@ def test_mixup_is_the_cross_entropy_of_both_labels_in_proportion(tmp_path: Path)
     data = mixed_images()
     ours = trained(tmp_path, data=data, mixup_alpha=0.8).model
     assert_same_weights(ours, reference(mixed, data=mixed_images()), rtol=1e-5, atol=1e-6)  # images are in float32
-    assert moved_far(ours, reference(lambda m, x, y: cross_entropy(m, x, y).backward()))
+    assert moved_far(ours, plain)
 
 
 # --- optimizers
 
 
-def displaced(model: nn.Module, x: Tensor, y: Tensor, displacement: Callable[[list[Tensor]], list[Tensor]]) -> None:
-    """The gradient at theta + displacement(gradient at theta)."""
+def displaced(model: nn.Module, x: Tensor, y: Tensor, move: Move, loss_of: Loss = cross_entropy) -> None:
+    """Leave the gradient at theta + move(gradient at theta)."""
     params = list(model.parameters())
     theta = [p.detach().clone() for p in params]
-    gradients = torch.autograd.grad(cross_entropy(model, x, y), params)
+    gradients = torch.autograd.grad(loss_of(model, x, y), params)
     with torch.no_grad():
-        for p, d in zip(params, displacement(list(gradients)), strict=True):
+        for p, d in zip(params, move(list(gradients)), strict=True):
             p += d
     with untraced(model):
-        cross_entropy(model, x, y).backward()
+        loss_of(model, x, y).backward()
     with torch.no_grad():
         for p, old in zip(params, theta, strict=True):
             p.copy_(old)
@@ -187,22 +199,20 @@ def sam(model: nn.Module, x: Tensor, y: Tensor) -> None:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_trajectory_of_sam(tmp_path: Path, accumulation: int) -> None:
-    kwargs = {"per_device_train_batch_size": BATCH // accumulation, "gradient_accumulation_steps": accumulation}
-    trainer = trained(tmp_path, optim="sam", sam_rho=0.3, **kwargs)
+    trainer = trained(tmp_path, optim="sam", sam_rho=0.3, **in_windows(accumulation))
     assert_same_weights(trainer.model, reference(sam))
     record = trainer.state.log_history[0]
     assert record["perturbation_norm"] == pytest.approx(0.3)
     assert record["sharpness"] == pytest.approx(record["perturbed_loss"] - record["loss"])
-    trainer.create_model_card()  # as a push in the middle of the training does
+    trainer.create_model_card()  # a push in the middle of the training does so
     assert "with SAM around SGD, without AMP." in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_trajectory_of_asam(tmp_path: Path, accumulation: int) -> None:
-    """Against pytorch_optimizer's."""
+    """Compare with pytorch_optimizer's ASAM."""
     theirs = pytest.importorskip("pytorch_optimizer")
-    kwargs = {"per_device_train_batch_size": BATCH // accumulation, "gradient_accumulation_steps": accumulation}
-    ours = trained(tmp_path, optim="asam", **kwargs).model
+    ours = trained(tmp_path, optim="asam", **in_windows(accumulation)).model
     model = Net()
     sgd = {"lr": LR, "momentum": 0.9, "nesterov": True, "weight_decay": DECAY}
     optimizer = theirs.SAM(model.parameters(), torch.optim.SGD, rho=0.5, adaptive=True, **sgd)
@@ -216,33 +226,32 @@ def test_the_trajectory_of_asam(tmp_path: Path, accumulation: int) -> None:
 
         closure()
         optimizer.step(closure)
-    assert_same_weights(ours, model, rtol=1e-5, atol=1e-7)  # they keep the norm in float32
-    assert moved_far(ours, reference(sam))
+    assert_same_weights(ours, model, rtol=1e-5, atol=1e-7)  # pytorch_optimizer keeps the norm in float32
+    assert moved_far(ours, sam)
 
 
 @pytest.mark.parametrize("norm", ["tensor", "global"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_trajectory_of_random_model_perturbation(tmp_path: Path, accumulation: int, norm: str) -> None:
-    kwargs = {"per_device_train_batch_size": BATCH // accumulation, "gradient_accumulation_steps": accumulation}
-    ours = trained(tmp_path, optim="rmp", rmp_epsilon=0.3, amp_norm=norm, seed=7, **kwargs).model
+    ours = trained(tmp_path, optim="rmp", rmp_epsilon=0.3, amp_norm=norm, seed=7, **in_windows(accumulation)).model
     steps = iter(range(EPOCHS * SAMPLES // BATCH))
 
     def perturbed(model: nn.Module, x: Tensor, y: Tensor) -> None:
         seed = np.random.SeedSequence([7, next(steps)]).generate_state(1, np.uint64)
         noise = torch.Generator().manual_seed(int(seed[0]))
 
-        def displacement(grads: list[Tensor]) -> list[Tensor]:
+        def move(grads: list[Tensor]) -> list[Tensor]:
             drawn = [torch.randn(g.shape, generator=noise, dtype=g.dtype) for g in grads]
             norms = [d.norm() for d in drawn]
             if norm == "global":
                 norms = [torch.stack(norms).norm()] * len(norms)
             return [0.3 * d / n for d, n in zip(drawn, norms, strict=True)]
 
-        displaced(model, x, y, displacement)
+        displaced(model, x, y, move)
 
     # The Trainer lists the parameters with weight decay first; here they all have it, in the model's order.
     assert_same_weights(ours, reference(perturbed))
-    assert moved_far(ours, reference(lambda m, x, y: cross_entropy(m, x, y).backward()))
+    assert moved_far(ours, plain)
 
 
 # --- what they leave alone
@@ -256,7 +265,7 @@ def test_the_trajectory_of_random_model_perturbation(tmp_path: Path, accumulatio
 def test_running_statistics_are_those_of_the_pass_that_counts(
     tmp_path: Path, chosen: dict[str, Any], step: Step
 ) -> None:
-    """The attack leaves none, SAM's are those at the clean weights."""
+    """The attack leaves no statistics; SAM leaves those of the clean weights."""
     ours = trained(tmp_path, Net(batch_norm=True), **chosen).model
     assert_same_weights(ours, reference(step, Net(batch_norm=True)))
 
@@ -280,16 +289,9 @@ def test_the_attack_sees_the_dropout_masks_of_the_pass_that_trains(tmp_path: Pat
 
 
 def test_no_method_touches_an_evaluation(tmp_path: Path) -> None:
-    """A smoothed or mixed loss would be larger, an attacked one too."""
-    trainer = trained(
-        tmp_path,
-        data=mixed_images(),
-        max_steps=1,
-        label_smoothing_factor=0.2,
-        mixup_alpha=0.8,
-        adversarial_epsilon=0.1,
-        flood_level=9.0,
-    )
+    """A smoothed, mixed or attacked loss would be larger."""
+    methods = {"label_smoothing_factor": 0.2, "mixup_alpha": 0.8, "adversarial_epsilon": 0.1, "flood_level": 9.0}
+    trainer = trained(tmp_path, data=mixed_images(), max_steps=1, **methods)
     batch = in_double(images().__getitems__(range(SAMPLES)))
     with torch.no_grad():
         loss = cross_entropy(trainer.model, batch["pixel_values"], batch["labels"])
@@ -323,25 +325,16 @@ def test_an_interrupted_window_leaves_the_weights_where_they_were(tmp_path: Path
 
 
 def test_amp_perturbs_for_the_flooded_loss(tmp_path: Path) -> None:
-    """So it goes downhill where the loss is below the level, in both passes."""
+    """AMP goes downhill where the loss is below the level, in both passes."""
     level, signs = 1.3, set()
 
-    def gradients(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    def flooded_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         loss = cross_entropy(model, x, y)
         signs.add(bool(loss > level))
-        return list(torch.autograd.grad((loss - level).abs() + level, list(model.parameters())))
+        return (loss - level).abs() + level
 
     def amp(model: nn.Module, x: Tensor, y: Tensor) -> None:
-        theta = [p.detach().clone() for p in model.parameters()]
-        ascent = gradients(model, x, y)
-        with torch.no_grad():
-            for p, g in zip(model.parameters(), ascent, strict=True):
-                p += 0.1 * g
-        for p, g in zip(model.parameters(), gradients(model, x, y), strict=True):
-            p.grad = g
-        with torch.no_grad():
-            for p, old in zip(model.parameters(), theta, strict=True):
-                p.copy_(old)
+        displaced(model, x, y, lambda gradients: [0.1 * g for g in gradients], flooded_loss)
 
     ours = trained(tmp_path, optim="amp", amp_epsilon=9.0, amp_inner_lr=0.1, flood_level=level).model
     assert_same_weights(ours, reference(amp))
@@ -380,7 +373,7 @@ def test_mixed_batches_are_a_function_of_seed_epoch_and_indices() -> None:
     ids=["mixup", "rmp", "others"],
 )
 def test_a_resumed_run_ends_at_the_same_weights(tmp_path: Path, chosen: dict[str, Any]) -> None:
-    """From the middle of the second epoch, with dropout."""
+    """The run resumes in the middle of the second epoch, with dropout."""
     data = mixed_images if "mixup_alpha" in chosen else images
     kwargs = {**chosen, "save_strategy": "steps", "save_steps": 7}
     whole = trained(tmp_path, Net(dropout=0.5), data(), **kwargs).model
@@ -390,20 +383,15 @@ def test_a_resumed_run_ends_at_the_same_weights(tmp_path: Path, chosen: dict[str
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """The flood level is for their common loss, the noise is the same."""
+    """The flood level is for the processes' common loss, and their noise is equal."""
     run_processes(2, "method_processes.py", tmp_path)
     two = torch.load(tmp_path / "weights.pt", weights_only=True)
     assert two.keys() == IN_PROCESSES.keys()
     for method, (weights, replicas_equal) in two.items():
         assert replicas_equal, method
         one: Any = trained(tmp_path, **IN_PROCESSES[method]).model
-        torch.testing.assert_close(
-            weights,
-            nn.utils.parameters_to_vector(one.parameters()).detach(),
-            rtol=1e-9,
-            atol=1e-11,
-            msg=lambda m, method=method: f"{method}: {m}",
-        )
+        expected = nn.utils.parameters_to_vector(one.parameters()).detach()
+        torch.testing.assert_close(weights, expected, rtol=1e-9, atol=1e-11, msg=lambda m, name=method: f"{name}: {m}")
 
 
 # --- options
@@ -412,10 +400,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            "--optim rmp --amp_inner_iter 2",
-            "--amp_inner_iter is for AMP, but --optim is rmp, which perturbs all",
-        ),
+        ("--optim rmp --amp_inner_iter 2", "--amp_inner_iter is for AMP, but --optim is rmp, which perturbs all"),
         ("--optim sam --rmp_epsilon 0.1", "--rmp_epsilon is for --optim rmp, but --optim is sam"),
         ("--optim sgd --sam_rho 0.1", "--sam_rho is for --optim sam or asam, but --optim is sgd"),
         ("--optim sam_adamw_torch", "optim 'sam_adamw_torch' is unknown: rmp, sam, asam are around SGD only"),
@@ -453,19 +438,17 @@ def test_runs_with_another_loss_are_told_apart() -> None:
     erm = {"optim": "sgd", "seed": 1}
     assert differences({**erm, "flood_level": 0.02}, {"optim": "amp", "seed": 1}) == {"flood_level": (0.02, None)}
     assert differences({**erm, "sam_rho": 0.05, "optim": "sam"}, {"optim": "amp", "seed": 1}) == {}
-    assert trained_with({**erm, "flood_level": 0.02}) == "SGD, without AMP, with flooding"
-    assert trained_with({**erm, "optim": "rmp", "rmp_epsilon": 0.1}) == "RMP around SGD, without AMP"
+    assert optimizer_in_words({**erm, "flood_level": 0.02}) == "SGD, without AMP, with flooding"
+    assert optimizer_in_words({**erm, "optim": "rmp", "rmp_epsilon": 0.1}) == "RMP around SGD, without AMP"
 
 
 @pytest.mark.parametrize(
     ("words", "shown"),
-    [
-        ("--optim sam", "sam (without AMP), SAM: rho 0.05, one ball for all parameters; on cpu"),
-        (
-            "--optim sgd --mixup_alpha 1 --label_smoothing_factor 0.2",
-            "sgd (without AMP), label smoothing: 0.2, mixup: proportions from Beta(1, 1); on cpu",
-        ),
-    ],
+    {
+        "--optim sam": "sam (without AMP), SAM: rho 0.05, one ball for all parameters; on cpu",
+        "--optim sgd --mixup_alpha 1 --label_smoothing_factor 0.2": "sgd (without AMP), label smoothing: 0.2, mixup:"
+        " proportions from Beta(1, 1); on cpu",
+    }.items(),
 )
 def test_the_main_job_says_what_it_trains_with(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, shown: str

@@ -1,4 +1,4 @@
-"""`--dry_run`: what it announces is what a run then does; its costs against closed forms."""
+"""Test that a run does what `--dry_run` announces, and the costs against closed forms."""
 
 from __future__ import annotations
 
@@ -60,14 +60,8 @@ def figure(name: str, text: str) -> int:
 
 
 def test_processes_share_the_batches() -> None:
-    args: Any = SimpleNamespace(
-        train_batch_size=20,
-        dataloader_drop_last=False,
-        world_size=2,
-        gradient_accumulation_steps=1,
-        max_steps=-1,
-        num_train_epochs=3,
-    )
+    length = {"gradient_accumulation_steps": 1, "max_steps": -1, "num_train_epochs": 3}
+    args: Any = SimpleNamespace(train_batch_size=20, dataloader_drop_last=False, world_size=2, **length)
     params = [nn.Parameter(torch.ones(1))]
     assert costs.counts(args, 100, AMP(params)) == costs.Counts(
         steps=9, steps_per_epoch=3, passes_per_batch=2, passes=18, images=600
@@ -98,7 +92,7 @@ def test_passes_of_the_ascent_policies(ascent: str, passes: float) -> None:
 
 
 class Quadratic(nn.Module):
-    """Its loss is a sum of squares of five linear functions of the pixels."""
+    """Compute as loss a sum of squares of five linear functions of the pixels."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""recipes/train.py as a user runs it: in a process of its own, on the sample that comes with the package."""
+"""Test recipes/train.py as a user runs it: in a process of its own, on the sample that comes with the package."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
 from main_job import QUICK, RECIPES, SCRIPT, launcher, metrics_of, run
 from PIL import Image
@@ -97,17 +99,8 @@ def test_launchers_of_one_process_give_the_same_run(tmp_path: Path) -> None:
 
 
 def test_two_processes_report_once(tmp_path: Path) -> None:
-    done = run(
-        tmp_path,
-        *launcher("torchrun"),
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(SCRIPT),
-        *QUICK,
-        "--output_dir",
-        "two",
-    )
+    torchrun = [*launcher("torchrun"), "--standalone", "--nproc_per_node", "2"]
+    done = run(tmp_path, *torchrun, str(SCRIPT), *QUICK, "--output_dir", "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("train loss") == 1
     assert metrics_of(tmp_path / "two")["eval_error"] <= 100.0
@@ -121,7 +114,7 @@ def test_a_killed_run_continues_from_its_checkpoint(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), *QUICK, "--save_strategy", "epoch", "--output_dir"]
     assert run(tmp_path, *command, "whole").returncode == 0
     assert run(tmp_path, *command, "part", "--save_total_limit", "2").returncode == 0
-    # as if it had been killed after the first epoch
+    # What is left is what a kill after the first epoch would leave.
     for path in [*(tmp_path / "part").glob("checkpoint-6/*"), *(tmp_path / "part").glob("*.*")]:
         path.unlink()
     (tmp_path / "part" / "checkpoint-6").rmdir()
@@ -180,13 +173,10 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_recipes_hold_the_published_settings(path: Path) -> None:
-    """The table in section 5 and the appendix of the paper; parameters at ten classes."""
-    import timm
-
+    """They are in the table in section 5 and in the appendix of the paper; the parameters are at ten classes."""
     data, model, args = options.parse([str(path)])
-    name, dataset = next(
-        (n, path.stem.removeprefix(n + "_").split("_")[0]) for n in PUBLISHED if path.stem.startswith(n)
-    )
+    name = next(n for n in PUBLISHED if path.stem.startswith(n))
+    dataset = path.stem.removeprefix(f"{name}_").split("_")[0]
     architecture, augment, epsilon, inner_lr, parameters = PUBLISHED[name]
     assert (data.dataset, data.augment, model.model) == (dataset, augment, architecture)
     assert (args.amp_epsilon, args.amp_inner_lr, args.amp_inner_iter, args.amp_norm) == (epsilon, inner_lr, 1, "tensor")
@@ -203,11 +193,16 @@ def test_all_six_headline_settings_are_there() -> None:
     assert len(RECIPES) == 6
 
 
-def test_the_schedule_drops_at_the_milestones(tmp_path: Path) -> None:
-    command = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--eval_strategy", "no"]
-    _, _, args = options.parse([*command, "--lr_milestones", "0.5", "0.75"])
+def scheduled(folder: Path, *command: str) -> Any:
+    """Make a trainer that is ready for 200 steps."""
+    _, _, args = options.parse(["--output_dir", str(folder), "--use_cpu", "true", "--eval_strategy", "no", *command])
     trainer = RecipeTrainer(model=torch.nn.Linear(1, 1), args=args)
     trainer.create_optimizer_and_scheduler(200)
+    return trainer
+
+
+def test_the_schedule_drops_at_the_milestones(tmp_path: Path) -> None:
+    trainer = scheduled(tmp_path, "--lr_milestones", "0.5", "0.75")
     rates = []
     for _ in range(200):
         rates.append(trainer.optimizer.param_groups[0]["lr"])
@@ -218,9 +213,6 @@ def test_the_schedule_drops_at_the_milestones(tmp_path: Path) -> None:
 
 
 def test_a_stock_schedule_can_be_named(tmp_path: Path) -> None:
-    command = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--eval_strategy", "no"]
-    _, _, args = options.parse([*command, "--lr_scheduler_type", "cosine", "--warmup_steps", "5"])
-    trainer = RecipeTrainer(model=torch.nn.Linear(1, 1), args=args)
-    trainer.create_optimizer_and_scheduler(200)
+    trainer = scheduled(tmp_path, "--lr_scheduler_type", "cosine", "--warmup_steps", "5")
     assert trainer.optimizer.param_groups[0]["lr"] == 0.0, "the warmup begins at 0"
     assert isinstance(trainer.lr_scheduler, torch.optim.lr_scheduler.LambdaLR)

@@ -1,4 +1,4 @@
-"""What a run of the main job leaves in its folder and with trackers: the job in this process, on the bundled sample."""
+"""Test what a run of the main job leaves in its folder and with trackers, in this process, on the bundled sample."""
 
 from __future__ import annotations
 
@@ -14,35 +14,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+from main_job import QUICK, metrics_of
 from PIL import Image
 from transformers import TrainerState
 from transformers.trainer_utils import PredictionOutput
 
-from amp_plugin.train import job, options, trackers
-from amp_plugin.train.config import write_config
-from amp_plugin.train.pictures import draw_pictures
+from amp_plugin.train import job, options
 from amp_plugin.train.progress import EpochLine
-from amp_plugin.train.records import RecordsFile
+from amp_plugin.train.run_folder import RecordsFile, draw_pictures, write_config
 
 SETTINGS = [
-    *("--train_images", "60", "--per_device_train_batch_size", "20", "--num_train_epochs", "2"),
-    *("--model_kwargs", '{"width": 4, "layers": [1, 1, 1, 1]}', "--use_cpu", "true", "--cpu_threads", "1"),
-    *(
-        "--logging_strategy",
-        "steps",
-        "--logging_steps",
-        "1",
-        "--save_strategy",
-        "epoch",
-        "--label_smoothing_factor",
-        "0.1",
-    ),
+    *(*QUICK, "--logging_strategy", "steps", "--logging_steps", "1"),
+    *("--save_strategy", "epoch", "--label_smoothing_factor", "0.1"),
 ]
 TRAINED = ("loss", "amp_loss", "sharpness", "clipped", "perturbation_norm", "grad_norm", "learning_rate")
 
 
 def run(*arguments: str) -> str:
-    """Run the job; what it printed."""
+    """Run the job, and return what it printed."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         job.main([*arguments])
     return printed.getvalue()
@@ -54,9 +43,9 @@ def records_of(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run's folder, and what it printed."""
+    """Make a run; return its folder, and what it printed."""
     folder = tmp_path_factory.mktemp("run")
-    tracked = ["--report_to", "tensorboard"] if "tensorboard" in trackers.get_available_reporting_integrations() else []
+    tracked = ["--report_to", "tensorboard"] if "tensorboard" in job.get_available_reporting_integrations() else []
     return folder, run(*SETTINGS, *tracked, "--output_dir", str(folder))
 
 
@@ -98,7 +87,7 @@ def test_the_config_makes_the_same_run_again(whole: tuple[Path, str], tmp_path: 
     assert options.settings_of(*options.parse([config])) == options.settings_of(*options.parse(SETTINGS))
     assert options.parse([config])[2].label_smoothing_factor == 0.1, "a stock setting that was changed"
     run(config, "--output_dir", str(tmp_path / "again"))
-    before, after = (json.loads((f / "all_results.json").read_text()) for f in (folder, tmp_path / "again"))
+    before, after = map(metrics_of, (folder, tmp_path / "again"))
     for name in ("loss", "amp_loss", "train_loss", "eval_error", "eval_nll", "eval_ece"):
         assert after[name] == before[name]
     assert (tmp_path / "again" / "config.yaml").read_text() == (folder / "config.yaml").read_text()
@@ -132,10 +121,9 @@ def test_a_run_that_is_broken_off_keeps_its_records_and_continues_them(
     assert [r["step"] for r in kept if "loss" in r] == [1, 2, 3, 4, 5]
     printed = run(*command)
     assert "continues after step 3 of 6" in printed
-    for mine, other in zip(records_of(tmp_path / "part"), records_of(whole[0]), strict=True):
-        assert [mine.get(name) for name in (*TRAINED, "step", "eval_nll")] == [
-            other.get(name) for name in (*TRAINED, "step", "eval_nll")
-        ]
+    for records in zip(records_of(tmp_path / "part"), records_of(whole[0]), strict=True):
+        mine, other = ([record.get(name) for name in (*TRAINED, "step", "eval_nll")] for record in records)
+        assert mine == other
     assert sorted(p.name for p in (tmp_path / "part").glob("*metrics*")) == ["metrics.jsonl"]
 
 
@@ -143,7 +131,7 @@ def test_a_run_without_tests_is_tested_and_logged_once(tmp_path: Path) -> None:
     run(*SETTINGS, "--max_steps", "1", "--eval_strategy", "no", "--save_strategy", "no", "--output_dir", str(tmp_path))
     (record,) = (r for r in records_of(tmp_path) if "eval_error" in r)
     assert record["step"] == 1
-    assert record["eval_nll"] == json.loads((tmp_path / "all_results.json").read_text())["eval_nll"]
+    assert record["eval_nll"] == metrics_of(tmp_path)["eval_nll"]
 
 
 def test_only_the_main_process_writes_records(tmp_path: Path) -> None:
@@ -176,7 +164,7 @@ def test_a_record_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 def test_a_tracker_that_cannot_be_used_stops_the_job_at_once(
     tmp_path: Path, name: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trackers, "get_available_reporting_integrations", lambda: [])
+    monkeypatch.setattr(job, "get_available_reporting_integrations", lambda: [])
     with pytest.raises(ValueError, match=re.escape(message)):
         job.main([*SETTINGS, "--report_to", name, "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
@@ -201,7 +189,7 @@ class Terminal(io.StringIO):
 
 
 def steps_of(stderr: io.StringIO, monkeypatch: pytest.MonkeyPatch, disable_tqdm: bool = False) -> str:
-    """What the line shows of two epochs of two steps, continued after the first; returned: its standard output."""
+    """Show two epochs of two steps, continued after the first; return the standard output."""
     monkeypatch.setattr("sys.stderr", stderr)
     state = TrainerState(max_steps=4, global_step=2, epoch=1.0, num_train_epochs=2, is_world_process_zero=True)
     args: Any = SimpleNamespace(disable_tqdm=disable_tqdm)
@@ -235,3 +223,14 @@ def test_without_a_terminal_the_line_tells_rate_and_time_left(monkeypatch: pytes
         printed = steps_of(stderr, monkeypatch, disable_tqdm)
         assert re.fullmatch(rf"continues after step 2 of 4\n{LINE}  [\d,]+ images/s  00:00 left\n", printed)
         assert stderr.getvalue() == ""
+
+
+def test_a_recipe_that_is_deleted_during_the_training_still_gives_the_cards_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("seed: 7\nweight_decay: 0.001\n")
+    monkeypatch.setattr(EpochLine, "on_epoch_begin", lambda *args, **kwargs: recipe.unlink(missing_ok=True))
+    run(str(recipe), *SETTINGS, "--max_steps", "2", "--output_dir", str(tmp_path / "out"))
+    assert not recipe.exists()
+    assert re.search(r"--seed 7 .*--weight_decay 0\.001 ", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)

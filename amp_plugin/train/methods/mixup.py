@@ -1,4 +1,4 @@
-"""mixup: convex combinations of pairs of images, and of their labels.
+"""Mix pairs of images, and their labels, in convex combinations.
 
 Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018, https://arxiv.org/abs/1710.09412.
 """
@@ -17,16 +17,16 @@ from amp_plugin.data.loader import Batch
 
 
 class MixedBatches(ImageBatches):
-    """Batches mixed by torchvision's `MixUp`: each image with its neighbour, all in one proportion from Beta(a, a).
+    """Mix batches by torchvision's `MixUp`: each image with its neighbour, all in one proportion from Beta(a, a).
 
-    The proportion is a function of (seed, epoch, the batch's indices): not of the number of workers, of what was drawn
-    before, or of where a run was resumed. The sampler has shuffled, so a neighbour is a random one.
+    The proportion is a function of (seed, epoch, the batch's indices), so the number of workers, earlier draws and the
+    step at which a run is resumed make no difference. The sampler has shuffled, so a neighbour is a random one.
 
     Args:
-        *args: of `ImageBatches`.
-        alpha: the two parameters of the Beta distribution, > 0.
-        classes: their number.
-        **kwargs: of `ImageBatches`.
+        *args: arguments of `ImageBatches`.
+        alpha: both parameters of the Beta distribution, > 0.
+        classes: number of classes.
+        **kwargs: further arguments of `ImageBatches`.
     """
 
     def __init__(self, *args: Any, alpha: float, classes: int, **kwargs: Any) -> None:
@@ -34,7 +34,7 @@ class MixedBatches(ImageBatches):
         self._mix = MixUp(alpha=alpha, num_classes=classes)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """A batch: pixel_values float32 (B, 3, H, W), and as labels the classes' shares, float32 (B, classes)."""
+        """Return pixel_values, float32 (B, 3, H, W), and as labels the classes' shares, float32 (B, classes)."""
         batch = super().__getitems__(indices)
         images, labels = batch["pixel_values"], batch["labels"]
         entropy = np.random.SeedSequence([self.seed, int(self._epoch), *map(int, indices)])

@@ -1,4 +1,4 @@
-"""SAM, ASAM and random model perturbation: AMP with other displacements."""
+"""Define SAM, ASAM and random model perturbation as AMP with other displacements."""
 
 from __future__ import annotations
 
@@ -13,12 +13,34 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from amp_plugin import AMP
+from amp_plugin.core.perturbation import Perturbation
 from amp_plugin.core.policies.policy import CountsSteps
-from amp_plugin.train.methods.sphere import AdaptiveSphere, Sphere
+
+
+class Sphere(Perturbation):
+    """Move to the ball's surface, ``delta = epsilon * grad / ||grad||``; a zero gradient moves nothing."""
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Return ``perturbation_norm`` of the last step; the share of clipped tensors would say nothing."""
+        return {name: value for name, value in super().statistics().items() if name != "clipped"}
+
+    def _share(self, length: Tensor) -> Tensor:
+        return torch.where(length >= torch.finfo(length.dtype).tiny, length.reciprocal(), 0.0)
+
+
+class AdaptiveSphere(Sphere):
+    """Move to the surface where each weight's share is in units of its own size: ``||delta / |theta||| = epsilon``.
+
+    So ``delta = epsilon * theta**2 * grad / ||theta * grad||``, and ``perturbation_norm`` is in those units. The class
+    is for one ascent step: a second step would weigh the first again.
+    """
+
+    def _weigh(self, deltas: list[Tensor], theta: list[Tensor]) -> None:
+        torch._foreach_mul_(deltas, torch._foreach_abs(theta))
 
 
 class SAM(AMP):
-    """Sharpness-Aware Minimization: always to the surface of the ball; `epsilon` is its rho.
+    """Minimise by Sharpness-Aware Minimization, which always moves to the surface of the ball; `epsilon` is its rho.
 
     The paper has one ball for all parameters, ``norm="global"``.
 
@@ -29,23 +51,25 @@ class SAM(AMP):
 
 
 class ASAM(AMP):
-    """Adaptive SAM: the same in a ball whose axes are as long as the weights; `epsilon` is its rho.
+    """Minimise by adaptive SAM, in a ball whose axes are as long as the weights; `epsilon` is its rho.
 
-    Source: Kwon et al., ICML 2021, https://arxiv.org/abs/2102.11600, with eta = 0 as in most implementations.
+    Source: Kwon et al., ICML 2021, https://arxiv.org/abs/2102.11600, equation 8 with eta = 0 as in most
+    implementations.
     """
 
     _perturbation_class = AdaptiveSphere
 
 
 class RMP(AMP):
-    """Random model perturbation: a random direction to the surface of the ball, in place of the gradient's.
+    """Move in a random direction to the surface of the ball, in place of the gradient's direction.
 
-    So a step has one pass, at theta + delta. The AMP paper's baseline, https://arxiv.org/abs/2010.04925, section 5.
+    So a step has one pass, at theta + delta. The AMP paper compares with random model perturbation,
+    https://arxiv.org/abs/2010.04925, section 5.
 
     Args:
-        params: of `AMP`.
-        seed: of the noise, in [0, 2**64).
-        **kwargs: of `AMP`.
+        params: parameters as `AMP` takes them.
+        seed: seed of the noise, in [0, 2**64), default 0.
+        **kwargs: further arguments of `AMP`.
     """
 
     _perturbation_class = Sphere
@@ -58,8 +82,8 @@ class RMP(AMP):
 class RandomDirection(CountsSteps):
     """Ascend along Gaussian noise, uniform in direction.
 
-    It is a function of the seed, the number of the step, the parameters' shapes and layouts and the kind of device: the
-    same in every process, and in a run that is resumed.
+    The noise is a function of the seed, the number of the step, the parameters' shapes and layouts and the kind of
+    device, so every process and a resumed run draw equal noise.
     """
 
     seed: int = 0
@@ -67,7 +91,7 @@ class RandomDirection(CountsSteps):
     cost = 0.0
 
     def directions(self, base: Optimizer, ball: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-        """The noise, for parameters that are trained."""
+        """Draw the noise for the parameters that are trained."""
         entropy = np.random.SeedSequence([self.seed, base.param_groups[0]["ascent_step"]])
         key = int(entropy.generate_state(1, np.uint64)[0])
         generators: dict[torch.device, torch.Generator] = {}
@@ -80,4 +104,4 @@ class RandomDirection(CountsSteps):
         return noise
 
 
-RIVALS: dict[str, type[AMP]] = {"rmp": RMP, "sam": SAM, "asam": ASAM}
+BASELINES: dict[str, type[AMP]] = {"rmp": RMP, "sam": SAM, "asam": ASAM}

@@ -1,0 +1,160 @@
+"""Write what a run leaves in its folder, and open a finished run again from its folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch.utils.data import DataLoader, Subset
+from transformers import TrainerCallback
+from transformers.trainer_utils import PredictionOutput
+
+from amp_plugin.data import collate
+from amp_plugin.provenance import versions
+from amp_plugin.report import plot_confusion, plot_curves, plot_reliability
+from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments, settings_of
+from amp_plugin.train.tasks import Task, make_task
+from amp_plugin.trainer.checkpoints import explained
+
+RECORD = "run.json"
+
+
+def write_config(path: Path, data: DataArguments, model: ModelArguments, training: RecipeArguments) -> None:
+    """Write all settings that decide a run's outcome to a YAML file: ``train.py FILE`` makes the same run again.
+
+    Comments in the file tell what cannot be an option of a shared file: the number of processes, and that the data came
+    from a folder.
+    """
+    settings = {name: value for name, value in settings_of(data, model, training).items() if value is not None}
+    processes = settings.pop("world_size")
+    settings["model_kwargs"] = model.parsed_model_kwargs()
+    lines = ["The settings of this run; train.py takes this file and makes it again. Options after it win."]
+    if processes > 1:
+        lines.append(f"It was made in {processes} processes: torchrun --nproc_per_node {processes} makes the same.")
+    if data.data_root is not None:
+        lines.append("Its data came from a folder: give --data_root again.")
+    lines.append("With " + ", ".join(f"{name} {version}" for name, version in versions().items()) + ".")
+    path.write_text("".join(f"# {line}\n" for line in lines) + yaml.safe_dump(settings, sort_keys=False))
+
+
+class RecordsFile(TrainerCallback):
+    """Append each record of ``trainer.state.log_history`` to a JSON Lines file when it is logged.
+
+    A run that is killed keeps its records. A run that continues from a checkpoint first drops the records after the
+    checkpoint, whose steps it makes again; a run from the beginning starts the file anew. Numbers that are not finite
+    become null.
+
+    Args:
+        path: the file, which the main process alone writes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave in the file the records that the checkpoint holds, none without a checkpoint."""
+        if state.is_world_process_zero:
+            new = self._path.with_name(f"_{self._path.name}")
+            with explained(self._path.name, self._path.parent):
+                new.write_text("".join(map(_line, state.log_history)))
+                os.replace(new, self._path)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Append the newest record."""
+        if state.is_world_process_zero:
+            with explained(self._path.name, self._path.parent), self._path.open("a") as records:
+                records.write(_line(state.log_history[-1]))
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite) + "\n"
+
+
+def draw_pictures(
+    folder: Path, title: str, records: list[dict[str, Any]], tested: PredictionOutput, names: list[str], where: str
+) -> None:
+    """Draw the training's curves, and the confusion matrix and reliability diagram of its test; print where they are.
+
+    `records` are ``trainer.state.log_history``, `tested` holds logits and class indices, `names` are those of the
+    classes, and `where` tells what the test was made on: "test" or "validation".
+    """
+    curves, confusion, reliability = (folder / f"{n}.png" for n in ("curves", "confusion", "reliability"))
+    logits, labels = tested.predictions, tested.label_ids
+    subject = f"{title}: {len(logits):,} {where} images"
+    try:
+        plot_curves(records, curves, title, where=where)
+        plot_confusion(logits, labels, names, confusion, subject)
+        plot_reliability(logits, labels, reliability, subject)
+    except ImportError as error:
+        print(f'pictures left out: {error.name} is missing (pip install "amp-plugin[plots]")')
+    else:
+        print(f"curves: {curves}\nconfusion matrix: {confusion}\nreliability diagram: {reliability}")
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """Hold a finished run.
+
+    Attributes:
+        folder: folder of the run.
+        settings: settings of the run, by the names of the options.
+        metrics: metrics of the run, such as "eval_error".
+        task: the model with the trained weights, on the device at hand, and the data without augmentation.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    task: Task
+
+    def training_batches(self, examples: int | None, batch_size: int) -> DataLoader[Any]:
+        """Load so many training examples, or all, as the model takes them: always the same, equally many a class.
+
+        Raises:
+            ValueError: there are not so many examples.
+        """
+        train: Any = self.task.train
+        count = len(train) if examples is None else examples
+        chosen: Any = Subset(train, train.split.subset_indices(count).tolist())
+        return DataLoader(chosen, batch_size, collate_fn=collate)
+
+
+def open_run(folder: str | Path, *, dataset: str | None = None, data_root: str | None = None) -> SavedRun:
+    """Open the output folder of a finished run.
+
+    Args:
+        folder: output folder of the run.
+        dataset: name to use instead of the recorded one, e.g. where that was a folder.
+        data_root: folder in the layout of the Hub to load the data from, instead of the Hub.
+
+    Raises:
+        ValueError: the folder is not that of a finished run, or the run's data cannot be had.
+    """
+    folder = Path(folder)
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        settings, metrics = dict(record["settings"]), dict(record["metrics"])
+    except FileNotFoundError:
+        raise ValueError(f"{str(folder)!r} has no {RECORD}: give the output folder of a finished run") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{str(folder / RECORD)!r} is not the record of a run: {error}") from error
+    recorded = {f.name: settings[f.name] for f in fields(DataArguments) if f.name in settings}
+    recorded |= {"data_root": data_root, "augment": "default" if recorded.get("text_column") else "none"}
+    if dataset is not None:
+        recorded["dataset"] = dataset
+    args = RecipeArguments(output_dir=str(folder))
+    # The folder is a checkpoint like any other, with the classes of its own data set.
+    model = ModelArguments(pretrained=str(folder), freeze_backbone=settings.get("freeze_backbone", False))
+    task = make_task(DataArguments(**recorded), model, args)
+    if task.new:
+        raise ValueError(f"{str(folder)!r} does not hold the weights of {', '.join(task.new)} for {task.dataset}")
+    torch.nn.Module.to(task.model, args.device)  # transformers hides the signature
+    return SavedRun(folder, settings, metrics, task)
