@@ -1,24 +1,32 @@
-"""What the architectures have in common: stem, stages, final norm and head behind timm's model contract."""
+"""Stem, stages, final norm and head behind timm's model contract, which every architecture here keeps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from timm.layers.classifier import ClassifierHead
-from timm.models import checkpoint_seq
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import nn
 
-# Builds a residual block from its input channels, output channels, stride and drop path rate.
-BlockFactory = Callable[[int, int, int, float], nn.Module]
 FeatureInfo = list[dict[str, Any]]
 
 
-def cifar_cfg(*, pool_size: int, first_conv: str = "stem") -> dict[str, Any]:
-    """Pretrained config for 32x32 inputs and ten classes, with the channel statistics of CIFAR-10."""
-    return {
+def register_variants(
+    architecture: type[StagedNet], variants: Mapping[str, Mapping[str, Any]], *, pool_size: int, first_conv: str
+) -> None:
+    """Register variants of an architecture with timm, for 32x32 images normalised like CIFAR-10, and ten classes.
+
+    Args:
+        architecture: Class of the models. Its module gets timm's `default_cfgs` and one function for each variant.
+        variants: Arguments of the class, by the name of the variant.
+        pool_size: Height and width of the features of a 32x32 image.
+        first_conv: Name of the first convolution.
+    """
+    cfg = {
         "input_size": (3, 32, 32),
         "num_classes": 10,
         "pool_size": (pool_size, pool_size),
@@ -29,35 +37,22 @@ def cifar_cfg(*, pool_size: int, first_conv: str = "stem") -> dict[str, Any]:
         "classifier": "head.fc",
         "license": "mit",
     }
+    module: Any = sys.modules[architecture.__module__]
+    module.default_cfgs = generate_default_cfgs({name: dict(cfg) for name in variants})
+    for name, arguments in variants.items():
+        setattr(module, name, register_model(_entrypoint(architecture, name, arguments)))
 
 
-def residual_stages(
-    block: BlockFactory, in_chs: int, widths: Sequence[Sequence[int]], drop_path_rate: float
-) -> tuple[nn.Sequential, FeatureInfo]:
-    """Stack residual blocks into stages; every stage but the first halves the resolution in its first block.
+def _entrypoint(architecture: type[StagedNet], name: str, arguments: Mapping[str, Any]) -> Any:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        feature_cfg = {"out_indices": tuple(range(architecture.num_stages)), "flatten_sequential": True}
+        kwargs = {"feature_cfg": feature_cfg, **arguments, **kwargs}
+        model: nn.Module = build_model_with_cfg(architecture, name, pretrained, **kwargs)
+        return model
 
-    Args:
-        block: Builds one block.
-        in_chs: Channels that enter the first block.
-        widths: Output channels of every block, stage by stage.
-        drop_path_rate: Stochastic depth rate of the last block; it rises linearly from 0 at the first
-            (https://arxiv.org/abs/1603.09382).
-
-    Returns:
-        The stages, and timm's `feature_info` with one entry for each of them.
-    """
-    last = sum(len(stage_widths) for stage_widths in widths) - 1
-    stages, feature_info, index = nn.Sequential(), [], 0
-    for stage_index, stage_widths in enumerate(widths):
-        stage = nn.Sequential()
-        for block_index, out_chs in enumerate(stage_widths):
-            stride = 2 if stage_index > 0 and block_index == 0 else 1
-            stage.append(block(in_chs, out_chs, stride, drop_path_rate * index / max(last, 1)))
-            in_chs, index = out_chs, index + 1
-        stages.append(stage)
-        name = f"stages.{stage_index}"
-        feature_info.append({"num_chs": in_chs, "reduction": 2**stage_index, "module": name})
-    return stages, feature_info
+    create.__name__ = create.__qualname__ = name
+    create.__module__ = architecture.__module__  # timm looks for default_cfgs there
+    return create
 
 
 def check_layers(layers: Sequence[int], num_stages: int) -> None:
@@ -72,26 +67,20 @@ def check_width(width: int) -> None:
         raise ValueError(f"width={width!r}: give at least 1")
 
 
-def bn_relu(channels: int, **dd: Any) -> nn.Sequential:
-    """BatchNorm and ReLU, the norm after the last block of a pre-activation network."""
-    # Not timm's fused BatchNormAct2d: torch's convert_sync_batchnorm would drop the activation inside it.
-    return nn.Sequential(nn.BatchNorm2d(channels, **dd), nn.ReLU(inplace=True))
-
-
 class StagedNet(nn.Module):
     """A convolutional classifier made of `stem`, `stages`, `norm`, `pre_logits` and `head`.
 
-    Images are `(B, in_chans, H, W)`, logits `(B, num_classes)`. As in the AMP paper's experiments, weights of
-    convolutions start Kaiming-normal with fan-out, biases of linear layers at zero, and all else at PyTorch's
-    default (BatchNorm at weight 1 and bias 0).
+    Images are `(B, in_chans, H, W)`, logits `(B, num_classes)`. Weights of convolutions start Kaiming-normal with
+    fan-out and biases of linear layers at zero, as in the AMP paper's experiments. All other parameters start at
+    PyTorch's default (BatchNorm at weight 1 and bias 0).
 
     Args:
-        stem: Everything before the first stage.
+        stem: Layers before the first stage.
         stages: One Sequential of blocks per stage.
         feature_info: timm's description of the stage outputs (channels, reduction, module name).
-        norm: What follows the last stage; nothing by default.
-        pre_logits: Layers between the features and the pooled head, `(B, C, H, W)` in and out.
-        head_features: Channels that leave `pre_logits`, where they are not those of the last stage.
+        norm: Layers after the last stage; none by default.
+        pre_logits: Layers between the features and the pooled head, `(B, C, H, W)` in and out; none by default.
+        head_features: Channels that leave `pre_logits`; the channels of the last stage by default.
         num_classes: Number of classes, 0 for no classifier.
         in_chans: Number of image channels.
         global_pool: timm's name of the pooling: 'avg', 'max', 'avgmax', 'catavgmax', '' for none.
@@ -103,6 +92,8 @@ class StagedNet(nn.Module):
         ValueError: If there are classes but no pooling.
     """
 
+    num_stages: int
+
     def __init__(
         self,
         stem: nn.Module,
@@ -112,12 +103,12 @@ class StagedNet(nn.Module):
         norm: nn.Module | None = None,
         pre_logits: nn.Module | None = None,
         head_features: int | None = None,
-        num_classes: int,
-        in_chans: int,
-        global_pool: str,
-        drop_rate: float,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.in_chans = in_chans
@@ -127,19 +118,13 @@ class StagedNet(nn.Module):
 
         self.stem = stem
         self.stages = stages
-        self.norm = nn.Identity() if norm is None else norm
-        self.pre_logits = nn.Identity() if pre_logits is None else pre_logits
+        self.norm = norm or nn.Identity()
+        self.pre_logits = pre_logits or nn.Identity()
         self.apply(_init_weights)
-        head_features = self.num_features if head_features is None else head_features
-        self._set_head(head_features, num_classes, global_pool, drop_rate, device=device, dtype=dtype)
+        self._set_head(head_features or self.num_features, num_classes, global_pool, drop_rate, device, dtype)
 
     def _set_head(
-        self,
-        in_features: int,
-        num_classes: int,
-        global_pool: str,
-        drop_rate: float,
-        **dd: Any,
+        self, in_features: int, num_classes: int, global_pool: str, drop_rate: float, device: Any, dtype: Any
     ) -> None:
         if num_classes > 0 and not global_pool:
             raise ValueError(
@@ -147,7 +132,7 @@ class StagedNet(nn.Module):
                 "features; choose a pooling such as 'avg', or num_classes=0"
             )
         self.num_classes = num_classes
-        self.head = ClassifierHead(in_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head = ClassifierHead(in_features, num_classes, global_pool, drop_rate, device=device, dtype=dtype)
         self.head.apply(_init_weights)
         self.head.train(self.training)
         self.head_hidden_size = in_features * self.head.global_pool.feat_mult()
@@ -170,14 +155,12 @@ class StagedNet(nn.Module):
         if global_pool is None:
             global_pool = self.head.global_pool.pool_type
         weight = next(self.stem.parameters())
-        dd = {"device": weight.device, "dtype": weight.dtype}
-        self._set_head(self.head.in_features, num_classes, global_pool, self.head.drop.p, **dd)
+        self._set_head(self.head.in_features, num_classes, global_pool, self.head.drop.p, weight.device, weight.dtype)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's grouping of the parameters: stem, stages (`coarse`) or blocks, and the head last."""
-        if coarse:
-            return {"stem": r"^stem", "blocks": [(r"^stages\.(\d+)", None), (r"^norm", (99999,))]}
-        return {"stem": r"^stem", "blocks": [(r"^stages\.(\d+)\.(\d+)", None), (r"^norm", (99999,))]}
+        block = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
+        return {"stem": r"^stem", "blocks": [(block, None), (r"^norm", (99999,))]}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of keeping their activations.
@@ -246,7 +229,7 @@ class StagedNet(nn.Module):
             self.norm = nn.Identity()
         if prune_head or prune_end:
             self.pre_logits = nn.Identity()
-            self._set_head(self.num_features, 0, "", self.head.drop.p)
+            self._set_head(self.num_features, 0, "", self.head.drop.p, None, None)
         return list(take_indices)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:

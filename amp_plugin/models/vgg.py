@@ -10,10 +10,9 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from amp_plugin.models.staged import StagedNet, check_width, cifar_cfg
+from amp_plugin.models.staged import StagedNet, check_width, register_variants
 
 __all__ = ["CifarVGG"]
 
@@ -63,61 +62,52 @@ class CifarVGG(StagedNet):
     Args:
         width: Channels of the first stage; the others have 2, 4, 8 and 8 times, the linear layers 64 times as
             many.
-        num_classes: Number of classes, 0 for no classifier.
-        in_chans: Number of image channels.
-        global_pool: timm's name of the pooling.
         drop_rate: Dropout rate after each of the two wide linear layers.
         conv_drop_rate: Dropout rate after each convolution.
+        in_chans: Number of image channels.
         device: Device of the parameters.
         dtype: Data type of the parameters.
+        **options: `num_classes` and `global_pool` of `StagedNet`.
 
     Raises:
         ValueError: If `width` is not positive, or there are classes but no pooling.
     """
 
+    num_stages = 5
+
     def __init__(
         self,
         width: int = 64,
-        num_classes: int = 10,
-        in_chans: int = 3,
-        global_pool: str = "avg",
         drop_rate: float = 0.0,
         conv_drop_rate: float = 0.0,
+        in_chans: int = 3,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
         check_width(width)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         # The first convolution is the stem.
         stages, feature_info, in_chs = nn.Sequential(), [], width
-        for index, (depth, factor) in enumerate(zip((2, 2, 3, 3, 3), (1, 2, 4, 8, 8), strict=True)):
+        for index, (depth, factor) in enumerate(zip((1, 2, 3, 3, 3), (1, 2, 4, 8, 8), strict=True)):
             stage = nn.Sequential()
-            for _ in range(depth - 1 if index == 0 else depth):
+            for _ in range(depth):
                 stage.append(_conv_bn_relu(in_chs, factor * width, conv_drop_rate, **dd))
                 in_chs = factor * width
             stages.append(stage.append(nn.MaxPool2d(2)))
             name = f"stages.{index}"
             feature_info.append({"num_chs": in_chs, "reduction": 2 ** (index + 1), "module": name})
-        hidden_features = 64 * width
         super().__init__(
-            stem=_conv_bn_relu(in_chans, width, conv_drop_rate, **dd),
-            stages=stages,
-            feature_info=feature_info,
-            pre_logits=PreLogits(in_chs, hidden_features, drop_rate, **dd),
-            head_features=hidden_features,
-            num_classes=num_classes,
+            _conv_bn_relu(in_chans, width, conv_drop_rate, **dd),
+            stages,
+            feature_info,
+            pre_logits=PreLogits(in_chs, 64 * width, drop_rate, **dd),
+            head_features=64 * width,
             in_chans=in_chans,
-            global_pool=global_pool,
             drop_rate=drop_rate,
             **dd,
+            **options,
         )
 
 
-default_cfgs = generate_default_cfgs({"cifar_vgg16": cifar_cfg(pool_size=1, first_conv="stem.conv")})
-
-
-@register_model
-def cifar_vgg16(pretrained: bool = False, **kwargs: Any) -> CifarVGG:
-    """VGG-16 with BatchNorm: 33.65M parameters."""
-    feature_cfg = {"out_indices": (0, 1, 2, 3, 4), "flatten_sequential": True}
-    return build_model_with_cfg(CifarVGG, "cifar_vgg16", pretrained, feature_cfg=feature_cfg, **kwargs)
+register_variants(CifarVGG, {"cifar_vgg16": {}}, pool_size=1, first_conv="stem.conv")  # 33.65M parameters
