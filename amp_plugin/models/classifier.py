@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -30,14 +29,15 @@ def image_classifier(
 
     Args:
         architecture: timm's name, e.g. ``preactresnet18``.
-        class_names: one name a class.
-        mean: per channel, of pixels in [0, 1]; saved for the image processor.
-        std: per channel, of pixels in [0, 1].
+        class_names: names of the classes, in the order of the labels.
+        mean: means of the channels, of pixels in [0, 1]; the saved image processor has them.
+        std: standard deviations of the channels, of pixels in [0, 1].
         image_size: side of the images in pixels, or (height, width).
-        **model_args: of the architecture, e.g. ``width=16``.
+        **model_args: arguments of the architecture, e.g. ``width=16``.
 
     Raises:
-        ValueError: timm has no such architecture (the message tells near ones), or it refuses an argument.
+        ValueError: timm has no such architecture (the message tells near ones), or the architecture refuses an
+            argument.
     """
     if not timm.is_model(architecture):
         near = did_you_mean(architecture.lower(), timm.list_models(), at_most=3)
@@ -64,21 +64,15 @@ def image_classifier(
         raise ValueError(f"model {architecture!r} does not take these arguments: {error}") from error
     # A wrapper that loads timm's weights saves them under timm's names again; one made from a configuration alone
     # redraws them, and saves them under names that timm cannot read.
-    with _no_progress_bars():
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
         model = TimmWrapperForImageClassification.from_pretrained(
             None, config=config, state_dict=initial.state_dict(), dtype="auto"
         )
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     config.name_or_path = ""  # transformers has put "None" there
     model.train()
     return model
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()

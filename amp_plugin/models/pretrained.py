@@ -1,4 +1,4 @@
-"""Checkpoints to fine-tune: a `transformers` classifier with pretrained weights and a head for other classes."""
+"""Checkpoints to fine-tune: `transformers` classifiers with pretrained weights and a head for other classes."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ class PretrainedError(ValueError):
 
 
 def pretrained_classifier(auto_class: Any, name: str, class_names: Sequence[str]) -> tuple[PreTrainedModel, list[str]]:
-    """Load a checkpoint with a head for other classes, drawn anew unless the checkpoint's has the same shape.
+    """Load a checkpoint with a head for other classes; the head is drawn anew unless its shape is the checkpoint's.
 
     Args:
-        auto_class: e.g. `transformers.AutoModelForImageClassification`.
-        name: an id on the Hugging Face Hub, or a folder that ``save_pretrained`` or timm's ``save_for_hf`` wrote.
-        class_names: one name a class.
+        auto_class: class that opens the checkpoint, e.g. `transformers.AutoModelForImageClassification`.
+        name: id on the Hugging Face Hub, or a folder that ``save_pretrained`` or timm's ``save_for_hf`` wrote.
+        class_names: names of the classes, in the order of the labels.
 
     Returns:
-        The model, and the names of the parameters that are not the checkpoint's.
+        The model, and the names of the parameters that the checkpoint did not have.
 
     Raises:
-        PretrainedError: it is out of reach, of an architecture that ``auto_class`` does not have, or its weights
-            belong to another.
+        PretrainedError: the checkpoint is out of reach, ``auto_class`` does not have its architecture, or its weights
+            belong to another network.
     """
     config = checkpoint_config(auto_class, name)
-    if isinstance(config, TimmWrapperConfig):  # which adds num_classes itself
+    if isinstance(config, TimmWrapperConfig):  # the wrapper adds num_classes itself
         config.model_args = {k: v for k, v in (config.model_args or {}).items() if k != "num_classes"}
     config.problem_type = "single_label_classification"
     config.id2label = dict(enumerate(class_names))
@@ -55,10 +55,10 @@ def pretrained_classifier(auto_class: Any, name: str, class_names: Sequence[str]
 
 
 def checkpoint_config(auto_class: Any, name: str) -> Any:
-    """The configuration of a checkpoint that ``auto_class`` can open.
+    """Return the configuration of a checkpoint that ``auto_class`` can open.
 
     Raises:
-        PretrainedError: it is out of reach, or of an architecture that ``auto_class`` does not have.
+        PretrainedError: the checkpoint is out of reach, or ``auto_class`` does not have its architecture.
     """
     with explained(name):
         config = AutoConfig.from_pretrained(name)
@@ -71,7 +71,7 @@ def checkpoint_config(auto_class: Any, name: str) -> Any:
 
 
 def head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
-    """The parameters of the classification head: those outside the pretrained backbone."""
+    """Return the parameters of the classification head, which lie outside the pretrained backbone."""
     if isinstance(model, TimmWrapperForImageClassification):
         heads = model.timm_model.get_classifier()
         return [p for head in (heads if isinstance(heads, tuple) else (heads,)) for p in head.parameters()]
@@ -80,7 +80,7 @@ def head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
 
 
 def freeze_backbone(model: PreTrainedModel) -> None:
-    """Train the head alone: no gradient for the others, and their BatchNorm keeps the checkpoint's statistics.
+    """Train the head alone: the backbone gets no gradient, and its BatchNorm keeps the checkpoint's statistics.
 
     Raises:
         ValueError: the model has no head of its own.
@@ -101,7 +101,7 @@ def _stay_in_eval_mode(module: nn.Module, inputs: tuple[Any, ...]) -> None:
 
 @contextmanager
 def explained(name: str) -> Iterator[None]:
-    """Make what transformers raises about a checkpoint one `PretrainedError`."""
+    """Turn the exceptions of transformers about a checkpoint into one `PretrainedError`."""
     if (os.path.isabs(name) or name.startswith((".", "~"))) and not os.path.isdir(name):
         raise PretrainedError(f"pretrained {name!r}: there is no such folder")
     try:
@@ -113,7 +113,7 @@ def explained(name: str) -> Iterator[None]:
 
 @torch.no_grad()
 def accepts(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> str | None:
-    """Why the model cannot take such a batch; None if it can."""
+    """Say why the model cannot take such a batch; return None if it can."""
     training = model.training
     try:
         model.eval()(**inputs)
@@ -125,6 +125,6 @@ def accepts(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> str | No
 
 
 def _first_sentences(error: Exception) -> str:
-    """What a library says, without the paragraphs of advice that may follow."""
+    """Cut the paragraphs of advice that may follow a library's message."""
     said = " ".join(str(error).split()).rstrip(".")
     return said if len(said) < 200 else said[:200].rpartition(". ")[0] or f"{said[:200]} ..."

@@ -1,4 +1,4 @@
-"""Image checkpoints to fine-tune, timm's and Hugging Face's, and what images they take."""
+"""Image checkpoints of timm and Hugging Face to fine-tune, and the images that they take."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class ImageCheckpoint:
     """A checkpoint and the images it takes: squares of one size, resized (bicubic) and normalised.
 
     Attributes:
-        name: on the Hub, or a folder.
+        name: id on the Hub, or a folder.
         image_size: side of the images, in pixels.
-        mean: per channel, of pixels in [0, 1].
-        std: per channel, of pixels in [0, 1].
-        processor: does the same to any image, for whoever opens the model later; None if `timm_settings` says it.
-        timm_settings: the ``pretrained_cfg`` that a timm model has in its configuration instead; None for others.
+        mean: means of the channels, of pixels in [0, 1].
+        std: standard deviations of the channels, of pixels in [0, 1].
+        processor: image processor to save beside the model; None for a timm model.
+        timm_settings: ``pretrained_cfg`` for the configuration of a timm model; None for another model.
     """
 
     name: str
@@ -39,10 +39,10 @@ class ImageCheckpoint:
     timm_settings: dict[str, Any] | None = None
 
     def classifier(self, class_names: Sequence[str]) -> tuple[PreTrainedModel, list[str]]:
-        """The model, as `pretrained_classifier` gives it.
+        """Load the model, as `pretrained_classifier` does.
 
         Raises:
-            PretrainedError: also if it cannot take images of this size.
+            PretrainedError: `pretrained_classifier` fails, or the model cannot take images of this size.
         """
         model, new = pretrained_classifier(AutoModelForImageClassification, self.name, class_names)
         refusal = accepts(model, {"pixel_values": torch.zeros(1, 3, self.image_size, self.image_size)})
@@ -57,16 +57,16 @@ class ImageCheckpoint:
 
 
 def image_checkpoint(name: str, image_size: int | None = None) -> ImageCheckpoint:
-    """Look up what images a checkpoint takes.
+    """Look up which images a checkpoint takes.
 
     Args:
-        name: a timm model with pretrained weights (``resnet18.a1_in1k``, ``timm/resnet18.a1_in1k``, ``hf-hub:...``),
+        name: timm model with pretrained weights (``resnet18.a1_in1k``, ``timm/resnet18.a1_in1k``, ``hf-hub:...``),
             any image classifier on the Hugging Face Hub, or a folder.
-        image_size: side of the images, in pixels, instead of the checkpoint's own.
+        image_size: side of the images in pixels, by default the checkpoint's own.
 
     Raises:
-        PretrainedError: it is out of reach, has no image processor, or one that does more than resize, crop and
-            normalise.
+        PretrainedError: the checkpoint is out of reach, has no image processor, or has one that does more than
+            resize, crop and normalise.
     """
     name = _full_name(name)
     checkpoint_config(AutoModelForImageClassification, name)
@@ -99,7 +99,7 @@ def image_checkpoint(name: str, image_size: int | None = None) -> ImageCheckpoin
 
 
 def _full_name(name: str) -> str:
-    """timm's ways to name weights on the Hub, as its id there."""
+    """Turn timm's names of weights into their id on the Hub."""
     for prefix in _HUB_PREFIXES:
         name = name.removeprefix(prefix)
     if "/" in name or not timm.is_model(name):
@@ -119,7 +119,7 @@ def _side(name: str, height: int | None, width: int | None) -> int:
 
 
 def _only_normalises(processor: Any, side: int, mean: Sequence[float], std: Sequence[float]) -> bool:
-    """Whether an image of the right size comes out merely normalised."""
+    """Say whether the processor merely normalises an image of the right size."""
     pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     try:
         got = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]

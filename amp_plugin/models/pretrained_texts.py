@@ -1,4 +1,4 @@
-"""Text checkpoints to fine-tune, with their tokenizer."""
+"""Text checkpoints to fine-tune, with their tokenizers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from amp_plugin.models.pretrained import PretrainedError, explained, pretrained_classifier
 
-# What a tokenizer says that knows no limit is above this.
-_NO_LIMIT = 10**6
+_NO_LIMIT = 10**6  # a tokenizer without a limit reports a larger number
 _USUAL_LENGTH = 512
 
 
@@ -20,10 +19,10 @@ class TextCheckpoint:
     """A text classifier to fine-tune.
 
     Attributes:
-        model: with a head for the classes.
-        new: names of the parameters that are not the checkpoint's.
-        tokenizer: its own, able to pad.
-        max_length: tokens of an example at most.
+        model: model with a head for the classes.
+        new: names of the parameters that the checkpoint did not have.
+        tokenizer: tokenizer of the checkpoint, able to pad.
+        max_length: largest number of tokens of an example.
     """
 
     model: PreTrainedModel
@@ -36,17 +35,17 @@ def text_checkpoint(name: str, class_names: Sequence[str], max_length: int | Non
     """Load a checkpoint and its tokenizer.
 
     Args:
-        name: an id on the Hugging Face Hub, or a folder.
-        class_names: one name a class.
-        max_length: tokens of an example at most; by default what the checkpoint takes, or 512 if it does not say.
+        name: id on the Hugging Face Hub, or a folder.
+        class_names: names of the classes, in the order of the labels.
+        max_length: largest number of tokens of an example, by default the checkpoint's own limit, or 512 without one.
 
     Raises:
-        PretrainedError: it is out of reach, is no text model, has no tokenizer, or takes fewer tokens.
+        PretrainedError: the checkpoint is out of reach, is no text model, has no tokenizer, or takes fewer tokens.
     """
     model, new = pretrained_classifier(AutoModelForSequenceClassification, name, class_names)
     with explained(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
-    if tokenizer.pad_token is None:  # as decoders have none
+    if tokenizer.pad_token is None:  # decoders have none
         if tokenizer.eos_token is None:
             raise PretrainedError(f"pretrained {name!r}: its tokenizer has no token to pad batches with")
         tokenizer.pad_token = tokenizer.eos_token
