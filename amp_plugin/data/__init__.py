@@ -1,15 +1,14 @@
-"""Classification data: loading, batched augmentation, and what a `DataLoader` or a Trainer takes.
+"""Classification data for a `DataLoader` or a Trainer, and augmentation of whole batches.
 
-`load_images` gives the decoded images, `ImageBatches` augmented batches of them, `collate` the data collator;
-`load_texts` and `TextBatches` the same for texts.
-With `transformers.Trainer` add `amp_plugin.data.callback.EpochCallback`, which says why.
+`load_images` returns decoded images, `ImageBatches` makes augmented batches of them, and `collate` is the data
+collator. `load_texts` and `TextBatches` do so for texts. `transformers.Trainer` needs
+`amp_plugin.data.callback.EpochCallback` beside them, which says why.
 """
 
 from __future__ import annotations
 
 from amp_plugin.data.augment import Augmentation
-from amp_plugin.data.datasets import load_images
-from amp_plugin.data.images import ImageData, ImageSplit
+from amp_plugin.data.images import ImageData, ImageSplit, load_images
 from amp_plugin.data.loader import ImageBatches, collate
 from amp_plugin.data.settings import DatasetSettings
 from amp_plugin.data.splits import DatasetError

@@ -1,4 +1,4 @@
-"""Tells the training images which epoch begins, where `transformers.Trainer` and accelerate do not."""
+"""A callback that tells the training images which epoch begins, where `transformers.Trainer` does not."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 class EpochCallback(TrainerCallback):
     """Call ``set_epoch`` of the training data as each epoch begins: `Trainer(callbacks=[EpochCallback()])`.
 
-    accelerate forwards the epoch to the data set unless the sampler inside the wrapped batch sampler has a
-    ``set_epoch`` of its own. The Trainer's has, and its batch sampler is wrapped in a run of several
-    processes and in an epoch resumed in the middle. Without this, the first would see one augmentation for
-    ever, the second that of epoch 0.
+    accelerate forwards the epoch to the data set unless the sampler inside a wrapped batch sampler has a
+    ``set_epoch`` of its own. The Trainer's sampler has one, and its batch sampler is wrapped in a run of several
+    processes and in an epoch resumed in the middle. Without this callback, the run of several processes would see
+    one augmentation for ever, and the resumed epoch would see the augmentation of epoch 0.
     """
 
     def on_epoch_begin(
@@ -25,7 +25,7 @@ class EpochCallback(TrainerCallback):
         train_dataloader: DataLoader[Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Forward the epoch; a data set without ``set_epoch`` is left alone."""
+        """Forward the epoch to a data set that has ``set_epoch``."""
         set_epoch = getattr(getattr(train_dataloader, "dataset", None), "set_epoch", None)
         if set_epoch is not None:
             set_epoch(int(state.epoch))

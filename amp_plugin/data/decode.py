@@ -1,6 +1,6 @@
 """Decode the images of a Hugging Face data set once, into a cached and memory-mapped array.
 
-A cache file is a NumPy ``.npy`` file followed by the CRC-32 of its pixels. It is written beside its place and
+A cache file is a NumPy ``.npy`` file followed by the CRC-32 of its pixels. The file is written beside its place and
 moved there when complete, so a reader finds a whole file or none.
 """
 
@@ -24,21 +24,20 @@ if TYPE_CHECKING:
 
 Images = npt.NDArray[np.uint8]
 
-_CHECKSUM_BYTES = 4
+_CRC_BYTES = 4
 
 
 def decoded_images(
     dataset: datasets.Dataset, column: str, *, where: str, image_size: int | None, cache_dir: Path
 ) -> Images:
-    """Return the images of ``column``, from the cache if they are there.
+    """Return the images of a column, from the cache if they are there.
 
     Args:
         dataset: one split, not empty.
-        column: a column of `datasets.Image`.
-        where: how messages name the data set and the split.
-        image_size: resize to this height and width (bicubic, ignoring the aspect ratio); None to take them as
-            they are.
-        cache_dir: folder of the cache, made when absent.
+        column: column of `datasets.Image`.
+        where: name of the data set and the split, for messages.
+        image_size: height and width to resize to (bicubic, ignoring the aspect ratio); None for no resizing.
+        cache_dir: folder of the cache; it is made when absent.
 
     Returns:
         uint8 (N, H, W, 3), RGB, read-only.
@@ -48,7 +47,7 @@ def decoded_images(
     """
     key = hashlib.sha256(repr((dataset._fingerprint, column, image_size)).encode()).hexdigest()[:32]
     path = cache_dir / f"{key}.npy"
-    images = _read(path)
+    images = _read(path)  # without the lock, because the cache may be a read-only folder
     if images is not None:
         return images
     try:
@@ -69,15 +68,15 @@ def decoded_images(
 
 
 def _read(path: Path) -> Images | None:
-    """Map a cache file; None if it is absent, cut short or damaged."""
+    """Map a cache file; return None if it is absent, cut short or damaged."""
     try:
         images = np.load(path, mmap_mode="r")
         with path.open("rb") as file:
-            file.seek(-_CHECKSUM_BYTES, os.SEEK_END)
-            checksum = file.read()
+            file.seek(-_CRC_BYTES, os.SEEK_END)
+            crc = int.from_bytes(file.read(), "little")
     except (OSError, ValueError, EOFError):
         return None
-    return np.asarray(images) if checksum == _checksum(zlib.crc32(images.data)) else None
+    return np.asarray(images) if crc == zlib.crc32(images.data) else None
 
 
 def _write(path: Path, rows: int, images: Iterator[Images]) -> None:
@@ -91,16 +90,12 @@ def _write(path: Path, rows: int, images: Iterator[Images]) -> None:
                     np.lib.format.write_array_header_1_0(file, header)
                 file.write(image.data)
                 crc = zlib.crc32(image.data, crc)
-            file.write(_checksum(crc))
+            file.write(crc.to_bytes(_CRC_BYTES, "little"))
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def _checksum(crc: int) -> bytes:
-    return crc.to_bytes(_CHECKSUM_BYTES, "little")
 
 
 def _decode(dataset: datasets.Dataset, column: str, where: str, image_size: int | None) -> Iterator[Images]:

@@ -1,4 +1,4 @@
-"""Counter-based randomness: a draw is a function of (seed, stream, sample), whoever asks for it and whenever.
+"""Counter-based randomness: a draw is a function of seed, stream and sample alone.
 
 Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) is such a function; NumPy
 promises that its raw output never changes, so a seed means the same on every machine.
@@ -17,11 +17,10 @@ def uniform_draws(seed: int, stream: int, samples: int, columns: int) -> npt.NDA
     """Draw ``columns`` numbers for each sample; the row of sample i does not depend on ``samples``.
 
     Returns:
-        (samples, columns) multiples of 2**-32 in [0, 1), so that ``floor(n * draw)`` is exact for every n <
-        2**21.
+        (samples, columns) multiples of 2**-32 in [0, 1), so that ``floor(n * draw)`` is exact for every n < 2**21.
 
     Raises:
-        ValueError: seed or stream outside [0, 2**64).
+        ValueError: seed or stream lies outside [0, 2**64).
     """
     for name, value in (("seed", seed), ("stream", stream)):
         if not 0 <= value <= _MAX_KEY:

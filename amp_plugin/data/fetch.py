@@ -1,4 +1,4 @@
-"""Find a data set: on the Hugging Face Hub, in a local mirror of it, or beside this file."""
+"""Find a data set on the Hugging Face Hub, in a local mirror of it, or beside this file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
 
 from amp_plugin.data.settings import BUNDLED
 from amp_plugin.data.splits import DatasetError
@@ -20,16 +22,16 @@ _HUB_TIMEOUT = 10.0  # seconds
 
 @dataclass(frozen=True)
 class Rows:
-    """One split before it is decoded, and how messages call it."""
+    """One split before it is decoded, and its name in messages."""
 
     dataset: datasets.Dataset
     where: str
 
-    def feature(self, column: str, argument: str) -> object:
-        """What a column holds.
+    def feature(self, column: str, argument: str) -> Any:
+        """Return the type of a column.
 
         Raises:
-            DatasetError: there is no such column.
+            DatasetError: there is no such column; the message says which argument names it.
         """
         if column not in self.dataset.column_names:
             raise DatasetError(
@@ -37,6 +39,20 @@ class Rows:
                 f" right one with {argument}"
             )
         return self.dataset.features[column]
+
+    def values(self, column: str, kind: str) -> npt.NDArray[Any]:
+        """Return the values of a column, which the message calls ``kind``.
+
+        Raises:
+            DatasetError: a value is missing.
+        """
+        values = self.dataset.select_columns([column]).with_format("arrow")[:].column(column)
+        if values.null_count:
+            raise DatasetError(
+                f"{self.where}: {values.null_count} {kind} of column {column!r} are missing; drop those rows"
+            )
+        array: npt.NDArray[Any] = values.to_numpy()
+        return array
 
 
 def fetch(
@@ -51,18 +67,18 @@ def fetch(
     """Load some splits of a data set, with one message for whatever goes wrong.
 
     Args:
-        name: how messages call the data set.
-        path: where it lives on the Hub, or a folder.
-        config: its configuration, where it has several.
-        splits: their names.
-        data_root: local mirror of the Hub to take it from; ignored by an absolute path, as the sample's is.
+        name: name of the data set in messages.
+        path: id on the Hub, or a folder.
+        config: configuration of the data set, where it has several.
+        splits: names of the splits.
+        data_root: local mirror of the Hub to load from; an absolute path, as the sample's is, ignores it.
         cache: folder for the Arrow files.
 
     Returns:
         The splits, none of them empty.
 
     Raises:
-        DatasetError: the folder is missing, the Hub out of reach, its files cannot be loaded, or a split is
+        DatasetError: the folder is missing, the Hub is out of reach, the files cannot be loaded, or a split is
             missing or empty.
     """
     import datasets
@@ -73,7 +89,7 @@ def fetch(
             " train.csv and test.csv"
         )
     if data_root is not None:
-        folder = Path(data_root) / path  # which stays as it is if absolute, as the bundled sample's
+        folder = Path(data_root) / path  # an absolute path, as the bundled sample's, stays as it is
         if not folder.is_dir():
             raise DatasetError(
                 f"data set {name!r}: there is no folder {folder}; give a --data_root DIR that holds {path},"
@@ -86,7 +102,7 @@ def fetch(
     unreachable = None if os.path.isdir(path) else _hub_error(path)
     try:
         with _offline(unreachable is not None):
-            # What load_dataset does, but for the splits that are asked for: it fails if any other is empty.
+            # load_dataset would also build the splits that nobody asked for, and fail if one of them is empty.
             builder = datasets.load_dataset_builder(path, config, cache_dir=str(cache))
             builder.download_and_prepare()
     except Exception as error:  # builders raise what they like, and so does the HTTP client
@@ -113,17 +129,17 @@ def fetch(
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
-    """Where a cache is kept: as told, or where Hugging Face Datasets has its own."""
+    """Return the folder of the cache, by default that of Hugging Face Datasets."""
     import datasets
 
     return Path(datasets.config.HF_DATASETS_CACHE if cache_dir is None else cache_dir)
 
 
 def _hub_error(path: str) -> Exception | None:
-    """Ask the Hub once whether it is there; None if it answers, whatever the answer.
+    """Ask the Hub once whether it is there; return None if it answers, whatever the answer.
 
-    Left to itself, its client retries for half a minute or more, one warning each, before it looks in its
-    cache.
+    Without this question, the Hub's client retries for half a minute or more, with one warning each time, before it
+    looks in its cache.
     """
     import datasets
     from huggingface_hub import HfApi
@@ -133,14 +149,14 @@ def _hub_error(path: str) -> Exception | None:
         HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(path, timeout=_HUB_TIMEOUT)
     except (HfHubHTTPError, HFValidationError):
         return None  # load_dataset will word it better
-    except Exception as error:  # of the HTTP library, which depends on the client's version
+    except Exception as error:  # the HTTP library, and so the class, depends on the client's version
         return error
     return None
 
 
 @contextmanager
 def _offline(active: bool) -> Iterator[None]:
-    """Have `datasets` look in its cache only."""
+    """Let `datasets` look in its cache only, if active."""
     import datasets
 
     before = datasets.config.HF_HUB_OFFLINE

@@ -1,15 +1,20 @@
-"""Decoded images with their labels."""
+"""Image classification data: from the Hugging Face Hub, a local mirror of it, or the bundled sample."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from amp_plugin.data.settings import DatasetSettings
-from amp_plugin.data.splits import LabelledSplit
+from amp_plugin.data.decode import decoded_images
+from amp_plugin.data.fetch import cache_folder, fetch
+from amp_plugin.data.labels import class_labels
+from amp_plugin.data.settings import SOURCES, DatasetSettings, DatasetSource, measured_settings
+from amp_plugin.data.splits import DatasetError, LabelledSplit
+from amp_plugin.suggest import did_you_mean
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,11 +22,11 @@ class ImageSplit(LabelledSplit):
     """Images and labels of one split.
 
     Attributes:
-        images: uint8 (N, H, W, 3), RGB; from `load_images` a read-only memory map.
+        images: uint8 (N, H, W, 3), RGB; a read-only memory map where `load_images` made it.
         labels: int64 (N,).
 
     Raises:
-        ValueError: other shapes or types.
+        ValueError: an array has another shape or type.
     """
 
     kind: ClassVar[str] = "images"
@@ -36,13 +41,10 @@ class ImageSplit(LabelledSplit):
             got = f"{self.labels.dtype} {self.labels.shape}"
             raise ValueError(f"labels must be int64 ({len(self.images)},), one an image, got {got}")
 
-    def _take(self, indices: npt.NDArray[np.intp]) -> ImageSplit:
-        return ImageSplit(self.images[indices], self.labels[indices])
-
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """A data set as `load_images` gives it."""
+    """A data set as `load_images` returns it."""
 
     name: str
     train: ImageSplit
@@ -54,3 +56,85 @@ class ImageData:
     def num_classes(self) -> int:
         """Number of classes; labels lie in [0, num_classes)."""
         return len(self.class_names)
+
+
+def load_images(
+    name: str,
+    *,
+    data_root: str | os.PathLike[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    config_name: str | None = None,
+    train_split: str = "train",
+    test_split: str = "test",
+    image_size: int | None = None,
+) -> ImageData:
+    """Load and decode the training and test images of a data set.
+
+    Args:
+        name: cifar10, cifar100, svhn, cifar10_sample (2,000 + 500 images of CIFAR-10 that come with the
+            package), or anything that `datasets.load_dataset` loads, with its two columns.
+        data_root: folder laid out like the Hub (``DATA_ROOT/uoft-cs/cifar10/...``) to load from instead of
+            the Hub.
+        cache_dir: folder for the Arrow files and, under ``amp_plugin``, the decoded images; by default the cache of
+            Hugging Face Datasets.
+        image_column: column of `datasets.Image`; grayscale and palette images become RGB.
+        label_column: column of the labels, see `class_labels`.
+        config_name: configuration of the data set, where it has several.
+        train_split: split to train on.
+        test_split: split to test on.
+        image_size: height and width to which every image is resized (bicubic, ignoring the aspect ratio); by default
+            images keep their size.
+
+    Raises:
+        DatasetError: the data set is unknown or out of reach, or the arguments do not fit it.
+    """
+    if image_size is not None and image_size < 1:
+        raise DatasetError(f"data set {name!r}: image_size must be positive, got {image_size}")
+    source = _source(name, image_column, label_column, config_name)
+    cache = cache_folder(cache_dir)
+    names = (train_split, test_split)
+    splits = fetch(name, source.path, source.config_name, names, data_root=data_root, cache=cache)
+    import datasets
+
+    # All cheap checks of both splits come first, because decoding takes its time.
+    for rows in splits:
+        feature = rows.feature(source.image_column, "image_column")
+        if not isinstance(feature, datasets.Image):
+            raise DatasetError(
+                f"{rows.where}: column {source.image_column!r} holds {feature}, not images; name a datasets.Image"
+                " column with image_column, or cast it"
+            )
+    labels, class_names = class_labels(splits, source.label_column)
+    train, test = (
+        decoded_images(
+            rows.dataset, source.image_column, where=rows.where, image_size=image_size, cache_dir=cache / "amp_plugin"
+        )
+        for rows in splits
+    )
+    if train.shape[1:] != test.shape[1:]:
+        raise DatasetError(
+            f"data set {name!r}: images are {train.shape[1:3]} in split {train_split!r} and"
+            f" {test.shape[1:3]} in split {test_split!r} (height, width); pass image_size to resize them all"
+        )
+    settings = source.settings or measured_settings(train)
+    return ImageData(name, ImageSplit(train, labels[0]), ImageSplit(test, labels[1]), class_names, settings)
+
+
+def _source(name: str, image: str | None, label: str | None, config: str | None) -> DatasetSource:
+    """Look the data set up; the caller's columns and configuration overrule those of the table."""
+    if name in SOURCES:
+        known = SOURCES[name]
+        return replace(
+            known,
+            config_name=config or known.config_name,
+            image_column=image or known.image_column,
+            label_column=label or known.label_column,
+        )
+    if image is None or label is None:
+        raise DatasetError(
+            f"data set {name!r} is unknown{did_you_mean(name, SOURCES)}; known are {', '.join(SOURCES)}; for any other"
+            " that datasets.load_dataset can load, give image_column and label_column"
+        )
+    return DatasetSource(name, config, image, label)

@@ -1,8 +1,9 @@
-"""The column of labels: class indices, and the names of the classes."""
+"""Class indices and class names from a column of labels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,15 +15,16 @@ Labels = npt.NDArray[np.int64]
 
 
 def class_labels(splits: Sequence[Rows], column: str) -> tuple[list[Labels], tuple[str, ...]]:
-    """Labels of some splits, the first of which is the one to train on.
+    """Number the labels of some splits.
 
     Args:
-        splits: of one data set.
-        column: of `datasets.ClassLabel`, or of integers 0 to K - 1 that are all there in training, or of strings,
-            whose classes are those of training in alphabetical order.
+        splits: splits of one data set, first the one to train on.
+        column: column of `datasets.ClassLabel`, of integers 0 to K - 1 that all occur in training, or of strings,
+            whose classes are the training labels in alphabetical order.
 
     Returns:
-        int64 (N,) for each split, and the names of the classes: their indices where the column has no names.
+        Class indices, int64 (N,), of each split, and the names of the classes, which are their indices where the
+        column has no names.
 
     Raises:
         DatasetError: the column is missing or holds something else, or a label is missing or unknown.
@@ -36,12 +38,19 @@ def class_labels(splits: Sequence[Rows], column: str) -> tuple[list[Labels], tup
     elif values[0].dtype == object:
         names = tuple(sorted(set(values[0])))
     else:
-        names = _numbered(splits[0], column, values[0])
+        classes = np.unique(values[0])
+        if not np.array_equal(classes, np.arange(len(classes))):
+            raise DatasetError(
+                f"{splits[0].where}: the integers of column {column!r} run from {classes[0]} to {classes[-1]},"
+                f" {len(classes)} different; they must be 0 to K - 1, all of them there: renumber with"
+                f" class_encode_column({column!r})"
+            )
+        names = tuple(map(str, classes))
     return [_indices(rows, column, of_split, names) for rows, of_split in zip(splits, values, strict=True)], names
 
 
-def _values(rows: Rows, column: str) -> npt.NDArray[np.int64] | npt.NDArray[np.object_]:
-    """The column, integers or strings."""
+def _values(rows: Rows, column: str) -> npt.NDArray[Any]:
+    """Read the column as int64 or, if it holds strings, as objects."""
     import datasets
 
     feature = rows.feature(column, "label_column")
@@ -52,36 +61,17 @@ def _values(rows: Rows, column: str) -> npt.NDArray[np.int64] | npt.NDArray[np.o
             f"{rows.where}: column {column!r} holds {feature}, not class indices or names; name another with"
             f" label_column, or convert it with class_encode_column({column!r})"
         )
-    values = rows.dataset.select_columns([column]).with_format("arrow")[:].column(column)
-    if values.null_count:
-        raise DatasetError(
-            f"{rows.where}: {values.null_count} labels of column {column!r} are missing; drop those rows"
-        )
-    array: npt.NDArray[np.int64] = values.to_numpy()
-    return array.astype(object if strings else np.int64)
+    return rows.values(column, "labels").astype(object if strings else np.int64)
 
 
-def _numbered(rows: Rows, column: str, labels: npt.NDArray[np.int64] | npt.NDArray[np.object_]) -> tuple[str, ...]:
-    classes = np.unique(labels)
-    if not np.array_equal(classes, np.arange(len(classes))):
-        raise DatasetError(
-            f"{rows.where}: the integers of column {column!r} run from {classes[0]} to {classes[-1]},"
-            f" {len(classes)} different; they must be 0 to K - 1, all of them there: renumber with"
-            f" class_encode_column({column!r})"
-        )
-    return tuple(map(str, classes))
-
-
-def _indices(
-    rows: Rows, column: str, values: npt.NDArray[np.int64] | npt.NDArray[np.object_], names: tuple[str, ...]
-) -> Labels:
-    """The labels of a split as class indices, all of them known."""
+def _indices(rows: Rows, column: str, values: npt.NDArray[Any], names: tuple[str, ...]) -> Labels:
+    """Turn the labels of a split into class indices."""
     if values.dtype == object:
         index = {name: i for i, name in enumerate(names)}
         labels = np.array([index.get(value, -1) for value in values], dtype=np.int64)
         known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     else:
-        labels, known = values.astype(np.int64), f"0 to {len(names) - 1}"
+        labels, known = values, f"0 to {len(names) - 1}"
     outside = (labels < 0) | (labels >= len(names))
     if outside.any():
         row = int(np.argmax(outside))

@@ -1,8 +1,7 @@
-"""Where the known data sets live and how the AMP paper normalises and augments them.
+"""The known data sets, and how the AMP paper normalises and augments them.
 
 Source: Zheng et al., "Regularizing Neural Networks via Adversarial Model Perturbation"
-    (https://arxiv.org/abs/2010.04925)
-and its released code.
+(https://arxiv.org/abs/2010.04925) and its released code.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ class DatasetSettings:
     """How the images of one data set are normalised and augmented.
 
     Attributes:
-        mean: per channel, of pixels scaled to [0, 1].
-        std: per channel, of pixels scaled to [0, 1].
-        pad: pixels added on every side before the random crop; 0 for no crop.
-        fill: grey level (0 to 255) of that padding and of what AutoAugment moves into the image.
-        flip: mirror every second image, at random.
+        mean: means of the channels, of pixels scaled to [0, 1].
+        std: standard deviations of the channels, of pixels scaled to [0, 1].
+        pad: pixels added on every side before the random crop, by default 4; 0 for no crop.
+        fill: grey level (0 to 255) of the padding and of the pixels that AutoAugment moves into the image.
+        flip: whether a random half of the images is mirrored.
         cutout_length: side of Cutout's square, in pixels.
         autoaugment: name of torchvision's AutoAugment policy: cifar10, svhn or imagenet.
-        autoaugment_crop: whether the crop stays when AutoAugment is on.
+        autoaugment_crop: whether images are cropped also where AutoAugment is on.
 
     Raises:
-        ValueError: a value that cannot be meant.
+        ValueError: a value is out of range.
     """
 
     mean: Channels
@@ -58,7 +57,7 @@ class DatasetSettings:
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """What `datasets.load_dataset` needs to find a data set, and its settings where the paper has them."""
+    """Arguments for `datasets.load_dataset`, columns, and the paper's settings where it has the data set."""
 
     path: str
     config_name: str | None
@@ -68,10 +67,10 @@ class DatasetSource:
 
 
 def measured_settings(images: npt.NDArray[np.uint8]) -> DatasetSettings:
-    """Settings for a data set that the paper does not have.
+    """Choose settings for a data set that the paper does not have.
 
-    Statistics are those of the training images (N, H, W, 3), Cutout's square is half the shorter side, as on
-    CIFAR-10; the rest are the defaults.
+    The training images (N, H, W, 3) give the statistics, and Cutout's square is half the shorter side, as on CIFAR-10.
+    All other settings are the defaults.
 
     Raises:
         ValueError: a channel has one value throughout.

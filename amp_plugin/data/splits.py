@@ -1,8 +1,8 @@
-"""What splits of images and of texts have in common: labels, and class-balanced parts."""
+"""Labels and class-balanced parts, which splits of images and of texts have in common."""
 
 from __future__ import annotations
 
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,10 @@ class DatasetError(ValueError):
 class LabelledSplit:
     """Labelled examples, of which a class-balanced part can be taken.
 
+    A subclass is a dataclass whose fields are arrays of one row per example.
+
     Attributes:
-        kind: what an example is, in the plural.
+        kind: word for the examples, in the plural.
         labels: int64 (N,).
     """
 
@@ -34,22 +36,22 @@ class LabelledSplit:
         """Take ``n`` random examples, equally many of every class (give or take one), in their present order.
 
         Raises:
-            DatasetError: there are too few examples of some class.
+            DatasetError: a class has too few examples.
         """
         return self._take(self.subset_indices(n, seed))
 
     def subset_indices(self, n: int, seed: int = 0) -> npt.NDArray[np.intp]:
-        """Where in this split the examples of ``subset(n, seed)`` are, in ascending order."""
+        """Return the indices of the examples of ``subset(n, seed)``, in ascending order."""
         return np.sort(self._balanced(n, seed)[:n])
 
     def split(self: Split, n: int, seed: int = 0) -> tuple[Split, Split]:
-        """Hold out what ``subset(n, seed)`` takes, for validation.
+        """Hold out the examples of ``subset(n, seed)`` for validation.
 
         Returns:
             The other examples and the held-out ones, disjoint.
 
         Raises:
-            DatasetError: there are too few examples of some class, or none would be left.
+            DatasetError: a class has too few examples, or none would be left.
         """
         if n == len(self):
             raise DatasetError(f"holding out all {n} {self.kind} leaves none to train on; hold out fewer")
@@ -57,7 +59,7 @@ class LabelledSplit:
         return self._take(np.sort(order[n:])), self._take(np.sort(order[:n]))
 
     def _balanced(self, n: int, seed: int) -> npt.NDArray[np.intp]:
-        """All indices in a random order, of which the first ``n`` hold the classes equally often."""
+        """Shuffle all indices such that the first ``n`` hold the classes equally often."""
         if not 0 < n <= len(self):
             raise DatasetError(f"cannot take {n} of {len(self)} {self.kind}; ask for 1 to {len(self)}")
         chance = uniform_draws(seed, SELECTION_STREAM, len(self), 1)[:, 0]
@@ -77,5 +79,5 @@ class LabelledSplit:
         return order
 
     def _take(self: Split, indices: npt.NDArray[np.intp]) -> Split:
-        """The examples of these indices."""
-        raise NotImplementedError
+        make: Any = type(self)
+        return make(*(array[indices] for array in vars(self).values()))  # type: ignore[no-any-return]

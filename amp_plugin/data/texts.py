@@ -1,4 +1,4 @@
-"""Text classification data: loading, and batches of tokens for a `DataLoader` or a Trainer."""
+"""Text classification data, and batches of tokens for a `DataLoader` or a Trainer."""
 
 from __future__ import annotations
 
@@ -31,13 +31,10 @@ class TextSplit(LabelledSplit):
     texts: npt.NDArray[np.object_]
     labels: npt.NDArray[np.int64]
 
-    def _take(self, indices: npt.NDArray[np.intp]) -> TextSplit:
-        return TextSplit(self.texts[indices], self.labels[indices])
-
 
 @dataclass(frozen=True, eq=False)
 class TextData:
-    """A data set as `load_texts` gives it."""
+    """A data set as `load_texts` returns it."""
 
     name: str
     train: TextSplit
@@ -46,12 +43,12 @@ class TextData:
 
 
 class TextBatches(Dataset[dict[str, Tensor]]):
-    """Batches of one split as a model takes them, padded to their longest, for a `DataLoader` with `collate`.
+    """Batches of one split, padded to their longest example, for a `DataLoader` with `collate`.
 
     Args:
         split: texts and labels.
-        tokenizer: of `transformers`, with a token to pad with.
-        max_length: tokens of an example at most; the rest is cut off.
+        tokenizer: tokenizer of `transformers`, with a token to pad with.
+        max_length: largest number of tokens of an example; the rest is cut off.
     """
 
     def __init__(self, split: TextSplit, tokenizer: Any, max_length: int) -> None:
@@ -63,11 +60,11 @@ class TextBatches(Dataset[dict[str, Tensor]]):
         return len(self.split)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One example: input_ids int64 (L,) and what else the tokenizer makes, and labels, an int64 scalar."""
+        """Return one example: input_ids int64 (L,), the tokenizer's other tensors, and labels, an int64 scalar."""
         return {name: values[0] for name, values in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """A batch, as a `DataLoader` asks for it: input_ids int64 (B, L), labels int64 (B,), and so on."""
+        """Return a batch, as a `DataLoader` asks for it: input_ids int64 (B, L), labels int64 (B,), and so on."""
         columns = [list(column) for column in self.split.texts[np.asarray(indices)].T]
         tokens = self.tokenizer(
             *columns, truncation=True, max_length=self.max_length, padding=True, return_tensors="pt"
@@ -90,19 +87,18 @@ def load_texts(
     """Load the training and test texts of a data set.
 
     Args:
-        name: what `datasets.load_dataset` loads: an id on the Hub, or a folder of CSV, JSON Lines or Parquet files, one
-            a split.
+        name: id on the Hub, or a folder of CSV, JSON Lines or Parquet files, one for each split.
         text_column: column of the texts.
         text_pair_column: column of the second texts, for pairs.
-        label_column: as `class_labels` takes it.
+        label_column: column of the labels, see `class_labels`.
         data_root: folder laid out like the Hub to load from instead of the Hub.
-        cache_dir: folder for the Arrow files; by default that of Hugging Face Datasets.
-        config_name: the data set's configuration, where it has several.
-        train_split: the split to train on.
-        test_split: the split to test on.
+        cache_dir: folder for the Arrow files; by default the cache of Hugging Face Datasets.
+        config_name: configuration of the data set, where it has several.
+        train_split: split to train on.
+        test_split: split to test on.
 
     Raises:
-        DatasetError: the data set is out of reach, or is not what the arguments say.
+        DatasetError: the data set is out of reach, or the arguments do not fit it.
     """
     names = (train_split, test_split)
     splits = fetch(name, name, config_name, names, data_root=data_root, cache=cache_folder(cache_dir))
@@ -118,7 +114,7 @@ def load_texts(
 
 
 def _texts(rows: Rows, columns: dict[str, str]) -> npt.NDArray[np.object_]:
-    """The columns, side by side; they are named by the arguments that name them."""
+    """Read the columns side by side; the keys are the arguments that name them."""
     import datasets
 
     for argument, column in columns.items():
@@ -127,8 +123,4 @@ def _texts(rows: Rows, columns: dict[str, str]) -> npt.NDArray[np.object_]:
             raise DatasetError(
                 f"{rows.where}: column {column!r} holds {feature}, not texts; name another with {argument}"
             )
-    table = rows.dataset.select_columns(list(columns.values())).with_format("arrow")[:]
-    for column in columns.values():
-        if missing := table.column(column).null_count:
-            raise DatasetError(f"{rows.where}: {missing} texts of column {column!r} are missing; drop those rows")
-    return np.stack([table.column(column).to_numpy().astype(object) for column in columns.values()], axis=1)
+    return np.stack([rows.values(column, "texts").astype(object) for column in columns.values()], axis=1)
