@@ -1,7 +1,7 @@
-"""Accuracy, error, negative log-likelihood and calibration error, the figures the AMP paper reports.
+"""Accuracy, error, negative log-likelihood and calibration error, the figures that the AMP paper reports.
 
-`ImageClassificationMetric` is an `evaluate.Metric` that needs no network; `compute_metrics` is what
-`transformers.Trainer` takes under that name. Both are `classification_scores` underneath.
+`classification_scores` computes them. `ImageClassificationMetric` offers them as an `evaluate.Metric` that needs no
+network, and `compute_metrics` as the argument of that name of `transformers.Trainer`.
 """
 
 from __future__ import annotations
@@ -14,29 +14,6 @@ import evaluate
 import numpy as np
 import numpy.typing as npt
 from transformers import EvalPrediction
-
-_DESCRIPTION = """\
-Accuracy, error, mean negative log-likelihood and expected calibration error of an image classifier's logits.
-"""
-
-_INPUTS = """\
-Args:
-    predictions: logits, one row of at least two finite floats per sample, all rows of one length.
-    references: class indices, one integer per sample.
-    n_bins: number of confidence bins of the expected calibration error, 15 by default.
-
-Returns:
-    accuracy (fraction), error (percent), nll (nats a sample), ece (fraction).
-"""
-
-_CITATION = """\
-@inproceedings{guo2017calibration,
-  title     = {On Calibration of Modern Neural Networks},
-  author    = {Guo, Chuan and Pleiss, Geoff and Sun, Yu and Weinberger, Kilian Q.},
-  booktitle = {International Conference on Machine Learning},
-  year      = {2017},
-}
-"""
 
 
 class ImageClassificationMetric(evaluate.Metric):  # type: ignore[misc] # evaluate publishes no types
@@ -52,14 +29,11 @@ class ImageClassificationMetric(evaluate.Metric):  # type: ignore[misc] # evalua
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        features = {
-            "predictions": datasets.List(datasets.Value("float64")),
-            "references": datasets.Value("int64"),
-        }
+        features = {"predictions": datasets.List(datasets.Value("float64")), "references": datasets.Value("int64")}
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
+            description=__doc__,
+            citation="Guo, Pleiss, Sun, Weinberger. On Calibration of Modern Neural Networks. ICML 2017.",
+            inputs_description=classification_scores.__doc__,
             features=datasets.Features(features),
             reference_urls=["https://arxiv.org/abs/1706.04599"],
         )
@@ -68,20 +42,17 @@ class ImageClassificationMetric(evaluate.Metric):  # type: ignore[misc] # evalua
         """Add the logits (n, K) and class indices (n,) of n samples.
 
         Raises:
-            ValueError: the batch is one that `classification_scores` refuses.
+            ValueError: `classification_scores` refuses the batch.
         """
-        # Checked here because evaluate would truncate fractional labels and fail obscurely on an empty batch.
+        # evaluate itself would truncate fractional labels and fail obscurely on an empty batch.
         logits, labels = _checked(predictions, references)
         super().add_batch(predictions=logits, references=labels, **kwargs)
 
     def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> Any:
-        """Score every sample added so far and those passed here.
-
-        Returns:
-            What `classification_scores` returns, on the first process; None on the others.
+        """Score all samples, those added so far and those passed here; return None on all processes but the first.
 
         Raises:
-            ValueError: there is no sample, or `classification_scores` refuses them.
+            ValueError: there is no sample, or `classification_scores` refuses the samples.
         """
         if predictions is None and references is None and len(self) == 0:
             raise ValueError("there are no samples: call add_batch first, or pass predictions and references")
@@ -94,14 +65,12 @@ class ImageClassificationMetric(evaluate.Metric):  # type: ignore[misc] # evalua
 def compute_metrics(eval_prediction: EvalPrediction, n_bins: int = 15) -> dict[str, float]:
     """Score an evaluation of `transformers.Trainer`: `Trainer(..., compute_metrics=compute_metrics)`.
 
-    The Trainer has gathered the arrays already, so they skip the Arrow table of `ImageClassificationMetric`.
-
     Args:
         eval_prediction: logits (n, K) as `predictions` and class indices (n,) as `label_ids`.
-        n_bins: see `classification_scores`.
+        n_bins: number of confidence bins, see `classification_scores`.
 
     Raises:
-        ValueError: the model returned more than its logits, or `classification_scores` refuses the arrays.
+        ValueError: the model returned more than logits, or `classification_scores` refuses the arrays.
     """
     if isinstance(eval_prediction.predictions, tuple):
         raise ValueError(
@@ -117,17 +86,17 @@ def classification_scores(logits: Any, labels: Any, *, n_bins: int = 15) -> dict
     Args:
         logits: (n, K) array-like of finite numbers, n >= 1, K >= 2.
         labels: (n,) array-like of integers in [0, K).
-        n_bins: number of confidence bins of the calibration error.
+        n_bins: number of confidence bins of the calibration error, 15 by default.
 
     Returns:
-        `accuracy`, a fraction (a tie goes to the lowest class). `error`, percent. `nll`, the mean negative
-        log-likelihood in nats. `ece`, the expected calibration error, a fraction: |accuracy - mean
+        `accuracy` is a fraction (a tie goes to the lowest class), `error` is in percent, and `nll` is the mean
+        negative log-likelihood in nats. `ece`, the expected calibration error, is a fraction: |accuracy - mean
         confidence| of each of `n_bins` bins of equal width, (0, 1/n_bins] to (1 - 1/n_bins, 1], averaged with
         the bins' numbers of samples as weights (Guo et al. 2017, section 2, https://arxiv.org/abs/1706.04599).
 
     Raises:
-        ValueError: no samples, shapes other than those above, a logit that is not finite, a label that is not
-            an integer in [0, K), or `n_bins` < 1.
+        ValueError: there are no samples, a shape is another, a logit is not finite, a label is not an integer in
+            [0, K), or `n_bins` is below 1.
     """
     bins = calibration_bins(logits, labels, n_bins=n_bins)
     logits, labels = _checked(logits, labels)
@@ -146,8 +115,8 @@ class CalibrationBins:
 
     Attributes:
         counts: (n,) number of predictions in each bin.
-        accuracy: (n,) fraction of them that is right; NaN in an empty bin.
-        confidence: (n,) their mean confidence, a fraction; NaN in an empty bin.
+        accuracy: (n,) fraction of right predictions in each bin; NaN in an empty bin.
+        confidence: (n,) mean confidence in each bin, a fraction; NaN in an empty bin.
     """
 
     counts: npt.NDArray[np.int64]
@@ -156,13 +125,13 @@ class CalibrationBins:
 
     @property
     def ece(self) -> float:
-        """The expected calibration error, a fraction: the mean over the predictions of |accuracy - confidence|."""
+        """Expected calibration error, a fraction: the mean over the predictions of |accuracy - confidence|."""
         gaps = np.abs(self.accuracy - self.confidence)[self.counts > 0]
         return float((gaps * self.counts[self.counts > 0]).sum() / self.counts.sum())
 
 
 def calibration_bins(logits: Any, labels: Any, *, n_bins: int = 15) -> CalibrationBins:
-    """The bins of the expected calibration error; arguments and errors as of `classification_scores`."""
+    """Sort predictions into the bins of the calibration error; arguments and errors are `classification_scores`'s."""
     if n_bins < 1:
         raise ValueError(f"n_bins must be at least 1, got {n_bins}")
     logits, labels = _checked(logits, labels)
