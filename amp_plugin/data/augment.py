@@ -1,7 +1,6 @@
 """Crop, flip, AutoAugment, Cutout and normalisation of a whole batch on the CPU.
 
-The random numbers come in as an argument, one row a sample, so the same row always means the same
-augmentation.
+The random numbers are an argument, one row for each sample, so the same row always means the same augmentation.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ Augmentation = Literal["none", "plain", "cutout", "autoaugment"]
 Images = npt.NDArray[np.uint8]
 Draws = npt.NDArray[np.float64]
 
-# The columns of a row of draws; every mode uses the same, so modes differ only in what they add.
+# Columns of a row of draws. All modes use the same columns, so modes differ only in what they add.
 _CROP, _FLIP, _CUTOUT, _POLICY, _PROBS, _SIGNS = slice(0, 2), 2, slice(3, 5), 5, slice(6, 8), slice(8, 10)
 DRAWS = 10
 
@@ -32,15 +31,15 @@ class Augmenter:
     """Turn uint8 images into normalised float32 batches.
 
     Args:
-        settings: of the data set.
+        settings: settings of the data set.
         augment: "none"; "plain" (crop and flip); "cutout" (plain and Cutout); "autoaugment" (plain,
             AutoAugment and Cutout, as in the AMP paper; no crop where the settings say so).
-        image_size: (H, W).
-        output_size: (H, W) of the batches, if it is another: the augmented images are resized (bicubic).
-        channels_last: return batches in that memory format.
+        image_size: (H, W) of the images.
+        output_size: (H, W) to which the augmented images are resized (bicubic), by default ``image_size``.
+        channels_last: whether batches have that memory format.
 
     Raises:
-        ValueError: unknown ``augment``, or a policy that torchvision does not have.
+        ValueError: ``augment`` is unknown, or torchvision does not have the policy.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class Augmenter:
 
         Args:
             images: uint8 (B, H, W, 3).
-            draws: (B, DRAWS) independent and uniform in [0, 1); not looked at when ``augment`` is "none".
+            draws: (B, DRAWS) independent and uniform in [0, 1); ignored when ``augment`` is "none".
 
         Returns:
             float32 (B, 3, H, W), of the output size.
@@ -91,13 +90,13 @@ class Augmenter:
         pixels = torch.from_numpy(planes)
         if self._output_size is not None:
             pixels = resize(pixels, list(self._output_size), InterpolationMode.BICUBIC, antialias=True)
-        # Black is 0 before and after the conversion to [0, 1]: Cutout on bytes is Cutout between it and this.
+        # Black is 0 also after the conversion to [0, 1], so Cutout on bytes is Cutout right before normalisation.
         batch = pixels.float().mul_(self._scale).add_(self._shift)
         return batch.contiguous(memory_format=self._memory_format)
 
 
 def random_crop(images: Images, draws: Draws, pad: int, fill: int) -> Images:
-    """Pad images (B, 3, H, W) on every side and cut their size out again, where draws (B, 2) say."""
+    """Pad images (B, 3, H, W) on every side and cut out a window of their size, at offsets chosen by draws (B, 2)."""
     height, width = images.shape[2:]
     padded = np.full((*images.shape[:2], height + 2 * pad, width + 2 * pad), fill, dtype=np.uint8)
     padded[:, :, pad : pad + height, pad : pad + width] = images
@@ -108,7 +107,7 @@ def random_crop(images: Images, draws: Draws, pad: int, fill: int) -> Images:
 
 
 def random_flip(images: Images, draws: Draws) -> Images:
-    """Mirror the images (B, 3, H, W) whose draw (B,) is below one half; a new array."""
+    """Return a copy of images (B, 3, H, W) in which those with a draw (B,) below one half are mirrored."""
     flipped = images.copy()
     chosen = draws < 0.5
     flipped[chosen] = images[chosen][..., ::-1]
@@ -118,9 +117,8 @@ def random_flip(images: Images, draws: Draws) -> Images:
 def cutout(images: Images, draws: Draws, length: int) -> Images:
     """Blacken a square of side ``length`` in each image (B, 3, H, W).
 
-    Its centre is any pixel with equal chance, chosen by draws (B, 2), so it may cross the border (DeVries and
-    Taylor, https://arxiv.org/abs/1708.04552). Of an even length, it takes one pixel more before the centre
-    than after it.
+    Draws (B, 2) choose its centre among all pixels, so the square may cross the border (DeVries and Taylor,
+    https://arxiv.org/abs/1708.04552). A square of even length has one pixel more before the centre than after it.
     """
     height, width = images.shape[2:]
     rows = _outside_span(draws[:, 0], height, length)
@@ -130,7 +128,7 @@ def cutout(images: Images, draws: Draws, length: int) -> Images:
 
 
 def _outside_span(draws: Draws, size: int, length: int) -> npt.NDArray[np.bool_]:
-    """Mark in each row (B, size) what is not in its span of ``length`` around a random centre."""
+    """Mark in each row (B, size) the positions outside a span of ``length`` around a random centre."""
     start = _choose(draws, size)[:, None] - length // 2
     positions = np.arange(size)
     return (positions < start) | (positions >= start + length)

@@ -1,7 +1,7 @@
 """AutoAugment (Cubuk et al., CVPR 2019, https://arxiv.org/abs/1805.09501) for a whole batch at once.
 
-Policies, magnitudes and operations are torchvision's; this file only decides which images each operation
-gets, so the result equals `torchvision.transforms.AutoAugment` on each uint8 tensor, bit for bit.
+Policies, magnitudes and operations are torchvision's; this module only decides which images each operation gets.
+The result equals `torchvision.transforms.AutoAugment` on each uint8 tensor, bit for bit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torchvision.transforms.autoaugment import _apply_op
 from torchvision.transforms.v2.functional import equalize
 
 _BINS = 10  # magnitudes of the paper's search space
-# Mixtures of the image with another one, 1 + magnitude of the first; Contrast's other one is not in whole numbers.
+# These mix the image, with weight 1 + magnitude, and another one. Contrast does too, but not in whole numbers.
 _MIXTURES = ("Brightness", "Color", "Sharpness")
 _GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 
@@ -26,9 +26,9 @@ class BatchAutoAugment:
     """Apply one of torchvision's AutoAugment policies to batches of one image size.
 
     Args:
-        policy: cifar10, svhn or imagenet.
-        image_size: (H, W).
-        fill: grey level of what moves into the image. The classic implementations fill with 128, mid-grey.
+        policy: name of the policy: cifar10, svhn or imagenet.
+        image_size: (H, W) of the images.
+        fill: grey level of the pixels that move into the image, by default 128, as in the classic implementations.
 
     Raises:
         ValueError: torchvision has no such policy.
@@ -55,12 +55,12 @@ class BatchAutoAugment:
         distinct = {op for pair in pairs for signs in pair for op in signs}
         self.operations: list[Operation] = sorted(distinct, key=lambda op: (op[0] not in _GEOMETRIC, op))
         geometric = [op for op in self.operations if op[0] in _GEOMETRIC]
-        # What is done together to the images of a batch: a mixture at whatever magnitudes, others at one each.
+        # A mixture treats images of all magnitudes together, any other operation those of one magnitude.
         together = [name if name in _MIXTURES else (name, magnitude) for name, magnitude in self.operations]
         self._group = np.array([together.index(group) for group in together])
         self._magnitude = np.array([magnitude for _, magnitude in self.operations])
         self._origins = torch.stack([_pixel_origins(op, image_size) for op in geometric])
-        # By sub-policy and step; the operations by sign as well.
+        # Probabilities are indexed by sub-policy and step, operations by sub-policy, step and sign.
         self._probability = np.array([[p for _, p, _ in pair] for pair in reference.policies])
         self._index = np.array([[[self.operations.index(op) for op in ops] for ops in pair] for pair in pairs])
 
@@ -71,12 +71,12 @@ class BatchAutoAugment:
         probs: npt.NDArray[np.float64],
         signs: npt.NDArray[np.int64],
     ) -> Tensor:
-        """Augment a batch; the random numbers are those of `torchvision.transforms.AutoAugment.get_params`.
+        """Augment a batch, with the random numbers of `torchvision.transforms.AutoAugment.get_params`.
 
         Args:
             images: uint8 (B, 3, H, W).
-            policy_ids: (B,) sub-policies, each two operations in order.
-            probs: (B, 2) uniform in [0, 1): an operation runs where this is below its probability.
+            policy_ids: (B,) indices of sub-policies, each of which is two operations in order.
+            probs: (B, 2) uniform in [0, 1); an operation runs where its probability is larger.
             signs: (B, 2) of 0 (negative magnitude, where the operation has a sign) and 1.
 
         Returns:
@@ -98,7 +98,7 @@ class BatchAutoAugment:
         return images
 
     def _move(self, images: Tensor, operations: Tensor) -> Tensor:
-        """Apply a geometric operation of its own to each image (n, 3, H, W), all in one gather."""
+        """Apply one geometric operation to each image (n, 3, H, W), all in one gather."""
         outside = images.new_full((*images.shape[:2], 1), self.fill)
         pixels = torch.cat([images.flatten(2), outside], dim=2)
         origins = self._origins[operations].unsqueeze(1).expand(-1, 3, -1)
@@ -106,10 +106,9 @@ class BatchAutoAugment:
 
 
 def _pixel_origins(operation: Operation, image_size: tuple[int, int]) -> Tensor:
-    """Where a geometric operation takes each pixel from: (H * W,) flat indices, H * W for outside the image.
+    """Find where a geometric operation takes each pixel from: (H * W,) flat indices, H * W for outside the image.
 
-    Found by sending an image of pixel numbers, from 1, through torchvision's operation (exact in float32 to
-    2**24).
+    An image of pixel numbers, from 1, goes through torchvision's operation, which is exact in float32 up to 2**24.
     """
     height, width = image_size
     numbers = torch.arange(1, height * width + 1, dtype=torch.float32).view(1, height, width)
@@ -118,15 +117,15 @@ def _pixel_origins(operation: Operation, image_size: tuple[int, int]) -> Tensor:
 
 
 def _recolour(images: Tensor, name: str, magnitudes: npt.NDArray[np.float64]) -> Tensor:
-    """Apply one operation that leaves every pixel in its place to (n, 3, H, W); all but mixtures at one magnitude."""
-    if name == "Equalize":  # _apply_op's goes image by image; v2's is the same integers for the batch
+    """Apply an operation that moves no pixel to (n, 3, H, W); only mixtures take several magnitudes at once."""
+    if name == "Equalize":  # _apply_op goes image by image; v2 finds the same integers for the batch
         equalized: Tensor = equalize(images)
         return equalized
     if name == "Sharpness" and min(images.shape[2:]) <= 2:
         return images  # too small to be blurred
     if name in _MIXTURES:
         ratio = torch.from_numpy(1.0 + magnitudes).view(-1, 1, 1, 1)
-        other: Tensor = _apply_op(images, name, -1.0, InterpolationMode.NEAREST, None)  # with none of the image in it
+        other: Tensor = _apply_op(images, name, -1.0, InterpolationMode.NEAREST, None)  # the image has weight 0 here
         mixture = images.mul(ratio.float()).add_(other.mul((1.0 - ratio).float()))
         return mixture.clamp_(0, 255).to(torch.uint8)
     result: Tensor = _apply_op(images, name, float(magnitudes[0]), InterpolationMode.NEAREST, None)
