@@ -1,6 +1,6 @@
-"""How flat a minimum is, seen: sharpness in the ball, the Hessian's largest eigenvalues and trace, loss landscapes.
+"""Measures of flatness: sharpness in the ball, the Hessian's largest eigenvalues and trace, loss landscapes.
 
-Of any model and loader, however it was trained: `Objective` is the loss, and every measure takes it::
+They take any model and loader, however the model was trained. `Objective` is the loss, and every measure takes it::
 
     from amp_plugin.flatness import Objective, epsilon_sharpness, hessian_eigenvalues, hessian_trace
 
@@ -9,7 +9,7 @@ Of any model and loader, however it was trained: `Objective` is the loss, and ev
     hessian_eigenvalues(objective, k=5).values
     hessian_trace(objective).value
 
-``python -m amp_plugin.flatness FOLDER FOLDER`` makes all of them, and pictures, of finished runs of the main job.
+``python -m amp_plugin.flatness FOLDER FOLDER`` measures finished runs of the main job and draws pictures.
 """
 
 from amp_plugin.flatness.curvature import Eigenvalues, Trace, hessian_eigenvalues, hessian_trace

@@ -1,7 +1,7 @@
 """How flat are the minima of finished runs of the main job, side by side on the same training images.
 
-Measures the worst loss in the ball around the weights, the largest eigenvalues and the trace of the loss's Hessian, and
-the loss along random filter-normalised directions. Give a run with AMP and one without, on the same data.
+The command measures the worst loss in the ball around the weights, the largest eigenvalues and the trace of the loss's
+Hessian, and the loss along random filter-normalised directions. Give a run with AMP and one without, on the same data.
 """
 
 from __future__ import annotations
@@ -23,30 +23,21 @@ from amp_plugin.flatness.objective import Objective
 from amp_plugin.flatness.pictures import plot_landscapes
 from amp_plugin.train.run_folder import SavedRun, open_run
 
-# Options of the runs that must be the same, or the models would be measured on different data.
+# Runs that differ in one of these options would be measured on different data.
 _DATA = (
-    "dataset",
-    "dataset_config_name",
-    "image_column",
-    "text_column",
-    "text_pair_column",
-    "label_column",
-    "train_split",
-    "train_images",
-    "validation_images",
-    "image_size",
+    *("dataset", "dataset_config_name", "image_column", "text_column", "text_pair_column", "label_column"),
+    *("train_split", "train_images", "validation_images", "image_size"),
 )
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m amp_plugin.flatness",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    defaults = {f.name: f.default for f in fields(MeasureSettings)}
     add = parser.add_argument
     add("folders", nargs="+", metavar="FOLDER", help="Output folders of finished runs.")
     add("--names", nargs="+", metavar="NAME", help="What to call them. Default: the folders' names.")
@@ -60,17 +51,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--training_mode", action="store_true", help="BatchNorm uses the statistics of each batch, and dropout is on.")
     add("--epsilon", type=float, help="Radius of the ball. Default: the first run's --amp_epsilon.")
     add("--norm", choices=NORMS, help="Of the ball. Default: the first run's --amp_norm.")
-    for name, what in {
-        "steps": "Steps of the ascent in the ball.",
-        "eigenvalues": "How many of the largest.",
-        "products": "Hessian-vector products for them.",
-        "probes": "Random vectors for the trace, each a Hessian-vector product.",
-        "span": "Farthest step along a direction; 1 is as long as the weights.",
-        "line_points": "Points along the line.",
-        "plane_points": "Points along each side of the plane.",
-        "seed": "Of the directions and all that is drawn.",
-    }.items():
-        add(f"--{name}", type=type(defaults[name]), default=defaults[name], help=f"{what} [{defaults[name]}]")
+    for field in fields(MeasureSettings):
+        if text := field.metadata.get("help"):
+            add(f"--{field.name}", type=type(field.default), default=field.default, help=f"{text} [{field.default}]")
     arguments = parser.parse_args(argv)
     if arguments.names and len(set(arguments.names)) != len(arguments.folders):
         parser.error(f"--names: give {len(arguments.folders)} different names, one a folder")
@@ -82,10 +65,10 @@ def main(argv: Sequence[str]) -> None:
     arguments = parse(argv)
     if "hessian" in arguments.measures:
         require_library()
-    import matplotlib  # noqa: F401  # if it is missing, now and not after an hour
+    import matplotlib  # noqa: F401  # a missing library fails now and not after an hour
 
     logging.set_verbosity_error()
-    logging.disable_progress_bar()  # of reading a file
+    logging.disable_progress_bar()  # transformers shows one for reading a file
     runs = {}
     for name, folder in zip(arguments.names or _names(arguments.folders), arguments.folders, strict=True):
         runs[name] = open_run(folder, dataset=arguments.dataset, data_root=arguments.data_root)
@@ -142,7 +125,7 @@ def _require_same_data(first: SavedRun, run: SavedRun) -> None:
 
 
 def _draw(measured: Mapping[str, Measures], out: Path, where: str) -> list[str]:
-    """The pictures' names."""
+    """Draw the landscapes that all models have, and return the names of the pictures."""
     drawn = []
     for kind, through, file in (
         ("line", "along a line", "landscape_line.png"),
@@ -199,7 +182,7 @@ def _page(
 
 
 def run(argv: Sequence[str]) -> Any:
-    """`main`; what the user can mend ends the process with one line instead of a traceback."""
+    """Call `main`; an error that the user can mend ends the process with one line instead of a traceback."""
     try:
         main(argv)
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The Hessian of the loss: its largest eigenvalues and its trace."""
+"""The largest eigenvalues and the trace of the loss's Hessian."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Eigenvalues:
     """The largest eigenvalues of a Hessian.
 
     Attributes:
-        values: (k,), the largest first.
-        residuals: (k,), each bounds the distance of the value from an eigenvalue of the Hessian, up to the rounding of
+        values: (k,) eigenvalues, the largest first.
+        residuals: (k,) bounds of the distance of each value from an eigenvalue of the Hessian, up to the rounding of
             the products; at least the rounding of the largest value.
-        products: Hessian-vector products that were made.
+        products: number of Hessian-vector products that were made.
     """
 
     values: tuple[float, ...]
@@ -34,9 +34,9 @@ class Trace:
     """The trace of a Hessian, the sum of its eigenvalues.
 
     Attributes:
-        value: the estimate.
-        standard_error: of it, over the probes.
-        probes: random vectors, each of which took one Hessian-vector product.
+        value: estimate of the trace.
+        standard_error: standard error of the estimate, over the probes.
+        probes: number of random vectors, each of which took one Hessian-vector product.
     """
 
     value: float
@@ -45,16 +45,16 @@ class Trace:
 
 
 def hessian_eigenvalues(objective: Objective, k: int = 5, *, products: int = 40, seed: int = 0) -> Eigenvalues:
-    """The largest eigenvalues of the loss's Hessian, by the Lanczos method with full reorthogonalisation.
+    """Compute the largest eigenvalues of the loss's Hessian, by the Lanczos method with full reorthogonalisation.
 
-    Eigenvalues that are exactly equal count once. The vectors of all products are kept: ``products`` times the memory
-    of the weights.
+    Eigenvalues that are exactly equal count once. The vectors of all products are kept, which takes ``products`` times
+    the memory of the weights.
 
     Args:
-        objective: the loss.
-        k: how many.
-        products: Hessian-vector products over all batches, at most; more make the residuals smaller.
-        seed: of the first vector.
+        objective: loss to differentiate.
+        k: number of eigenvalues.
+        products: largest number of Hessian-vector products over all batches; more make the residuals smaller.
+        seed: seed of the first vector.
 
     Raises:
         ImportError: hessian-eigenthings is missing (``pip install "amp-plugin[flatness]"``).
@@ -76,16 +76,16 @@ def hessian_eigenvalues(objective: Objective, k: int = 5, *, products: int = 40,
 
 
 def hessian_trace(objective: Objective, *, probes: int = 20, seed: int = 0) -> Trace:
-    """The trace of the loss's Hessian, by Hutchinson's estimator with vectors of random signs.
+    """Estimate the trace of the loss's Hessian, by Hutchinson's estimator with vectors of random signs.
 
     Args:
-        objective: the loss.
-        probes: random vectors, each a Hessian-vector product over all batches; at least 2.
-        seed: of them.
+        objective: loss to differentiate.
+        probes: number of random vectors, at least 2; each takes a Hessian-vector product over all batches.
+        seed: seed of the random vectors.
 
     Raises:
         ImportError: hessian-eigenthings is missing (``pip install "amp-plugin[flatness]"``).
-        ValueError: fewer than 2 probes, which tell no standard error.
+        ValueError: there are fewer than 2 probes, so there is no standard error.
     """
     if probes < 2:
         raise ValueError(f"probes must be at least 2, got {probes}")
@@ -96,7 +96,7 @@ def hessian_trace(objective: Objective, *, probes: int = 20, seed: int = 0) -> T
 
 
 def require_library() -> Any:
-    """The library that multiplies and iterates; ImportError with the command that installs it if it is missing."""
+    """Return the module hessian_eigenthings; raise ImportError with the command that installs it if it is missing."""
     try:
         import hessian_eigenthings
     except ImportError as error:
@@ -108,7 +108,7 @@ def require_library() -> Any:
 
 @contextmanager
 def _operator(objective: Objective, library: Any, what: str, products: int) -> Iterator[Any]:
-    """The Hessian as what the library takes: a function of one flat vector."""
+    """Wrap the Hessian for the library, as a function of one flat vector."""
     parameters = objective.parameters
     first = parameters[0]
     sizes = [p.numel() for p in parameters]

@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
+from timm.utils.agc import unitwise_norm
 from torch import Tensor
 
 from amp_plugin.flatness.objective import Objective, progress_bar
@@ -28,9 +29,9 @@ class Landscape:
     """Loss and error on a grid of points ``theta + a * first direction (+ b * second direction)``.
 
     Attributes:
-        steps: (n,) values of a, and of b; the middle one is 0, the weights themselves.
-        loss: (n,) or (n, n), indexed by a, then b; not finite where the network overflows.
-        error: the same of the share of wrong predictions in per cent; None if the model is no classifier.
+        steps: (n,) values of a and of b; the middle value is 0, the weights themselves.
+        loss: (n,) or (n, n) losses, indexed by a, then b; not finite where the network overflows.
+        error: shares of wrong predictions in per cent, shaped as the losses; None if the model is no classifier.
     """
 
     steps: Array
@@ -39,21 +40,21 @@ class Landscape:
 
 
 def filter_normalised_direction(parameters: Sequence[Tensor], seed: int, *, vectors: Vectors = "fixed") -> list[Tensor]:
-    """A random direction, every filter of which is as long as that of the weights.
+    """Draw a random direction, every filter of which is as long as the filter of the weights.
 
-    So a step of 1 is a change of 100% in every filter, and networks whose weights differ in scale can be compared
+    A step of 1 is then a change of 100% in every filter, and networks whose weights differ in scale can be compared
     (with BatchNorm, a network does not change when its filters grow, but a plain random direction's effect does).
-    A filter is a slice along the first dimension: of a convolution an output channel, of a linear layer an output.
+    A filter is a slice along the first dimension: an output channel of a convolution, an output of a linear layer.
 
     Args:
-        parameters: the weights, e.g. ``objective.parameters``.
-        seed: of the direction; the same for every model of one architecture.
-        vectors: what becomes of parameters of at most one dimension, biases and those of norm layers: "fixed", they
-            stay as they are (the paper's figures), or "scaled", they move along themselves (the released code's other
-            choice).
+        parameters: weights, e.g. ``objective.parameters``.
+        seed: seed of the direction; models of one architecture get one direction from one seed.
+        vectors: treatment of parameters of at most one dimension, which are biases and those of norm layers: "fixed"
+            keeps them as they are (the paper's figures), "scaled" moves them along themselves (the released code's
+            other choice).
 
     Raises:
-        ValueError: unknown ``vectors``.
+        ValueError: ``vectors`` is unknown.
     """
     if vectors not in get_args(Vectors):
         raise ValueError(f"vectors must be one of {', '.join(map(repr, get_args(Vectors)))}, got {vectors!r}")
@@ -65,26 +66,26 @@ def filter_normalised_direction(parameters: Sequence[Tensor], seed: int, *, vect
         if p.ndim <= 1:
             direction.append(weights.clone() if vectors == "scaled" else torch.zeros_like(weights))
         else:
-            direction.append(drawn * _filter_norms(weights) / _filter_norms(drawn))
+            direction.append(drawn * unitwise_norm(weights) / unitwise_norm(drawn))  # type: ignore[no-untyped-call]
     return direction
 
 
 def loss_landscape(
     objective: Objective, directions: Sequence[Sequence[Tensor]], *, span: float = 1.0, points: int = 21
 ) -> Landscape:
-    """Loss and error at evenly spaced points from the weights along one direction, or in the plane of two.
+    """Evaluate loss and error at evenly spaced points around the weights, on a line or in the plane of two directions.
 
-    Costs a forward pass over the batches at each of ``points`` or ``points ** 2`` points. The weights are put back to
+    Each of the ``points`` or ``points ** 2`` points costs a forward pass over the batches. The weights are put back to
     the exact bits, whatever happens.
 
     Args:
-        objective: the loss.
-        directions: one or two, each a tensor for each of ``objective.parameters``.
-        span: the farthest step along each, both ways.
-        points: along each, an odd number, so that the middle one is the weights.
+        objective: loss to evaluate.
+        directions: one direction or two, each a list of tensors shaped as ``objective.parameters``.
+        span: farthest step along each direction, both ways.
+        points: odd number of points along each direction; the middle one is the weights.
 
     Raises:
-        ValueError: not one or two directions, or points not odd, or span not positive.
+        ValueError: there are not one or two directions, or points is not odd, or span is not positive.
     """
     if len(directions) not in (1, 2):
         raise ValueError(f"a landscape has one direction or two, got {len(directions)}")
@@ -106,22 +107,15 @@ def loss_landscape(
 
 
 def grid_steps(span: float, points: int) -> Array:
-    """Steps (points,) from -span to span; ValueError unless 0 is in the middle."""
+    """Return the steps (points,) from -span to span; raise ValueError unless 0 is in the middle."""
     if points < 3 or points % 2 == 0 or not span > 0:
         raise ValueError(f"points must be odd and at least 3, span positive; got points={points}, span={span}")
     return span * np.arange(-(points // 2), points // 2 + 1) / (points // 2)
 
 
-def _filter_norms(tensor: Tensor) -> Tensor:
-    """(n, 1, ...), of the n slices along the first dimension."""
-    dims = tuple(range(1, tensor.ndim))
-    norms: Tensor = torch.linalg.vector_norm(tensor, dim=dims, keepdim=True)
-    return norms
-
-
 @contextmanager
 def _kept(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """A copy of the weights, which are put back at the end."""
+    """Yield a copy of the weights, and put it back at the end."""
     weights = [p.detach().clone() for p in parameters]
     try:
         yield weights

@@ -1,10 +1,10 @@
-"""All measures of one model, and of several side by side as a table and as JSON."""
+"""All measures of one model, as JSON and, for several models side by side, as a table."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,54 +19,46 @@ from amp_plugin.flatness.sharpness import Sharpness, epsilon_sharpness
 MEASURES = ("sharpness", "hessian", "line", "plane")
 
 
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True, kw_only=True)
 class MeasureSettings:
-    """Arguments of the measures, see there.
-
-    Attributes:
-        epsilon: of the ball.
-        norm: of the ball.
-        steps: of the ascent.
-        eigenvalues: how many.
-        products: Hessian-vector products for the eigenvalues.
-        probes: for the trace.
-        span: of the landscapes.
-        line_points: along the line.
-        plane_points: along each direction of the plane.
-        seed: of everything that is drawn; the plane's second direction has the next one.
+    """Radius and norm of the ball, and the arguments of the measures that the options of the command set.
 
     Raises:
-        ValueError: there is no such grid.
+        ValueError: the points or the span make no grid.
     """
 
     epsilon: float
     norm: Norm = "tensor"
-    steps: int = 20
-    eigenvalues: int = 5
-    products: int = 40
-    probes: int = 20
-    span: float = 1.0
-    line_points: int = 41
-    plane_points: int = 21
-    seed: int = 0
+    steps: int = _setting(20, "Steps of the ascent in the ball.")
+    eigenvalues: int = _setting(5, "How many of the largest.")
+    products: int = _setting(40, "Hessian-vector products for them.")
+    probes: int = _setting(20, "Random vectors for the trace, each a Hessian-vector product.")
+    span: float = _setting(1.0, "Farthest step along a direction; 1 is as long as the weights.")
+    line_points: int = _setting(41, "Points along the line.")
+    plane_points: int = _setting(21, "Points along each side of the plane.")
+    seed: int = _setting(0, "Of the directions and all that is drawn.")
 
     def __post_init__(self) -> None:
-        for points in (self.line_points, self.plane_points):  # they are needed last, long after the start
+        for points in (self.line_points, self.plane_points):  # the grids are needed last, long after the start
             grid_steps(self.span, points)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """What was measured of one model; None for what was not asked for.
+    """Measures of one model; None for a measure that was not asked for.
 
     Attributes:
-        evaluation: at the weights.
+        evaluation: loss and error at the weights.
         weight_norm: L2 norm of the weights, the scale that sharpness and curvature depend on.
-        sharpness: in the ball.
-        eigenvalues: of the Hessian.
-        trace: of the Hessian.
-        line: along one direction.
-        plane: of two directions.
+        sharpness: sharpness in the ball.
+        eigenvalues: largest eigenvalues of the Hessian.
+        trace: trace of the Hessian.
+        line: landscape along one direction.
+        plane: landscape of two directions.
     """
 
     evaluation: Evaluation
@@ -78,7 +70,7 @@ class Measures:
     plane: Landscape | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The same for JSON: what is not finite is None."""
+        """Convert the measures for JSON, with None for numbers that are not finite."""
         values = {name: value for name, value in vars(self).items() if value is not None}
         values["evaluation"] = self.evaluation._asdict()
         found: dict[str, Any] = {n: _plain(v if isinstance(v, float | dict) else asdict(v)) for n, v in values.items()}
@@ -91,9 +83,9 @@ def measure(objective: Objective, settings: MeasureSettings, which: tuple[str, .
     """Measure one model.
 
     Args:
-        objective: its loss.
-        settings: of the measures.
-        which: of `MEASURES`.
+        objective: loss of the model.
+        settings: arguments of the measures; the plane's second direction is drawn with the next seed.
+        which: names of measures, out of `MEASURES`.
     """
     found: dict[str, Any] = {}
     seed = settings.seed
@@ -113,11 +105,11 @@ def measure(objective: Objective, settings: MeasureSettings, which: tuple[str, .
 
 
 def measures_table(measured: Mapping[str, Measures], more: Mapping[str, Mapping[str, str]]) -> str:
-    """Models side by side, as a Markdown table.
+    """Put models side by side, as a Markdown table.
 
     Args:
-        measured: by the name of the model.
-        more: further rows: by what they tell, the cell of each model.
+        measured: measures by the name of the model.
+        more: further rows by their title, each with the cells of the models by name.
     """
     rows: dict[str, dict[str, str]] = {}
 

@@ -1,4 +1,4 @@
-"""The mean loss over fixed batches as a function of a model's weights: what every measure of flatness looks at."""
+"""The mean loss over fixed batches as a function of a model's weights, which every measure of flatness looks at."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _NEEDED = (
     "without a criterion its mean loss is needed",
     "Give a criterion, or labels in the batches of a model of transformers",
 )
-_TARGETS = ("labels", "label")  # of a batch that is a mapping
-_SCORES = ("logits", "output")  # of an output that is one
+_TARGETS = ("labels", "label")  # keys of a batch that is a mapping
+_SCORES = ("logits", "output")  # keys or attributes of an output
 
 
 class Evaluation(NamedTuple):
-    """How good a model is on the batches.
+    """Loss and error of a model on the batches.
 
     Attributes:
         loss: mean over the examples, in the units of the criterion.
-        error: of a classifier, the share of wrong predictions in per cent; None for others.
+        error: share of wrong predictions in per cent; None if the model is no classifier.
     """
 
     loss: float
@@ -40,25 +40,27 @@ class Objective:
     """The mean loss of a model over fixed batches, as a function of its weights.
 
     The batches are read once and kept, so that a loader that shuffles or augments gives every measure the same ones.
-    Nothing is left in the model: not in its weights, its ``.grad``, its buffers (BatchNorm statistics), its training
-    mode, nor in the random number generators.
+    A measure leaves the weights, ``.grad``, the buffers (BatchNorm statistics), the training mode and the random
+    number generators as they were.
 
-    By default the model is in eval mode: that is the network that is used later, its loss is a function of the weights
-    alone (no dropout, and no example's loss depends on the others of its batch), and so it is deterministic.
+    By default the model is in eval mode. The loss is then a deterministic function of the weights of the network that
+    is used later: there is no dropout, and no example's loss depends on the others of its batch.
 
     Args:
-        model: takes the inputs of a batch, on one device or several.
-        loader: the batches, e.g. a `DataLoader`: sequences of inputs with the targets last, or mappings of named inputs
-            with the targets under "labels" or "label". Examples are counted by the first dimension; each weighs the
-            same, whatever the size of its batch.
-        criterion: mean loss of a batch, called as ``criterion(outputs, targets)``, where outputs with ``.logits`` are
-            those. None: the model returns its loss, as those of transformers do when they are given labels.
-        training: use training mode instead: BatchNorm normalises with the statistics of each batch, and dropout draws
-            the same masks in every pass. First `amp_plugin.detach` a model that is attached: it would perturb itself.
-        progress: show progress bars, if the output is a terminal.
+        model: model that takes the inputs of a batch, on one device or several.
+        loader: batches, e.g. a `DataLoader`: sequences of inputs with the targets last, or mappings of named inputs
+            with the targets under "labels" or "label". The first dimension counts the examples, and each example
+            weighs the same, whatever the size of its batch.
+        criterion: mean loss of a batch, called as ``criterion(outputs, targets)``, or ``criterion(logits, targets)``
+            where outputs have ``.logits``. By default the model returns its loss, as models of transformers do when
+            they are given labels.
+        training: whether the model is in training mode: BatchNorm normalises with the statistics of each batch, and
+            dropout draws the same masks in every pass. First `amp_plugin.detach` an attached model, because it would
+            perturb itself.
+        progress: whether progress bars are shown, if the output is a terminal.
 
     Attributes:
-        parameters: those of the model that require a gradient, which the measures move.
+        parameters: parameters of the model that require a gradient; the measures move them.
         examples: number of examples.
 
     Raises:
@@ -95,11 +97,11 @@ class Objective:
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
-        """The loss and the error at the present weights: one forward pass over all batches."""
+        """Return loss and error at the present weights, by one forward pass over all batches."""
         loss, error = 0.0, 0.0
         classifies = True
         with self._undisturbed():
-            for share, (batch_loss, scores, targets) in self._forward():
+            for share, batch_loss, scores, targets in self._forward():
                 loss += share * float(batch_loss)
                 wrong = _wrong(scores, targets)
                 classifies = classifies and wrong is not None
@@ -107,30 +109,30 @@ class Objective:
         return Evaluation(loss, error if classifies else None)
 
     def gradient(self) -> tuple[float, list[Tensor | None]]:
-        """The loss and its gradient at the present weights; None for parameters that have no part in it."""
+        """Return the loss and its gradient at the present weights; None for a parameter without influence on it."""
         loss = 0.0
         total: list[Tensor | None] = [None] * len(self.parameters)
         with self._undisturbed():
-            for share, (batch_loss, _, _) in self._forward():
+            for share, batch_loss, _, _ in self._forward():
                 loss += share * float(batch_loss.detach())
                 grads = torch.autograd.grad(share * batch_loss, self.parameters, allow_unused=True)
                 total = [g if t is None else t if g is None else t + g for t, g in zip(total, grads, strict=True)]
         return loss, total
 
     def hessian_product(self, vector: Sequence[Tensor]) -> list[Tensor]:
-        """The Hessian of the loss at the present weights times a vector, given and returned by parameter."""
+        """Multiply the Hessian of the loss at the present weights by a vector; both are lists by parameter."""
         total = [torch.zeros_like(p) for p in self.parameters]
         with self._undisturbed(), sdpa_kernel(SDPBackend.MATH):  # no other attention kernel has a second derivative
-            for share, (batch_loss, _, _) in self._forward():
+            for share, batch_loss, _, _ in self._forward():
                 for t, product in zip(total, _product(batch_loss, self.parameters, vector), strict=True):
                     t.add_(product, alpha=share)
         return total
 
-    def _forward(self) -> Iterator[tuple[float, tuple[Tensor, Any, Any]]]:
-        """Loss, outputs and targets of each batch, with its share of the examples."""
+    def _forward(self) -> Iterator[tuple[float, Tensor, Any, Any]]:
+        """Yield the share of the examples, the loss, the outputs and the targets of each batch."""
         device = self.parameters[0].device
         for share, batch in zip(self._shares, self._batches, strict=True):
-            yield share, self._call(send_to_device(batch, device))
+            yield share, *self._call(send_to_device(batch, device))
 
     def _call(self, batch: Any) -> tuple[Tensor, Any, Any]:
         named = dict(batch) if isinstance(batch, Mapping) else {}
@@ -151,7 +153,7 @@ class Objective:
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
-        """Around a pass: the chosen mode, the same random numbers every time, and nothing of it left behind."""
+        """Run a pass in the chosen mode and with the same random numbers every time, and undo its traces."""
         modes = [(module, module.training) for module in self.model.modules()]
         devices = {p.device for p in self.parameters if p.device.type == "cuda"}
         try:
@@ -165,21 +167,21 @@ class Objective:
 
 
 def progress_bar(objective: Objective, steps: Iterable[Any] | None, what: str, total: int | None = None) -> Any:
-    """A bar around the steps, which goes away at the end; none where the output is no terminal."""
+    """Wrap the steps in a bar that goes away at the end, or in none where the output is no terminal."""
     return tqdm(steps, desc=what, total=total, disable=None if objective.progress else True, leave=False)
 
 
 def _product(loss: Tensor, parameters: Sequence[Tensor], vector: Sequence[Tensor]) -> Sequence[Tensor]:
     grads = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True, materialize_grads=True)
     curved = [(g, v) for g, v in zip(grads, vector, strict=True) if g.requires_grad]
-    if not curved:  # a linear loss
+    if not curved:  # the loss is linear
         return [torch.zeros_like(p) for p in parameters]
     outputs, weights = zip(*curved, strict=True)
     return torch.autograd.grad(outputs, parameters, weights, allow_unused=True, materialize_grads=True)
 
 
 def _scores(output: Any) -> Any:
-    """What the criterion takes of the output: the logits if it has some."""
+    """Return the logits of an output, or the output itself if it has none."""
     for name in _SCORES:
         found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
         if isinstance(found, Tensor):
@@ -188,7 +190,7 @@ def _scores(output: Any) -> Any:
 
 
 def _wrong(scores: Any, targets: Any) -> float | None:
-    """The fraction of wrong predictions, if these are scores of classes (n, K) and classes (n,)."""
+    """Return the fraction of wrong predictions; None unless these are scores (n, K) and classes (n,)."""
     if not (isinstance(scores, Tensor) and isinstance(targets, Tensor)):
         return None
     if scores.ndim != 2 or targets.shape != scores.shape[:1] or targets.is_floating_point():

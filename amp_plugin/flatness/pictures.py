@@ -1,4 +1,4 @@
-"""Loss landscapes as pictures, several models on one scale."""
+"""Pictures of loss landscapes, with several models on one scale."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from amp_plugin.report.style import AMBER, BLUE, GREEN, PINK, SKY, VERMILION, pi
 _LINES = tuple(
     zip((BLUE, VERMILION, GREEN, PINK, SKY, AMBER), ("-", "--", "-.", ":", "-", "--"), "os^vDX", strict=True)
 )
-_RATIO = 20  # ratio of the largest to the smallest loss from which the scale is logarithmic
-_LEVELS = 12  # contours, about
-_ERROR = "error (%)"  # never logarithmic: a classifier may make none
-# Loss, and error where all models have it, of each model, by what is written on the axis.
-_Panels = dict[str, dict[str, Array]]
+_RATIO = 20  # the scale is logarithmic from this ratio of the largest to the smallest loss
+_LEVELS = 12  # approximate number of contours
+_ERROR = "error (%)"  # this scale is never logarithmic, because a classifier may make no error
+_Panels = dict[str, dict[str, Array]]  # losses (and errors, if all models have them) by axis label and model
 _STEP = "step along {} random direction\n(1: as long as the weights, filter by filter)"
 
 
 def plot_landscapes(landscapes: Mapping[str, Landscape], path: Path, title: str, *, unit: str = "nats") -> None:
     """Draw loss and error to a PNG, for several models on one scale.
 
-    Along one direction, a line for each model; in the plane of two, contours, a column for each model. It is grey where
-    the loss is not finite. The scale of the loss is logarithmic where the losses differ much.
+    Landscapes of one direction become a line for each model, and landscapes of two directions become contours in a
+    column for each model. An area is grey where the loss is not finite. The scale of the loss is logarithmic where the
+    losses differ much.
 
     Args:
-        landscapes: by the name of the model, all along as many directions.
-        path: the PNG to write.
-        title: above the picture.
-        unit: of the loss.
+        landscapes: landscapes by the name of the model, all of as many directions.
+        path: PNG file to write.
+        title: text above the picture.
+        unit: unit of the loss, by default nats.
 
     Raises:
         ImportError: matplotlib is missing (``pip install "amp-plugin[flatness]"``).
-        ValueError: there are none, or of one and of two directions, or no loss is finite.
+        ValueError: there are no landscapes, their numbers of directions differ, or no loss is finite.
     """
     dimensions = {scape.loss.ndim for scape in landscapes.values()}
     if len(dimensions) != 1:
@@ -62,7 +62,7 @@ def _draw_lines(landscapes: Mapping[str, Landscape], path: Path, title: str, pan
                     label=name,
                     marker=marker,
                     markersize=4,
-                    markevery=[len(steps) // 2],  # the weights themselves
+                    markevery=[len(steps) // 2],  # only the weights themselves have a marker
                     linewidth=1.6,
                 )
             axes.set(xlabel=_STEP.format("a"), ylabel=label)
@@ -107,7 +107,7 @@ def _logarithmic(label: str, values: Mapping[str, Array]) -> bool:
 
 
 def _scale(values: Mapping[str, Array], *, logarithmic: bool) -> dict[str, Any]:
-    """Contour levels at round numbers, and the colours between them, for all models alike."""
+    """Choose contour levels at round numbers, and the colours between them, for all models alike."""
     from matplotlib.colors import BoundaryNorm
     from matplotlib.ticker import LogLocator, MaxNLocator
 
@@ -120,7 +120,7 @@ def _scale(values: Mapping[str, Array], *, logarithmic: bool) -> dict[str, Any]:
         levels = np.asarray(LogLocator(subs=steps, numticks=99).tick_values(low, high))
     else:
         levels = np.asarray(MaxNLocator(_LEVELS).tick_values(low, high if high > low else low + 1))
-    # The nearest round numbers around all of it, and no more.
+    # The levels end at the nearest round numbers around all values.
     first, last = np.searchsorted(levels, low, "right") - 1, np.searchsorted(levels, high)
     levels = levels[max(first, 0) : last + 1]
     return {"levels": levels, "norm": BoundaryNorm(levels, 256), "cmap": "viridis"}
@@ -129,8 +129,8 @@ def _scale(values: Mapping[str, Array], *, logarithmic: bool) -> dict[str, Any]:
 def _draw_plane(axes: Any, steps: Array, heights: Array, scale: Mapping[str, Any]) -> Any:
     axes.grid(False)
     axes.set_aspect("equal")
-    axes.set_facecolor("lightgrey")  # where the network overflows
-    shown = np.ma.masked_invalid(heights.T)  # the first direction to the right
+    axes.set_facecolor("lightgrey")  # this shows where the network overflows
+    shown = np.ma.masked_invalid(heights.T)  # the first direction goes to the right
     filled = axes.contourf(steps, steps, shown, **scale)
     axes.contour(steps, steps, shown, levels=scale["levels"], colors="black", linewidths=0.6, alpha=0.5)
     axes.plot(0, 0, "+", color="white", markersize=9, markeredgewidth=1.6)

@@ -1,4 +1,4 @@
-"""How much the loss can rise within the ball: the quantity that AMP minimises.
+"""Sharpness: the rise of the loss within the ball, which AMP minimises.
 
 Source: Zheng, Zhang, Mao, "Regularizing Neural Networks via Adversarial Model Perturbation", CVPR 2021,
 https://arxiv.org/abs/2010.04925, section 3.
@@ -19,12 +19,12 @@ from amp_plugin.flatness.objective import Objective, progress_bar
 
 @dataclass(frozen=True)
 class Sharpness:
-    """What :func:`epsilon_sharpness` found.
+    """Result of :func:`epsilon_sharpness`.
 
     Attributes:
         epsilon: radius of the ball, in the units of the weights.
-        norm: of the ball, see `amp_plugin.AMP`.
-        losses: at the weights, then after each step of the ascent.
+        norm: norm of the ball, see `amp_plugin.AMP`.
+        losses: losses at the weights and after each step of the ascent.
     """
 
     epsilon: float
@@ -33,17 +33,17 @@ class Sharpness:
 
     @property
     def loss(self) -> float:
-        """At the weights."""
+        """Loss at the weights."""
         return self.losses[0]
 
     @property
     def worst_loss(self) -> float:
-        """The highest that the ascent has met in the ball."""
+        """Highest loss that the ascent has met in the ball."""
         return max(self.losses)
 
     @property
     def sharpness(self) -> float:
-        """``worst_loss - loss``, at least 0."""
+        """Difference ``worst_loss - loss``, at least 0."""
         return self.worst_loss - self.loss
 
 
@@ -56,22 +56,22 @@ def epsilon_sharpness(
     step_length: float = 0.25,
     seed: int = 0,
 ) -> Sharpness:
-    """Climb from the weights to the worst loss in the ball around them, with the gradient over all batches.
+    """Climb from the weights to the worst loss in the ball around them, by projected gradient ascent.
 
-    Projected gradient ascent. AMP's own step is ``inner_lr`` times the gradient; here each step has the same length
-    relative to the ball, so that models are compared at the same distance, however small their gradients have become.
-    The weights are put back to the exact bits, whatever happens.
+    AMP's own step is ``inner_lr`` times the gradient. Here all steps have one length, relative to the ball, so that
+    models are compared at one distance, however small their gradients have become. The weights are put back to the
+    exact bits, whatever happens.
 
-    Costs ``steps`` forward and backward passes over the batches and a forward pass. The result is a lower bound of the
-    worst loss; more steps can only raise it.
+    The ascent costs ``steps`` forward and backward passes over all batches and a forward pass. The result is a lower
+    bound of the worst loss; more steps can only raise it.
 
     Args:
-        objective: the loss.
+        objective: loss to climb.
         epsilon: radius of the ball, in the units of the weights.
-        norm: "tensor": every parameter tensor has a ball of its own; "global": one ball for all of them together.
-        steps: of the ascent.
-        step_length: of each step, in units of epsilon.
-        seed: of the direction that is taken where the gradient is exactly zero.
+        norm: "tensor" for a ball around every parameter tensor, or "global" for one ball around all of them together.
+        steps: number of steps of the ascent.
+        step_length: length of a step, in units of epsilon.
+        seed: seed of the direction that is taken where the gradient is exactly zero.
 
     Raises:
         ValueError: an argument is out of range, or the loss or its gradient is not finite.
@@ -104,7 +104,7 @@ def _finite(loss: float, step: int, epsilon: float) -> float:
 
 
 def _directions(grads: list[Tensor | None], norm: Norm, generator: torch.Generator) -> list[Tensor | None]:
-    """The gradients as unit vectors: each of them, or together if the ball is one for all."""
+    """Scale the gradients to unit length, each one, or all of them together if they share one ball."""
     present = [g for g in grads if g is not None]
     balls = [present] if norm == "global" else [[g] for g in present]
     units = iter([unit for ball in balls if ball for unit in _unit(ball, generator)])
@@ -116,6 +116,6 @@ def _unit(vector: list[Tensor], generator: torch.Generator) -> list[Tensor]:
     if largest == 0:
         vector = [torch.randn(v.shape, dtype=v.dtype, generator=generator).to(v.device) for v in vector]
         largest = 1.0
-    vector = [v / largest for v in vector]  # or the squares of tiny numbers would be 0
+    vector = [v / largest for v in vector]  # without this, the squares of tiny numbers would be 0
     size = overall_norm([norms_of([v]) for v in vector])
     return [v / size.to(v.device) for v in vector]
