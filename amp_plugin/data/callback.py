@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 
 class EpochCallback(TrainerCallback):
@@ -17,15 +16,8 @@ class EpochCallback(TrainerCallback):
     one augmentation for ever, and the resumed epoch would see the augmentation of epoch 0.
     """
 
-    def on_epoch_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        train_dataloader: DataLoader[Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Forward the epoch to a data set that has ``set_epoch``."""
-        set_epoch = getattr(getattr(train_dataloader, "dataset", None), "set_epoch", None)
+        set_epoch = getattr(getattr(kwargs.get("train_dataloader"), "dataset", None), "set_epoch", None)
         if set_epoch is not None:
             set_epoch(int(state.epoch))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,11 +99,12 @@ def fetch(
         if config is not None and (folder / config).is_dir():
             path, config = str(folder / config), None
     unreachable = None if os.path.isdir(path) else _hub_error(path)
+    offline = datasets.config.HF_HUB_OFFLINE
     try:
-        with _offline(unreachable is not None):
-            # load_dataset would also build the splits that nobody asked for, and fail if one of them is empty.
-            builder = datasets.load_dataset_builder(path, config, cache_dir=str(cache))
-            builder.download_and_prepare()
+        datasets.config.HF_HUB_OFFLINE = offline or unreachable is not None  # so it looks in its cache at once
+        # load_dataset would fail if a split that nobody asked for is empty.
+        builder = datasets.load_dataset_builder(path, config, cache_dir=str(cache))
+        builder.download_and_prepare()
     except Exception as error:  # builders raise what they like, and so does the HTTP client
         if unreachable is not None or isinstance(error, ConnectionError):
             reason = _first_line(unreachable or error)
@@ -117,6 +117,8 @@ def fetch(
             " check the name, config_name and the files, use --data_root DIR, a copy laid out like the Hub,"
             f" or --dataset {BUNDLED}"
         ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
     rows = {split: info.num_examples for split, info in builder.info.splits.items()}
     for split in splits:
         if not rows.get(split):
@@ -152,19 +154,6 @@ def _hub_error(path: str) -> Exception | None:
     except Exception as error:  # the HTTP library, and so the class, depends on the client's version
         return error
     return None
-
-
-@contextmanager
-def _offline(active: bool) -> Iterator[None]:
-    """Let `datasets` look in its cache only, if active."""
-    import datasets
-
-    before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = before or active
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _first_line(error: Exception) -> str:

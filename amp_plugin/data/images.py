@@ -35,8 +35,7 @@ class ImageSplit(LabelledSplit):
 
     def __post_init__(self) -> None:
         if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[3] != 3:
-            got = f"{self.images.dtype} {self.images.shape}"
-            raise ValueError(f"images must be uint8 (N, H, W, 3), got {got}")
+            raise ValueError(f"images must be uint8 (N, H, W, 3), got {self.images.dtype} {self.images.shape}")
         if self.labels.dtype != np.int64 or self.labels.shape != self.images.shape[:1]:
             got = f"{self.labels.dtype} {self.labels.shape}"
             raise ValueError(f"labels must be int64 ({len(self.images)},), one an image, got {got}")

@@ -40,17 +40,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("folders", nargs="+", metavar="FOLDER", help="Output folders of finished runs.")
-    add("--names", nargs="+", metavar="NAME", help="What to call them. Default: the folders' names.")
-    add("--output_dir", default="flatness", type=Path, help="Folder of the results. [flatness]")
-    measures = f"What to measure: {', '.join(MEASURES)}. [all]"
+    add("--names", nargs="+", metavar="NAME", help="Names of the runs. Default: the folders' names.")
+    add("--output_dir", default="flatness", type=Path, help="Folder for the results. [flatness]")
+    measures = f"Measures to make: {', '.join(MEASURES)}. [all]"
     add("--measures", nargs="+", metavar="MEASURE", choices=MEASURES, default=list(MEASURES), help=measures)
     add("--images", type=int, metavar="N", help="Training images (or texts) to measure on. Default: 500, or all.")
-    add("--batch_size", type=int, default=250, help="Of a pass; for the memory only. [250]")
+    add("--batch_size", type=int, default=250, help="Examples of a pass, which change the memory only. [250]")
     add("--data_root", help="Folder in the layout of the Hub to load the data from, instead of the Hub.")
-    add("--dataset", help="Instead of the recorded one, where that was a folder.")
+    add("--dataset", help="Data set instead of the recorded one, where that was a folder.")
     add("--training_mode", action="store_true", help="BatchNorm uses the statistics of each batch, and dropout is on.")
     add("--epsilon", type=float, help="Radius of the ball. Default: the first run's --amp_epsilon.")
-    add("--norm", choices=NORMS, help="Of the ball. Default: the first run's --amp_norm.")
+    add("--norm", choices=NORMS, help="Norm of the ball. Default: the first run's --amp_norm.")
     for field in fields(MeasureSettings):
         if text := field.metadata.get("help"):
             add(f"--{field.name}", type=type(field.default), default=field.default, help=f"{text} [{field.default}]")
@@ -127,13 +127,10 @@ def _require_same_data(first: SavedRun, run: SavedRun) -> None:
 def _draw(measured: Mapping[str, Measures], out: Path, where: str) -> list[str]:
     """Draw the landscapes that all models have, and return the names of the pictures."""
     drawn = []
-    for kind, through, file in (
-        ("line", "along a line", "landscape_line.png"),
-        ("plane", "in a plane", "landscape.png"),
-    ):
+    for kind, how, file in (("line", "along a line", "landscape_line.png"), ("plane", "in a plane", "landscape.png")):
         scapes = {name: getattr(found, kind) for name, found in measured.items()}
         if all(scapes.values()):
-            plot_landscapes(scapes, out / file, f"Loss {through} through the weights:\n{where}")
+            plot_landscapes(scapes, out / file, f"Loss {how} through the weights:\n{where}")
             drawn.append(file)
     return drawn
 

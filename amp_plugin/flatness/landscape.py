@@ -7,8 +7,7 @@ https://arxiv.org/abs/1712.09913, section 4, and its released code.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -70,6 +69,7 @@ def filter_normalised_direction(parameters: Sequence[Tensor], seed: int, *, vect
     return direction
 
 
+@torch.no_grad()
 def loss_landscape(
     objective: Objective, directions: Sequence[Sequence[Tensor]], *, span: float = 1.0, points: int = 21
 ) -> Landscape:
@@ -94,15 +94,16 @@ def loss_landscape(
     loss, error = np.empty(shape), np.empty(shape)
     classifies = True
     indices = list(itertools.product(range(points), repeat=len(directions)))
-    with _kept(objective.parameters) as weights:
+    weights = [p.clone() for p in objective.parameters]
+    try:
         for index in progress_bar(objective, indices, f"loss landscape, {len(directions)}-D"):
             for p, theta, *moves in zip(objective.parameters, weights, *directions, strict=True):
-                moved = sum((float(steps[i]) * move for i, move in zip(index, moves, strict=True)), theta)
-                with torch.no_grad():
-                    p.copy_(moved)
+                p.copy_(sum((float(steps[i]) * move for i, move in zip(index, moves, strict=True)), theta))
             loss[index], wrong = objective.evaluate()
             classifies = classifies and wrong is not None
             error[index] = np.nan if wrong is None else wrong
+    finally:
+        torch._foreach_copy_(objective.parameters, weights)
     return Landscape(steps, loss, error if classifies else None)
 
 
@@ -111,15 +112,3 @@ def grid_steps(span: float, points: int) -> Array:
     if points < 3 or points % 2 == 0 or not span > 0:
         raise ValueError(f"points must be odd and at least 3, span positive; got points={points}, span={span}")
     return span * np.arange(-(points // 2), points // 2 + 1) / (points // 2)
-
-
-@contextmanager
-def _kept(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield a copy of the weights, and put it back at the end."""
-    weights = [p.detach().clone() for p in parameters]
-    try:
-        yield weights
-    finally:
-        with torch.no_grad():
-            for p, theta in zip(parameters, weights, strict=True):
-                p.copy_(theta)

@@ -34,13 +34,13 @@ class MeasureSettings:
     epsilon: float
     norm: Norm = "tensor"
     steps: int = _setting(20, "Steps of the ascent in the ball.")
-    eigenvalues: int = _setting(5, "How many of the largest.")
-    products: int = _setting(40, "Hessian-vector products for them.")
+    eigenvalues: int = _setting(5, "Number of largest eigenvalues of the Hessian.")
+    products: int = _setting(40, "Hessian-vector products for the eigenvalues.")
     probes: int = _setting(20, "Random vectors for the trace, each a Hessian-vector product.")
     span: float = _setting(1.0, "Farthest step along a direction; 1 is as long as the weights.")
     line_points: int = _setting(41, "Points along the line.")
     plane_points: int = _setting(21, "Points along each side of the plane.")
-    seed: int = _setting(0, "Of the directions and all that is drawn.")
+    seed: int = _setting(0, "Seed of the directions and of all other random numbers.")
 
     def __post_init__(self) -> None:
         for points in (self.line_points, self.plane_points):  # the grids are needed last, long after the start

@@ -23,7 +23,7 @@ def image_classifier(
 ) -> TimmWrapperForImageClassification:
     """Build any registered timm architecture with timm's own initial weights.
 
-    What `save_pretrained` writes opens with `AutoModelForImageClassification`, `AutoImageProcessor`,
+    A folder that `save_pretrained` wrote opens with `AutoModelForImageClassification`, `AutoImageProcessor`,
     `pipeline("image-classification")` and `timm.create_model("local-dir:FOLDER", pretrained=True)` after
     ``import amp_plugin``.
 
@@ -46,7 +46,6 @@ def image_classifier(
     settings: dict[str, Any] = {
         "architecture": architecture,
         "model_args": model_args,
-        "num_labels": len(class_names),
         "id2label": dict(enumerate(class_names)),
         "label2id": {name: i for i, name in enumerate(class_names)},
         "pretrained_cfg": {

@@ -15,8 +15,6 @@ from transformers.models.timm_wrapper import TimmWrapperImageProcessor
 
 from amp_plugin.models.pretrained import PretrainedError, accepts, checkpoint_config, explained, pretrained_classifier
 
-_HUB_PREFIXES = ("hf-hub:", "hf_hub:")
-
 
 @dataclass(frozen=True)
 class ImageCheckpoint:
@@ -100,7 +98,7 @@ def image_checkpoint(name: str, image_size: int | None = None) -> ImageCheckpoin
 
 def _full_name(name: str) -> str:
     """Turn timm's names of weights into their id on the Hub."""
-    for prefix in _HUB_PREFIXES:
+    for prefix in ("hf-hub:", "hf_hub:"):
         name = name.removeprefix(prefix)
     if "/" in name or not timm.is_model(name):
         return name

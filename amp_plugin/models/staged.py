@@ -12,8 +12,6 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 from torch import nn
 
-FeatureInfo = list[dict[str, Any]]
-
 
 def register_variants(
     architecture: type[StagedNet], variants: Mapping[str, Mapping[str, Any]], *, pool_size: int, first_conv: str
@@ -98,7 +96,7 @@ class StagedNet(nn.Module):
         self,
         stem: nn.Module,
         stages: nn.Sequential,
-        feature_info: FeatureInfo,
+        feature_info: list[dict[str, Any]],
         *,
         norm: nn.Module | None = None,
         pre_logits: nn.Module | None = None,
@@ -143,11 +141,7 @@ class StagedNet(nn.Module):
         return classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one.
-
-        Args:
-            num_classes: Number of classes, 0 for no classifier.
-            global_pool: Pooling to change to; the present one if None.
+        """Replace the classifier by a new one (by none for 0 classes), and the pooling if it is given.
 
         Raises:
             ValueError: If there are classes but no pooling.
@@ -178,18 +172,10 @@ class StagedNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Forward through the features, keeping the outputs of stages.
-
-        Args:
-            x: Images `(B, in_chans, H, W)`.
-            indices: The last n stages if int, all if None, else the stages of these indices.
-            norm: Whether the final norm applies to the last stage's output.
-            stop_early: Whether to stop after the last stage asked for.
-            output_fmt: Format of the intermediates; 'NCHW' is the only one.
-            intermediates_only: Whether to return the intermediates alone.
+        """Forward through the features and keep the outputs of stages; the arguments are timm's.
 
         Returns:
-            The final features and the list of intermediates, or that list alone.
+            The final features and the list of intermediates, or that list alone if `intermediates_only`.
 
         Raises:
             ValueError: If `output_fmt` is not 'NCHW'.
@@ -197,9 +183,8 @@ class StagedNet(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt={output_fmt!r}: only 'NCHW' is supported")
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        intermediates = []
+        intermediates, last = [], len(self.stages) - 1
         x = self.stem(x)
-        last = len(self.stages) - 1
         for index, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
             x = self._forward_stage(stage, x)
             normed = self.norm(x) if index == last else x
@@ -211,12 +196,7 @@ class StagedNet(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the given intermediates do not need.
-
-        Args:
-            indices: The last n stages if int, else the stages of these indices.
-            prune_norm: Whether to remove the final norm even if the last stage stays.
-            prune_head: Whether to remove the head even if the last stage stays.
+        """Remove what the given intermediates do not need; the arguments are timm's.
 
         Returns:
             The indices of the stages asked for.

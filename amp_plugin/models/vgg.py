@@ -95,8 +95,7 @@ class CifarVGG(StagedNet):
                 stage.append(_conv_bn_relu(in_chs, factor * width, conv_drop_rate, **dd))
                 in_chs = factor * width
             stages.append(stage.append(nn.MaxPool2d(2)))
-            name = f"stages.{index}"
-            feature_info.append({"num_chs": in_chs, "reduction": 2 ** (index + 1), "module": name})
+            feature_info.append({"num_chs": in_chs, "reduction": 2 ** (index + 1), "module": f"stages.{index}"})
         super().__init__(
             _conv_bn_relu(in_chans, width, conv_drop_rate, **dd),
             stages,
