@@ -14,7 +14,7 @@ from amp_plugin.metrics import ImageClassificationMetric, classification_scores,
 
 
 def random_batch(seed: int, n: int = 211, classes: int = 10) -> tuple[np.ndarray, np.ndarray]:
-    """Logits that are right about half the time, over-confident, and their labels."""
+    """Draw over-confident logits that are right about half the time, and their labels."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(classes, size=n)
     logits = 2.0 * rng.standard_normal((n, classes))
@@ -55,7 +55,7 @@ def test_agrees_with_scikit_learn_and_a_plain_loop(seed: int, n_bins: int) -> No
     probs = np.array([softmax(row) for row in logits])
     scores = classification_scores(logits, labels, n_bins=n_bins)
     accuracy = accuracy_score(labels, probs.argmax(axis=1))
-    assert 0.2 < accuracy < 0.9  # or the cases below would be empty
+    assert 0.2 < accuracy < 0.9  # otherwise the cases below would be empty
     assert scores["accuracy"] == pytest.approx(accuracy, abs=1e-12)
     assert scores["error"] == pytest.approx(100 * (1 - accuracy), abs=1e-10)
     assert scores["nll"] == pytest.approx(log_loss(labels, probs, labels=range(10)), rel=1e-9)
@@ -72,7 +72,7 @@ def test_uniform_logits_in_closed_form(classes: int) -> None:
 
 
 def test_two_bins_in_closed_form() -> None:
-    # Confidence 0.75 with two hits of four, and 0.9 with one hit of one.
+    # Four predictions of confidence 0.75 have two hits, one of confidence 0.9 has one.
     logits = [[math.log(3), 0.0]] * 4 + [[0.0, math.log(9)]]
     scores = classification_scores(logits, [0, 0, 1, 1, 1])
     assert scores["accuracy"] == pytest.approx(0.6)
@@ -84,7 +84,7 @@ def test_two_bins_in_closed_form() -> None:
 
 
 def test_a_confidence_on_an_edge_belongs_to_the_lower_bin() -> None:
-    # Confidences 0.5 and just above, gaps of opposite sign: one bin would cancel them, two do not.
+    # The gaps at confidence 0.5 and just above have opposite signs; one bin cancels them, two bins do not.
     logits = [[0.0, 0.0], [4e-6, 0.0]]
     assert classification_scores(logits, [0, 1], n_bins=2)["ece"] == pytest.approx(0.5, abs=1e-5)
     assert classification_scores(logits, [0, 1], n_bins=1)["ece"] == pytest.approx(0.0, abs=1e-5)

@@ -22,8 +22,8 @@ from amp_plugin.data.settings import SOURCES
 
 SETTINGS = DatasetSettings(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
 CIFAR10, SVHN = (SOURCES[name].settings for name in ("cifar10", "svhn"))
-NEVER = np.nextafter(1.0, 0.0)  # a draw at or above any probability in these policies
-UNLIKELY = 1e-3  # draws are seeded: a test either always passes or never does
+NEVER = np.nextafter(1.0, 0.0)  # this draw is at or above any probability in these policies
+UNLIKELY = 1e-3  # draws are seeded, so a test always passes or never does
 
 
 def uniform(n: int, columns: int = DRAWS, stream: int = 0) -> np.ndarray:
@@ -31,7 +31,7 @@ def uniform(n: int, columns: int = DRAWS, stream: int = 0) -> np.ndarray:
 
 
 def random_images(n: int, height: int = 32, width: int = 32, seed: int = 0) -> np.ndarray:
-    """(n, H, W, 3), of differing contrast so that no operation has nothing to do, the last one flat."""
+    """Make images (n, H, W, 3) of differing contrast, so that every operation changes them; the last one is flat."""
     rng = np.random.default_rng(seed)
     low, high = rng.integers(0, 100, (n, 1, 1, 1)), rng.integers(130, 257, (n, 1, 1, 1))
     images = rng.integers(low, high, (n, height, width, 3)).astype(np.uint8)
@@ -44,7 +44,7 @@ def planes(images: np.ndarray) -> np.ndarray:
 
 
 def same_distribution(ours: Any, theirs: Any) -> float:
-    """p-value of the hypothesis that two samples of categories come from one distribution."""
+    """Return the p-value of the hypothesis that two samples of categories come from one distribution."""
     counts = Counter(ours), Counter(theirs)
     categories = sorted(counts[0] | counts[1])
     return float(stats.chi2_contingency([[count[c] for c in categories] for count in counts]).pvalue)
@@ -85,7 +85,7 @@ def test_draws_outside_the_counter(seed: int, stream: int, name: str) -> None:
 
 
 def coordinates(n: int, side: int) -> np.ndarray:
-    """n images (3, side, side) whose pixels say where they are: row + 1, column + 1, 0."""
+    """Make n images (3, side, side) whose pixels say where they are: row + 1, column + 1, 0."""
     row, column = np.mgrid[1 : side + 1, 1 : side + 1]
     return np.repeat(np.stack([row, column, 0 * row])[None].astype(np.uint8), n, axis=0)
 
@@ -124,7 +124,7 @@ def test_flip_mirrors_the_chosen_half() -> None:
 
 
 def devries_taylor(side: int, length: int, y: int, x: int) -> np.ndarray:
-    """What the published Cutout (even lengths) blackens around a centre."""
+    """Mark the pixels that the published Cutout (even lengths) blackens around a centre."""
     black = np.zeros((side, side), dtype=bool)
     half = length // 2
     black[max(0, y - half) : min(side, y + half), max(0, x - half) : min(side, x + half)] = True
@@ -258,7 +258,7 @@ def test_channels_last_is_the_same_batch(augment: Any) -> None:
 def test_cutout_writes_black_before_normalisation() -> None:
     batch = Augmenter(SETTINGS, "cutout", (32, 32))(np.full((64, 32, 32, 3), 200, np.uint8), uniform(64))
     mean, std = torch.tensor(SETTINGS.mean), torch.tensor(SETTINGS.std)
-    levels = [(level / 255 - mean) / std for level in (0, 128, 200)]  # hole, padding, image
+    levels = [(level / 255 - mean) / std for level in (0, 128, 200)]  # the levels of hole, padding and image
     nearest = torch.stack([(batch.movedim(1, 3) - level).abs().amax(dim=3) for level in levels]).min(dim=0)
     assert nearest.values.max() < 1e-5
     shares = torch.bincount(nearest.indices.flatten(), minlength=3) / nearest.indices.numel()
@@ -267,7 +267,7 @@ def test_cutout_writes_black_before_normalisation() -> None:
 
 
 def undone(batch: torch.Tensor, settings: DatasetSettings) -> np.ndarray:
-    """The bytes (B, 3, H, W) that were normalised into a batch."""
+    """Return the bytes (B, 3, H, W) that were normalised into a batch."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))
     return ((batch * std + mean) * 255).round().to(torch.uint8).numpy()
 

@@ -44,7 +44,7 @@ def stacked(images: list[Image.Image]) -> np.ndarray:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Write one split of a data set folder: images (or encoded ones) and labels under any column names."""
+    """Return a function that writes one split of a folder: images (or encoded ones) and labels, in named columns."""
 
     def write_split(
         split: str,
@@ -81,7 +81,7 @@ def pets(write: Write) -> str:
 
 
 def arrays(tmp_path: Path) -> list[Path]:
-    """The cached arrays, oldest first."""
+    """List the cached arrays, oldest first."""
     found = (tmp_path / "cache" / "amp_plugin").glob("*.npy")
     return sorted(found, key=lambda path: path.stat().st_mtime_ns)
 
@@ -336,7 +336,7 @@ def test_an_empty_split(write: Write, load: Load) -> None:
     folder = write("validation", random_images(2), [1, 0])
     with pytest.raises(DatasetError, match=r"split 'test' is empty, there are .*train"):
         load(folder)
-    assert len(load(folder, test_split="validation").test) == 2  # and harms nobody who does not want it
+    assert len(load(folder, test_split="validation").test) == 2  # the empty split harms nobody who does not want it
 
 
 def test_no_such_folder_in_the_mirror(tmp_path: Path) -> None:
@@ -399,7 +399,7 @@ def test_an_unreachable_hub_leaves_what_was_downloaded(tmp_path: Path, write: Wr
     write("train", random_images(3), [0, 1, 2], names=names)
     folder = Path(write("test", random_images(3), [0, 1, 2], names=names)).rename(tmp_path / "cifar10")
     datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
-    # What a download from the Hub leaves there differs in the name of the repository alone.
+    # A download from the Hub leaves a folder that differs in the name of the repository alone.
     (tmp_path / "cache" / "cifar10").rename(tmp_path / "cache" / "uoft-cs___cifar10")
     data = load_images("cifar10", cache_dir=tmp_path / "cache")
     np.testing.assert_array_equal(data.train.images, stacked(random_images(3)))
@@ -566,7 +566,7 @@ def test_a_cache_that_cannot_be_written(pets: str, tmp_path: Path, load: Load) -
 
 @pytest.fixture
 def uneven() -> ImageSplit:
-    """Classes of 10, 20 and 30 images; the first pixel of an image is its number."""
+    """Make classes of 10, 20 and 30 images; the first pixel of an image is its number."""
     labels = np.repeat([0, 1, 2], [10, 20, 30])[np.random.default_rng(0).permutation(60)].astype(np.int64)
     images = np.zeros((60, 2, 2, 3), dtype=np.uint8)
     images[:, 0, 0, 0] = np.arange(60)

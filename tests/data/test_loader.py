@@ -35,7 +35,7 @@ def batches_of(split: ImageSplit, augment: Any = "autoaugment", **kwargs: Any) -
 
 
 def by_sample(dataset: ImageBatches, order: list[int] | None = None, **kwargs: Any) -> Tensor:
-    """Every sample of an epoch (N, 3, H, W), in the order of the data set whatever the loader's."""
+    """Load every sample of an epoch (N, 3, H, W), and undo the loader's order."""
     order = order or list(range(N))
     loader = DataLoader(dataset, collate_fn=collate, sampler=order, **kwargs)
     images = torch.cat([batch["pixel_values"] for batch in loader])
@@ -105,7 +105,7 @@ def test_samples_epochs_and_seeds_differ_and_an_epoch_comes_back(split: ImageSpl
     one = ImageSplit(np.repeat(split.images[:1], N, axis=0), split.labels)
     dataset = batches_of(one, "plain", seed=1)
     epoch0 = by_sample(dataset, batch_size=N)
-    assert len(torch.unique(epoch0, dim=0)) > N / 2  # of one image, 81 windows and two sides
+    assert len(torch.unique(epoch0, dim=0)) > N / 2  # one image has 81 windows and two sides
     dataset.set_epoch(1)
     epoch1 = by_sample(dataset, batch_size=N)
     assert (epoch0 != epoch1).flatten(1).any(dim=1).float().mean() > 0.9
@@ -190,7 +190,7 @@ def trained(
 def test_trainer_sees_the_same_batches_with_workers_and_after_a_resume(split: ImageSplit, tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 6, "dataloader_num_workers": 0}
     whole, scores = trained(batches_of(split), tmp_path / "whole", **saving)
-    assert len(whole.seen) == 8  # four batches an epoch, of which the last has 12 images
+    assert len(whole.seen) == 8  # an epoch has four batches, and the last one has 12 images
     assert sum(map(len, whole.seen)) == 2 * N
     assert scores["eval_loss"] > 0
     first, second = torch.cat(whole.seen[:4]), torch.cat(whole.seen[4:])

@@ -21,7 +21,7 @@ ROWS = {
 
 
 def load(folder: Path, rows: dict[str, list[Any]], **kwargs: Any) -> TextData:
-    """Written as JSON Lines, both splits alike, and loaded."""
+    """Write the rows as JSON Lines, both splits alike, and load them."""
     (folder / "rows").mkdir(exist_ok=True)
     for split in ("train", "test"):
         datasets.Dataset.from_dict(rows).to_json(str(folder / "rows" / f"{split}.jsonl"))

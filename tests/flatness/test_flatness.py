@@ -1,4 +1,4 @@
-"""Measures of flatness, each against a case that has a closed form."""
+"""Tests of the measures of flatness, each against a case that has a closed form."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_steps_climb_by_their_length_until_the_ball_holds_them_back() -> Non
 
 
 def test_steps_that_overshoot_never_tell_less_than_no_rise() -> None:
-    """A hill with its top at 1; the first step of 2.5 ends below where it began."""
+    """The loss is a hill with its top at 1, and the first step of 2.5 ends below its start."""
     found = epsilon_sharpness(quadratic([[0.0]], [[-1.0]], [[1.0]]), 10.0, steps=1)
     assert found.losses == pytest.approx((0, 2.5 - 0.5 * 2.5**2))
     assert found.sharpness == 0
@@ -104,7 +104,7 @@ def test_eigenvalues_and_trace_of_a_diagonal_hessian() -> None:
 
 @needs_eigenthings
 def test_the_hessian_of_linear_regression() -> None:
-    """2/n X'X, whatever the weights and the targets and however unequal the batches."""
+    """The Hessian is 2/n X'X, whatever the weights and the targets and however unequal the batches."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(10, 6, generator=generator, dtype=torch.float64)
     y = torch.randn(10, 1, generator=generator, dtype=torch.float64)
@@ -176,7 +176,7 @@ def measures(objective: Objective) -> list[Any]:
 def test_measures_leave_no_trace_and_repeat_themselves(training: bool) -> None:
     objective = classifier(training=training)
     model = objective.model
-    model[1].eval()  # a mode of its own, as a frozen backbone's
+    model[1].eval()  # this module has a mode of its own, as a frozen backbone has
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes, random = [m.training for m in model.modules()], torch.get_rng_state()
     assert measures(objective) == measures(objective)

@@ -1,4 +1,4 @@
-"""Finished runs side by side: what the command leaves and prints; and the pictures of landscapes."""
+"""Tests of the command that puts finished runs side by side, and of the pictures of landscapes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ QUICK = [
 
 
 def flatness(*arguments: Any) -> str:
-    """What the command prints."""
+    """Run the command and return what it prints."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         failed = command.run([str(a) for a in arguments])
     assert failed is None, failed
@@ -43,7 +43,7 @@ def flatness(*arguments: Any) -> str:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two runs, sgd and amp."""
+    """Train two runs, sgd and amp, in one folder."""
     pytest.importorskip("matplotlib", reason="draws pictures")
     folder = tmp_path_factory.mktemp("runs")
     with contextlib.redirect_stdout(io.StringIO()):
@@ -54,7 +54,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(runs: Path) -> tuple[Path, str]:
-    """The folder of the results, and what was printed."""
+    """Return the folder of the results and what was printed."""
     pytest.importorskip("hessian_eigenthings", reason='needs the extra: pip install "amp-plugin[flatness]"')
     out = runs / "flatness"
     return out, flatness(runs / "sgd", runs / "amp", "--output_dir", out, *QUICK)
@@ -103,7 +103,7 @@ def test_the_figures_agree_with_each_other(results: tuple[Path, str]) -> None:
         assert found["sharpness"]["losses"][0] == pytest.approx(loss)
         assert line["steps"] == [-0.5, -0.25, 0, 0.25, 0.5]
         assert line["loss"][2] == plane["loss"][1][1] == pytest.approx(loss)
-        # The plane's first direction is the line's.
+        # The first direction of the plane is the direction of the line.
         assert [row[1] for row in plane["loss"]] == line["loss"][::2]
 
 
@@ -193,7 +193,7 @@ def test_planes_share_one_scale(tmp_path: Path, drawn: list[Any]) -> None:
 
 def test_the_first_direction_is_to_the_right(tmp_path: Path, drawn: list[Any]) -> None:
     steps = np.linspace(-1, 1, 3)
-    rising = np.array([[1.0] * 3, [2.0] * 3, [3.0] * 3])  # along the first
+    rising = np.array([[1.0] * 3, [2.0] * 3, [3.0] * 3])  # the loss rises along the first direction
     plot_landscapes({"slope": Landscape(steps, rising, None)}, tmp_path / "slope.png", "slope")
     panel = next(axes for axes in drawn[0].axes if axes.get_title())
     first = panel.collections[0].get_paths()[0].vertices

@@ -1,4 +1,4 @@
-"""The architectures: their sizes, their registration, and their forward pass computed again by hand."""
+"""Tests of the architectures: sizes, registration, and the forward pass computed again by hand."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_depth_is_the_number_in_the_name(name: str) -> None:
     convs = [key for key, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     linears = sum(isinstance(module, nn.Linear) for module in model.modules())
     main_path = sum("shortcut" not in key for key in convs) + linears
-    # Zagoruyko and Komodakis count all convolutions, the others the weighted layers on the main path.
+    # Zagoruyko and Komodakis count all convolutions, the other papers the weighted layers on the main path.
     depth = len(convs) if name == "wrn28_10" else main_path
     assert re.findall(r"\d+", name)[0] == str(depth)
 
@@ -107,7 +107,7 @@ def test_pretrained_cfg_describes_the_model(name: str) -> None:
 
 
 def randomise_norms(module: nn.Module) -> None:
-    """Make every BatchNorm matter: affine parameters and running statistics unlike those at the start."""
+    """Make every BatchNorm matter, by affine parameters and running statistics unlike the initial ones."""
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d):
             for tensor in (norm.weight, norm.bias, norm.running_mean):

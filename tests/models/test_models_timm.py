@@ -1,4 +1,4 @@
-"""timm's contract, on small networks of every kind."""
+"""Tests of timm's contract, on small networks of every kind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 import amp_plugin.models  # noqa: F401  (registers the architectures)
 
-# One small network for every kind of block. The depths differ from stage to stage.
+# There is one small network for every kind of block. The depths differ from stage to stage.
 SMALL: dict[str, dict[str, Any]] = {
     "preactresnet18": {"width": 8, "layers": (1, 2, 1, 1)},
     "preactresnet50": {"width": 4, "layers": (1, 2, 1, 1)},
