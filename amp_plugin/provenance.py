@@ -13,7 +13,7 @@ _PACKAGES = ("torch", "timm", "transformers", "accelerate", "datasets", "amp_plu
 
 
 def run_record(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """One finished run: commit, threads, versions, settings, metrics and the images that they are of."""
+    """Describe a finished run: commit, threads, versions, settings, metrics, and what the metrics were measured on."""
     return {
         "commit": commit(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
@@ -25,12 +25,12 @@ def run_record(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of those that a run's outcome depends on."""
+    """Return the versions of this package and of those that a run's outcome depends on."""
     return {name: importlib.import_module(name).__version__ for name in _PACKAGES}
 
 
 def commit() -> str | None:
-    """The checked-out commit, marked if files differ from it; None where this package is not in a repository."""
+    """Return the checked-out commit, marked if files differ from it; None where this package is in no repository."""
     if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:  # e.g. installed within another project's
         return None
     return _git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")

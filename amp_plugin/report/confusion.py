@@ -11,12 +11,12 @@ import numpy as np
 from amp_plugin.report.style import BLUE, picture
 
 _WRITTEN = 15  # classes up to which every cell has its number and every class its name
-_NAMES = 25  # names along an axis, at most
-_LISTED = 15  # most frequent confusions, listed where cells have no numbers
+_NAMES = 25  # the largest number of names along an axis
+_LISTED = 15  # number of confusions that are listed where cells have no numbers
 
 
 def plot_confusion(logits: Any, labels: Any, class_names: Sequence[str], path: Path, title: str) -> None:
-    """Draw the confusion matrix to a PNG: of every true class, the share predicted as each.
+    """Draw the confusion matrix to a PNG: the share of every true class that is predicted as each class.
 
     With many classes the cells have no numbers and only some rows a name; the most frequent confusions are then listed
     beside the matrix.
@@ -24,9 +24,9 @@ def plot_confusion(logits: Any, labels: Any, class_names: Sequence[str], path: P
     Args:
         logits: (n, K) scores; the highest is the prediction.
         labels: (n,) class indices in [0, K).
-        class_names: K names.
-        path: the PNG to write.
-        title: above the picture.
+        class_names: names of the K classes.
+        path: PNG to write.
+        title: text above the picture.
 
     Raises:
         ImportError: matplotlib or scikit-learn is missing (``pip install "amp-plugin[plots]"``).
@@ -64,7 +64,7 @@ def plot_confusion(logits: Any, labels: Any, class_names: Sequence[str], path: P
 
 
 def _list_confusions(axes: Any, matrix: Any, class_names: Sequence[str]) -> None:
-    """The cells beside the diagonal with the largest shares, as bars."""
+    """Draw the cells beside the diagonal with the largest shares, as bars."""
     wrong = matrix.copy()
     np.fill_diagonal(wrong, 0)
     order = [i for i in np.argsort(wrong, axis=None)[::-1][:_LISTED] if wrong.flat[i] > 0]

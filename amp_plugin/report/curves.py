@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from amp_plugin.report.style import BLUE, GREEN, VERMILION, picture
+from amp_plugin.report.style import BLUE, GREEN, VERMILION, legend_below, picture
 
 Records = Sequence[Mapping[str, Any]]
 
-_MARKED = 20  # points of a line; with more, each of them needs no marker
+_MARKED = 20  # the longest line whose points have markers
 
 
 class _Line(NamedTuple):
@@ -37,19 +37,19 @@ _LINES = (
 
 
 def series(records: Records, key: str) -> tuple[list[float], list[float]]:
-    """Epochs and values of one logged quantity, e.g. of ``trainer.state.log_history``."""
+    """Return the epochs and values of one quantity in records such as ``trainer.state.log_history``."""
     points = [(float(r["epoch"]), float(r[key])) for r in records if key in r and "epoch" in r]
     return [epoch for epoch, _ in points], [value for _, value in points]
 
 
 def plot_curves(records: Records, path: Path, title: str, *, where: str = "test") -> None:
-    """Draw what was logged against the epoch to a PNG, a panel for each kind of quantity that is there.
+    """Draw what was logged against the epoch to a PNG, a panel for each kind of quantity that was logged.
 
     Args:
-        records: ``trainer.state.log_history`` of a finished run.
-        path: the PNG to write.
-        title: above the picture.
-        where: what the evaluations were made on, for the legend.
+        records: what a finished run logged, its ``trainer.state.log_history``.
+        path: PNG to write.
+        title: text above the picture.
+        where: name in the legend of what the evaluations were made on, default "test".
 
     Raises:
         ImportError: matplotlib is missing (``pip install "amp-plugin[plots]"``).
@@ -87,5 +87,4 @@ def plot_curves(records: Records, path: Path, title: str, *, where: str = "test"
                 panel.set_yscale("log")
             elif min(values) >= 0:
                 panel.set_ylim(0, 1.05 * max(values) or 1)
-        handles = {label: h for a in axes.values() for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+        legend_below(figure, 3)

@@ -11,13 +11,13 @@ from filelock import FileLock
 
 
 def append_to_ledger(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one finished run (`amp_plugin.provenance.run_record`) to a JSON Lines file that several may write to.
+    """Append one finished run to a JSON Lines file that several processes may write to.
 
-    They take turns by a lock, an empty file of the ledger's name and ``.lock`` beside it.
+    The processes take turns by a lock, an empty file of the ledger's name and ``.lock`` beside it.
 
     Args:
-        path: the ledger; made if it does not exist.
-        record: what `run_record` returns; what JSON cannot hold becomes text.
+        path: ledger, which is made if it does not exist.
+        record: what `amp_plugin.provenance.run_record` returns; what JSON cannot hold becomes text.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"), path.open("a") as ledger:
@@ -25,10 +25,10 @@ def append_to_ledger(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
-    """The runs in a ledger, the oldest first.
+    """Return the runs in a ledger, the oldest first.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such ledger.
         ValueError: a line is not a run.
     """
     records = []

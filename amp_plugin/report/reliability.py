@@ -8,21 +8,21 @@ from typing import Any
 import numpy as np
 
 from amp_plugin.metrics import calibration_bins
-from amp_plugin.report.style import SKY, VERMILION, picture
+from amp_plugin.report.style import SKY, VERMILION, legend_below, picture
 
 
 def plot_reliability(logits: Any, labels: Any, path: Path, title: str, *, n_bins: int = 15) -> None:
     """Draw the reliability diagram (Guo et al. 2017, https://arxiv.org/abs/1706.04599) to a PNG.
 
-    Above, the accuracy of each bin of confidence and its gap to the mean confidence there; below, how many predictions
-    the bins hold. The expected calibration error is the mean gap over the predictions.
+    The upper panel shows the accuracy of each bin of confidence and its gap to the mean confidence there; the lower
+    panel shows how many predictions the bins hold. The expected calibration error is the mean gap over the predictions.
 
     Args:
-        logits: (n, K), as `amp_plugin.metrics.classification_scores` takes them.
+        logits: (n, K) scores, as `amp_plugin.metrics.classification_scores` takes them.
         labels: (n,) class indices in [0, K).
-        path: the PNG to write.
-        title: above the picture; the calibration error is added.
-        n_bins: number of bins, of equal width.
+        path: PNG to write.
+        title: text above the picture; the calibration error is added to it.
+        n_bins: number of bins, of equal width, default 15.
 
     Raises:
         ImportError: matplotlib is missing (``pip install "amp-plugin[plots]"``).
@@ -53,4 +53,4 @@ def plot_reliability(logits: Any, labels: Any, path: Path, title: str, *, n_bins
         below.bar_label(counts, texts, padding=2, fontsize=7)
         below.set(xlabel="confidence (%)", ylabel="predictions")
         below.margins(y=0.2)
-        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        legend_below(figure)

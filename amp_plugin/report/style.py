@@ -28,13 +28,13 @@ _STYLE = {
 
 @contextmanager
 def picture(path: Path, title: str, size: tuple[float, float], figures: str = "") -> Iterator[Figure]:
-    """A figure to draw on, saved as a PNG at the end.
+    """Yield a figure to draw on, and save it as a PNG at the end.
 
     Args:
-        path: the PNG to write.
-        title: above the picture.
+        path: PNG to write.
+        title: text above the picture.
         size: width and height in inches, of 120 pixels each.
-        figures: the text with the figures that are drawn, for `shows`.
+        figures: text with the figures that are drawn, which `shows` looks for; default: none.
 
     Raises:
         ImportError: matplotlib is missing (``pip install "amp-plugin[plots]"``).
@@ -49,11 +49,23 @@ def picture(path: Path, title: str, size: tuple[float, float], figures: str = ""
         figure.savefig(path, dpi=120, metadata=stamp(figures) if figures else None)
 
 
+def legend_below(figure: Figure, columns: int = 0) -> None:
+    """Put one legend for all panels below them; a label that several panels have stands there once.
+
+    Args:
+        figure: figure with its panels drawn.
+        columns: number of columns of the legend, default 0: one for each label.
+    """
+    handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    columns = columns or len(handles)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
+
+
 def stamp(figures: str) -> dict[str, str]:
-    """Metadata for a picture's file that says which figures it was drawn from; `shows` reads it."""
+    """Return metadata for a picture's file that say which figures it was drawn from; `shows` reads them."""
     return {"Description": hashlib.sha256(figures.encode()).hexdigest()}
 
 
 def shows(path: Path, figures: str) -> bool:
-    """Whether a picture, PNG or SVG, was drawn from these figures."""
+    """Return whether a picture, PNG or SVG, was drawn from these figures."""
     return stamp(figures)["Description"].encode() in path.read_bytes()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 def table(rows: Mapping[str, str]) -> str:
-    """Two aligned columns, names and values, between rules."""
+    """Render names and values as two aligned columns between rules."""
     left = max(len(name) for name in rows)
     right = max(len(value) for value in rows.values())
     rule = "-" * (left + right + 2)
