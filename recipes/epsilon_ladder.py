@@ -3,7 +3,7 @@
     python recipes/epsilon_ladder.py --data_root DATA  # run what is missing, around reproduce.py's CPU scale
     python recipes/epsilon_ladder.py --ledger recipes/ledger.jsonl --table  # into the guide CHOOSING_EPSILON.md
 
-recipes/reproduction/ladder.yaml has the rungs. On each, ERM and AMP at a few strengths, which multiply epsilon and
+recipes/reproduction/ladder.yaml has the rungs. On each rung, ERM and AMP at a few strengths, which multiply epsilon and
 inner_lr alike, are trained and judged on held-out training images. Runs go to a ledger as those of reproduce.py do.
 """
 
@@ -17,94 +17,99 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from guides import marked
+from guides.page import run_script, write_part
+from guides.page import table as markdown_table
 from reproduction import records
 from reproduction.cells import Cell, Selection
-from reproduction.scale import Scale, Tuning, read_scale
+from reproduction.scale import Scale, read_scale
 from reproduction.sweep import Sweep
-from reproduction.table import line
 
 from amp_plugin.report.style import BLUE, VERMILION, picture
 
 HERE = Path(__file__).resolve().parent
 MARK = "epsilon-ladder"
 PICTURE = "epsilon_ladder.png"
+ALT = "Validation NLL and error of every rung against the strength"
 _MEASURES = {"eval_nll": ("validation NLL", 3), "eval_error": ("validation error %", 2)}
 
-Metrics = dict[str, float]
-# By rung; 0 is ERM, the others the strengths that have been run.
-Found = dict[str, dict[float, Metrics]]
+# Metrics by rung and strength; the strength 0 is ERM.
+Found = dict[str, dict[float, dict[str, float]]]
 
 
 @cache
 def ladder() -> dict[str, Any]:
-    """What ladder.yaml says."""
+    """Read ladder.yaml."""
     data: dict[str, Any] = yaml.safe_load((HERE / "reproduction" / "ladder.yaml").read_text())
     return data
 
 
 def rungs() -> dict[str, tuple[Scale, dict[float, Cell]]]:
-    """The runs of each rung, by strength; 0 is ERM."""
+    """Return the scale and the runs of each rung, by strength; the strength 0 is ERM."""
     data, base = ladder(), read_scale("cpu")
     ((model, args),), tuning = base.models.items(), base.tuning
     if tuning is None:
         raise ValueError(f"{base.path} has no held-out images")
     balls = [{"amp_epsilon": s * data["epsilon"], "amp_inner_lr": s * data["inner_lr"]} for s in data["strengths"]]
+    trials: dict[str, list[dict[str, Any]]] = {"erm": [{}], "amp": balls}
     found = {}
     for name, rung in data["rungs"].items():
-        trials: dict[str, list[dict[str, Any]]] = {"erm": [{}], "amp": balls}
         scale = replace(
             base,
             models={model: {**args, **rung.get("model", {})}},
             datasets=["cifar10"],
             options={**base.options, **rung.get("options", {})},
             methods=list(trials),
-            tuning=Tuning(tuning.validation_images, tuning.seed, trials),
+            tuning=replace(tuning, trials=trials, carried={}),
         )
         found[name] = scale, dict(zip((0.0, *data["strengths"]), Selection(scale).trials(), strict=True))
     return found
 
 
 def found_in(ledger: Path) -> Found:
-    """The figures of the runs that stand in a ledger."""
+    """Return the figures of the rungs that have runs in a ledger.
+
+    Raises:
+        ValueError: there are none.
+    """
     runs = records.read(ledger)
-    return {
+    figures = {
         name: {s: run["metrics"] for s, cell in cells.items() if (run := records.find(cell, scale, runs))}
         for name, (scale, cells) in rungs().items()
     }
+    found = {name: some for name, some in figures.items() if some}
+    if not found:
+        raise ValueError(f"{ledger} has no runs of the ladder; run it first, or name their --ledger")
+    return found
 
 
-def best(runs: dict[float, Metrics], measure: str) -> float:
-    """The strength with the lowest value of a measure."""
+def best(runs: dict[float, dict[str, float]], measure: str) -> float:
+    """Return the strength with the lowest value of a measure."""
     return min(runs, key=lambda strength: runs[strength][measure])
 
 
 def table(found: Found) -> str:
-    """A row for each rung and strength; the lowest of a rung whose strengths have all been run is bold."""
-    heads = ["rung", "epsilon", "inner_lr", *(head for head, _ in _MEASURES.values()), "train loss"]
-    lines = [line(heads), line(["---"] * len(heads))]
+    """Render a row for each rung and strength; the lowest of a rung whose strengths have all been run is bold."""
+    rows = []
     for name, runs in found.items():
         whole = len(runs) == 1 + len(ladder()["strengths"])
         for strength, metrics in runs.items():
             ball = [f"{strength * ladder()[key]:g}" for key in ("epsilon", "inner_lr")] if strength else ["ERM", "-"]
-            cells = [f"{metrics[measure]:.{digits}f}" for measure, (_, digits) in _MEASURES.items()]
-            marks = ["**" if whole and strength == best(runs, measure) else "" for measure in _MEASURES]
-            figures = [f"{mark}{cell}{mark}" for mark, cell in zip(marks, cells, strict=True)]
-            lines.append(line([name, *ball, *figures, f"{metrics['loss']:.3f}"]))
-    return "\n".join(lines)
-
-
-def section(found: Found) -> str:
-    """What stands in the page."""
-    return f"![Validation NLL and error of every rung against the strength]({PICTURE})\n\n{table(found)}"
+            row = [name, *ball]
+            for measure, (_, digits) in _MEASURES.items():
+                mark = "**" if whole and strength == best(runs, measure) else ""
+                row.append(f"{mark}{metrics[measure]:.{digits}f}{mark}")
+            rows.append([*row, f"{metrics['loss']:.3f}"])
+    return markdown_table(
+        ["rung", "epsilon", "inner_lr", *(head for head, _ in _MEASURES.values()), "train loss"], rows
+    )
 
 
 def draw(found: Found, path: Path) -> None:
-    """NLL and error against the strength, a panel a rung; dashed: ERM.
+    """Draw NLL and error against the strength, a panel a rung; dashed: ERM.
 
     Args:
-        found: the figures of the rungs that have runs.
-        path: the PNG to write.
+        found: figures of the rungs that have runs.
+        path: PNG to write.
 
     Raises:
         ImportError: matplotlib is missing (``pip install "amp-plugin[plots]"``).
@@ -131,13 +136,11 @@ def draw(found: Found, path: Path) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_root", metavar="DIR", help="Folder of the data sets; default: the Hub.")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/ladder"), metavar="DIR", help="[%(default)s]")
-    parser.add_argument(
-        "--ledger", type=Path, metavar="FILE", help="JSON Lines. Default: ledger.jsonl in --output_dir."
-    )
+    parser.add_argument("--ledger", type=Path, metavar="FILE", help="JSON Lines; default: in --output_dir.")
     parser.add_argument("--rungs", nargs="+", metavar="NAME", help='E.g. "width 8"; default: all.')
     parser.add_argument("--table", action="store_true", help="Render what the ledger has, into the page.")
     parser.add_argument("--page", type=Path, default=HERE / "guides" / "CHOOSING_EPSILON.md", metavar="FILE")
@@ -152,10 +155,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run, or render."""
     args = parse(argv)
     if args.table:
-        found = {name: runs for name, runs in found_in(args.ledger).items() if runs}
-        if not found:
-            raise ValueError(f"{args.ledger} has no runs of the ladder; run it first, or name their --ledger")
-        marked.replace(args.page, MARK, section(found), partial(draw, found, args.page.parent / PICTURE))
+        found = found_in(args.ledger)
+        write_part(args.page, MARK, table(found), partial(draw, found), PICTURE, ALT)
         print(f"{args.page}: {sum(map(len, found.values()))} runs of {len(found)} rungs\n{args.page.parent / PICTURE}")
         return
     for name, (scale, cells) in rungs().items():
@@ -168,9 +169,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command continues")
+    run_script(main)

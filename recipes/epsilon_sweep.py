@@ -3,21 +3,24 @@
     python recipes/epsilon_sweep.py                  # from recipes/ledger.jsonl into recipes/guides/CHOOSING_EPSILON.md
     python recipes/epsilon_sweep.py --ledger runs/ledger.jsonl --page my_page.md
 
-Takes the runs of one data set that report on held-out training images (`train.py --validation_images N --ledger FILE`).
+The script takes the runs of one data set that report on held-out training images
+(`train.py --validation_images N --ledger FILE`).
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, NamedTuple
 
-from guides.marked import replace
+from guides.page import run_script, write_part
+from guides.page import table as markdown_table
+from reproduction.records import Record, is_trial
+from reproduction.table import spread
 
 from amp_plugin.data.settings import BUNDLED
 from amp_plugin.report import read_ledger
@@ -26,50 +29,50 @@ from amp_plugin.report.style import BLUE, VERMILION, picture
 HERE = Path(__file__).resolve().parent
 MARK = "epsilon-sweep"
 PICTURE = "epsilon_sweep.png"
+ALT = "Validation NLL and error against inner_lr and epsilon"
 _VARIED = ("optim", "amp_epsilon", "amp_inner_lr", "seed")
-_MEASURES = ("eval_nll", "eval_error", "eval_ece", "loss", "sharpness", "clipped")
+_MEASURES = {  # by metric: heading and digits
+    "eval_nll": ("validation NLL", 3),
+    "eval_error": ("validation error %", 1),
+    "eval_ece": ("validation ECE", 3),
+    "loss": ("train loss", 3),
+    "sharpness": ("sharpness", 3),
+    "clipped": ("clipped", 3),
+}
 _SHOWN = {"eval_nll": "validation NLL", "eval_error": "validation error (%)"}
-
-Run = dict[str, Any]
 
 
 class Setting(NamedTuple):
-    """What a row of the table is about; both are 0 for SGD alone.
-
-    Attributes:
-        epsilon: radius of the ball.
-        inner_lr: step length of the ascent.
-    """
+    """AMP's two settings: the radius of the ball and the step length of the ascent; both are 0 for SGD alone."""
 
     epsilon: float
     inner_lr: float
 
 
-Sweep = dict[Setting, list[Run]]
+Sweep = dict[Setting, list[Record]]
 SGD = Setting(0.0, 0.0)
 
 
 def read(ledger: Path, dataset: str = BUNDLED) -> Sweep:
-    """The runs of the sweep in a ledger, by setting.
+    """Return the runs of the sweep in a ledger, by setting.
 
     Args:
-        ledger: the JSON Lines file.
-        dataset: that they were trained on.
+        ledger: JSON Lines file.
+        dataset: data set that the runs were trained on, default: the bundled sample.
 
     Raises:
         FileNotFoundError: there is no such ledger.
-        ValueError: it has none of them; or they differ in more than AMP's two settings and the seed, so that they
-            cannot be compared; or one was run twice.
+        ValueError: the ledger has no such runs, or one of them twice; or the runs differ in more than AMP's two
+            settings and the seed, so that they cannot be compared.
     """
-    runs = [
-        r for r in read_ledger(ledger) if r["settings"].get("validation_images") and r["settings"]["dataset"] == dataset
-    ]
+    runs = [run for run in read_ledger(ledger) if is_trial(run) and run["settings"]["dataset"] == dataset]
     if not runs:
         raise ValueError(f"{ledger} has no runs on {dataset} with validation_images")
-    common = [{k: v for k, v in run["settings"].items() if k not in _VARIED} for run in runs]
-    for other in common:
-        if differing := sorted(k for k in {*other, *common[0]} if other.get(k) != common[0].get(k)):
-            raise ValueError(f"{ledger}: runs with validation_images differ in {', '.join(differing)}; keep one kind")
+    first, *others = [{k: v for k, v in run["settings"].items() if k not in _VARIED} for run in runs]
+    if differing := {k for other in others for k in {*first, *other} if first.get(k) != other.get(k)}:
+        raise ValueError(
+            f"{ledger}: runs with validation_images differ in {', '.join(sorted(differing))}; keep one kind"
+        )
     sweep: Sweep = defaultdict(list)
     for run in runs:
         settings = run["settings"]
@@ -80,36 +83,27 @@ def read(ledger: Path, dataset: str = BUNDLED) -> Sweep:
     return dict(sorted(sweep.items()))
 
 
-def values(runs: Sequence[Run], measure: str) -> list[float]:
-    """One measure of each run that has it."""
+def values(runs: Sequence[Record], measure: str) -> list[float]:
+    """Return one measure of each run that has it."""
     return [run["metrics"][measure] for run in runs if measure in run["metrics"]]
 
 
 def table(sweep: Sweep) -> str:
-    """A row for each setting: mean and, of several seeds, standard deviation."""
-    lines = [
-        "| epsilon | inner_lr | seeds | validation NLL | validation error % | validation ECE | train loss | sharpness"
-        " | clipped |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    """Render a row for each setting: the mean and, of several seeds, the standard deviation."""
+    rows = []
     for setting, runs in sweep.items():
-        names = "| SGD | - " if setting == SGD else f"| {setting.epsilon:g} | {setting.inner_lr:g} "
-        cells = [_cell(values(runs, m), 1 if m == "eval_error" else 3) for m in _MEASURES]
-        lines.append(f"{names}| {len(runs)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def section(sweep: Sweep) -> str:
-    """What stands in the page: the picture and the table."""
-    return f"![Validation NLL and error against inner_lr and epsilon]({PICTURE})\n\n{table(sweep)}"
+        names = ["SGD", "-"] if setting == SGD else [f"{setting.epsilon:g}", f"{setting.inner_lr:g}"]
+        cells = [spread(values(runs, measure), digits) for measure, (_, digits) in _MEASURES.items()]
+        rows.append([*names, str(len(runs)), *cells])
+    return markdown_table(["epsilon", "inner_lr", "seeds", *(head for head, _ in _MEASURES.values())], rows)
 
 
 def draw(sweep: Sweep, path: Path) -> None:
-    """NLL and error on held-out images, against each of the two settings while the other is held.
+    """Draw NLL and error on held-out images against each of the two settings while the other is held.
 
     Args:
-        sweep: the runs; not empty.
-        path: the PNG to write.
+        sweep: runs by setting; not empty.
+        path: PNG to write.
 
     Raises:
         ImportError: matplotlib is missing (``pip install "amp-plugin[plots]"``).
@@ -130,12 +124,14 @@ def draw(sweep: Sweep, path: Path) -> None:
 
 
 def _lines(axes: Any, sweep: Sweep, measure: str, varied: str, held: str) -> None:
-    """A measure against one setting, a line for each value of the other, and SGD's."""
+    """Draw a measure against one setting, a line for each of two values of the other setting, and SGD's measure."""
     if SGD in sweep:
         reference = values(sweep[SGD], measure)
         axes.axhspan(min(reference), max(reference), color="0.6", alpha=0.3, linewidth=0)
         axes.axhline(mean(reference), color="0.4", linestyle="--", label="SGD")
-    for level, colour in zip(_levels(sweep, held), (BLUE, VERMILION), strict=False):
+    counts = Counter(getattr(setting, held) for setting in sweep if setting != SGD)
+    levels = [level for level, n in counts.most_common() if n >= 3]  # a line needs three points
+    for level, colour in zip(levels, (BLUE, VERMILION), strict=False):
         line = sorted(
             (getattr(s, varied), values(runs, measure)) for s, runs in sweep.items() if getattr(s, held) == level
         )
@@ -145,46 +141,23 @@ def _lines(axes: Any, sweep: Sweep, measure: str, varied: str, held: str) -> Non
     axes.legend(frameon=False, fontsize="small")
 
 
-def _levels(sweep: Sweep, held: str) -> list[float]:
-    """The values of a setting along which the other was varied, most runs first; a line needs three points."""
-    counts: dict[float, int] = defaultdict(int)
-    for setting in sweep:
-        if setting != SGD:
-            counts[getattr(setting, held)] += 1
-    return [level for level, n in sorted(counts.items(), key=lambda item: -item[1]) if n >= 3][:2]
-
-
-def _cell(numbers: Sequence[float], digits: int) -> str:
-    if not numbers:
-        return "-"
-    spread = f" ± {stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
-    return f"{mean(numbers):.{digits}f}{spread}"
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    page = HERE / "guides" / "CHOOSING_EPSILON.md"
     parser.add_argument("--ledger", type=Path, default=HERE / "ledger.jsonl", help="JSON Lines file of the runs.")
     parser.add_argument("--dataset", default=BUNDLED, help="What the runs were trained on.")
-    parser.add_argument(
-        "--page",
-        type=Path,
-        default=HERE / "guides" / "CHOOSING_EPSILON.md",
-        help="Markdown with the marks of the sweep.",
-    )
+    parser.add_argument("--page", type=Path, default=page, help="Markdown with the marks of the sweep.")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Render."""
     args = parse(argv)
-    sweep, drawn = read(args.ledger, args.dataset), args.page.parent / PICTURE
-    replace(args.page, MARK, section(sweep), partial(draw, sweep, drawn))
-    print(f"{args.page}: {sum(map(len, sweep.values()))} runs of {len(sweep)} settings\n{drawn}")
+    sweep = read(args.ledger, args.dataset)
+    write_part(args.page, MARK, table(sweep), partial(draw, sweep), PICTURE, ALT)
+    print(f"{args.page}: {sum(map(len, sweep.values()))} runs of {len(sweep)} settings\n{args.page.parent / PICTURE}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -8,12 +8,12 @@
     python recipes/reproduce.py --scale paper --slurm --sbatch_args="--gres=gpu:1 --time=24:00:00"
     python recipes/reproduce.py --scale paper --plan
 
-A cell is a model, an augmentation, a data set, a method and a seed. What a scale has in common stands in
+A cell is a model, an augmentation, a data set, a method and a seed. What the cells of a scale have in common stands in
 recipes/reproduction/SCALE.yaml (or in a file of your own), what a method means in methods.yaml, what the paper
 publishes in published.yaml. Cells run seed by seed, ERM and AMP first, so that what is done is of use at any time.
 
-Each is a run of train.py under accelerate launch, in a folder of its own with its log. A cell whose run stands in the
-ledger is not run again, and one that was killed continues from its last checkpoint: give the same command again.
+Each cell is a run of train.py under accelerate launch, in a folder of its own with its log. A cell whose run stands in
+the ledger is not run again, and a cell that was killed continues from its last checkpoint: give the same command again.
 Several sweeps may share a folder; a cell is run by one of them.
 """
 
@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from guides import marked
+from guides.page import run_script, write_part
 from reproduction import price, records, slurm, trade_off
 from reproduction.cells import Cell, Selection
 from reproduction.choose import choose
@@ -38,15 +38,13 @@ from reproduction.scale import PAPER, Scale, read_scale
 from reproduction.sweep import Sweep
 from reproduction.table import markdown
 
-# Of `benchmark.py --only ascents --sizes 0.3M --batch_sizes 50`.
+# `benchmark.py --only ascents --sizes 0.3M --batch_sizes 50` wrote this file.
 BENCHMARK = Path(__file__).with_name("benchmark_ascents.jsonl")
-
-
 T = TypeVar("T")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -82,9 +80,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--page", type=Path, metavar="FILE", help="Its part between marks is replaced. [one in --output_dir]"
     )
     shown.add_argument("--benchmark", type=Path, default=BENCHMARK, metavar="FILE", help="Seconds of the modes' steps.")
-    shown.add_argument("--gpu", default=price.Gpu.name, metavar="NAME", help="[%(default)s]")
-    shown.add_argument("--peak_tflops", type=float, default=price.Gpu.peak / 1e12, metavar="X", help="[%(default)s]")
-    shown.add_argument("--utilisation", type=float, default=price.Gpu.utilisation, metavar="X", help="[%(default)s]")
+    shown.add_argument("--gpu", default=price.Gpu().name, metavar="NAME", help="[%(default)s]")
+    shown.add_argument("--peak_tflops", type=float, default=price.Gpu().peak / 1e12, metavar="X", help="[%(default)s]")
+    shown.add_argument("--utilisation", type=float, default=price.Gpu().utilisation, metavar="X", help="[%(default)s]")
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error(f"--jobs must be positive, got {args.jobs}")
@@ -120,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def found(runs: T, args: argparse.Namespace) -> T:
-    """The runs that shall be shown.
+    """Return the runs that shall be shown.
 
     Raises:
         ValueError: there are none, and a page that has some shall keep them.
@@ -136,10 +134,8 @@ def show(
     """Print a text and put it, with its picture if it has one, between the marks of a page."""
     mark = f"{what}-{scale.name}"
     page: Path = args.page or args.output_dir / f"{mark}.md"
-    picture = page.with_name(f"{mark}.png")
-    link = "" if draw is None else f"![The tables below as a picture]({picture.name})\n\n"
-    marked.replace(page, mark, link + text, partial(draw, picture) if draw else lambda: None)
-    print(f"{text}\n\npage: {page}" + (f"\npicture: {picture}" if draw else ""))
+    write_part(page, mark, text, draw, f"{mark}.png", "The tables below as a picture")
+    print(f"{text}\n\npage: {page}" + (f"\npicture: {page.with_name(f'{mark}.png')}" if draw else ""))
 
 
 def run(cells: list[Cell], scale: Scale, args: argparse.Namespace, argv: list[str]) -> None:
@@ -169,9 +165,4 @@ def run(cells: list[Cell], scale: Scale, args: argparse.Namespace, argv: list[st
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command continues")
+    run_script(main)

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from reproduction.methods import methods
-from reproduction.published import Setting, published
+from reproduction.published import Setting, methods, published
 from reproduction.scale import Scale
 
 
@@ -20,10 +19,10 @@ class Cell:
 
     Attributes:
         setting: model, augmentation and data set.
-        method: by its name in methods.yaml.
-        seed: of the run.
+        method: name of the method in methods.yaml.
+        seed: seed of the run.
         values: hyper-parameters beyond the method's and the scale's own.
-        trial: whether it is one of the trials that choose hyper-parameters, on held-out training images.
+        trial: whether the run is one of the trials that choose hyper-parameters, on held-out training images.
     """
 
     setting: Setting
@@ -33,7 +32,7 @@ class Cell:
     trial: bool = False
 
     def options(self, scale: Scale) -> dict[str, Any]:
-        """All that train.py is told about the training, by option."""
+        """Return all that train.py is told about the training, by option."""
         model = published().models[self.setting.model]
         options = {**scale.options, **methods()[self.method].options, **self.values}
         kwargs = dict(scale.models[self.setting.model])
@@ -42,24 +41,19 @@ class Cell:
         options["num_train_epochs"] *= options.pop("epochs_times", 1)
         if self.trial and scale.tuning is not None:
             options["validation_images"] = scale.tuning.validation_images
-        return {
-            "dataset": self.setting.dataset,
-            "model": model.architecture,
-            "model_kwargs": kwargs,
-            "augment": self.setting.augment,
-            "seed": self.seed,
-            **options,
-        }
+        about = {"dataset": self.setting.dataset, "model": model.architecture, "model_kwargs": kwargs}
+        return {**about, "augment": self.setting.augment, "seed": self.seed, **options}
 
     def name(self, scale: Scale) -> str:
-        """A folder's name: to be read, and another one for other options."""
+        """Return the name of a folder, which can be read and differs where the options differ."""
         said = json.dumps([self.options(scale), scale.train_args], sort_keys=True)
-        parts = (self.setting.dataset, self.setting.model, self.setting.augment, self.method, f"seed{self.seed}")
+        setting = self.setting
+        parts = (setting.dataset, setting.model, setting.augment, self.method, f"seed{self.seed}")
         digest = hashlib.sha256(said.encode()).hexdigest()[:8]
         return f"{'validation-' if self.trial else ''}{'-'.join(parts)}-{digest}"
 
     def __str__(self) -> str:
-        """What is printed of it."""
+        """Describe the run in a line."""
         said = ", ".join(f"{name} {value:g}" for name, value in self.values.items())
         where = f"{self.setting.dataset} {self.setting.model} {self.setting.augment}"
         return f"{self.method}{f' ({said})' if said else ''}, {where}, seed {self.seed}"
@@ -67,7 +61,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which cells of a scale; None is all that the scale has.
+    """Which cells of a scale are meant; None is all that the scale has.
 
     Raises:
         ValueError: the scale does not have what was chosen.
@@ -94,21 +88,19 @@ class Selection:
             raise ValueError("the paper trains none of these models with this augmentation")
 
     def settings(self) -> list[Setting]:
-        """The chosen ones; at the published hyper-parameters, only those that the paper has."""
-        scale = self.scale
-        chosen = product(
-            self.models or scale.models, self.augmentations or scale.augmentations, self.datasets or scale.datasets
-        )
-        settings = [Setting(*names) for names in chosen]
-        return settings if scale.tuning is not None else [s for s in settings if s in published().results]
+        """Return the chosen settings; at the published hyper-parameters, only those that the paper has."""
+        has = self.scale
+        names = self.models or has.models, self.augmentations or has.augmentations, self.datasets or has.datasets
+        settings = [Setting(*chosen) for chosen in product(*names)]
+        return settings if has.tuning is not None else [s for s in settings if s in published().results]
 
     def methods_of(self, setting: Setting) -> list[str]:
-        """The chosen methods, in the order of methods.yaml."""
+        """Return the chosen methods, in the order of methods.yaml."""
         wanted = self.methods or self.scale.methods or list(published().results[setting])
         return [name for name in methods() if name in wanted]
 
     def runs(self) -> list[Cell]:
-        """Those that are reported: seed by seed, method by method.
+        """Return the runs that are reported: seed by seed, method by method.
 
         Raises:
             ValueError: hyper-parameters have not been chosen yet.
@@ -121,17 +113,16 @@ class Selection:
             for setting in settings
             if method in self.methods_of(setting)
         }
-        if missing := sorted(
-            {f"{method} on {s.dataset}" for (_, method, s), values in cells.items() if values is None}
-        ):
+        missing = {f"{method} on {setting.dataset}" for (_, method, setting), found in cells.items() if found is None}
+        if missing:
             raise ValueError(
-                f"{self.scale.chosen_path} has no hyper-parameters for {', '.join(missing)}: run --tune, then --choose;"
-                " or name other --methods"
+                f"{self.scale.chosen_path} has no hyper-parameters for {', '.join(sorted(missing))}: run --tune, then"
+                " --choose; or name other --methods"
             )
         return [Cell(setting, method, seed, values or {}) for (seed, method, setting), values in cells.items()]
 
     def trials(self) -> list[Cell]:
-        """Those that choose hyper-parameters: method by method.
+        """Return the runs that choose hyper-parameters, method by method.
 
         Raises:
             ValueError: the scale has none.
@@ -149,15 +140,15 @@ class Selection:
 
 
 def _values(scale: Scale, setting: Setting, method: str) -> dict[str, Any] | None:
-    """The hyper-parameters of a run that is reported; None if they have yet to be chosen."""
+    """Return the hyper-parameters of a run that is reported; None if they have yet to be chosen."""
     if scale.tuning is not None:
         setting = setting._replace(dataset=scale.tuning.carried.get(setting.dataset, setting.dataset))
         return scale.chosen.get(setting, {}).get(methods()[method].tuned_as or method)
-    return published().perturbation[setting.model, setting.augment] if method == "amp" else {}
+    return published().perturbation[setting.model][setting.augment] if method == "amp" else {}
 
 
-def tunable(scale: Scale, setting: Setting, method: str) -> list[str]:
-    """Names of the hyper-parameters in which runs of one method may differ."""
+def tunable(scale: Scale, method: str) -> list[str]:
+    """Return the names of the hyper-parameters in which runs of one method may differ."""
     own = [name for name in methods()[method].options if name not in ("optim", "epochs_times", "amp_ascent")]
     if method == "amp":
         own += ["amp_epsilon", "amp_inner_lr"]

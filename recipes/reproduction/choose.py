@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import yaml
+from guides.page import table
 
 from reproduction import records
 from reproduction.cells import Cell
 from reproduction.comparison import in_words
-from reproduction.published import Setting
 from reproduction.scale import Scale
 
 _HEAD = """\
 # Written by `reproduce.py --choose` from the validation runs in the ledger; not by hand. Chosen: the lowest error on
 # {images} held-out training images, then the lowest NLL; one seed ({seed}), {trials} trials for every method.
 """
+_HEADS = ("data set", "model", "augmentation", "method", "hyper-parameters", "validation error %", "validation NLL", "")
 
 
 class Choice(NamedTuple):
     """What the trials decided.
 
     Attributes:
-        runs: how many of the trials are in the ledger.
+        runs: number of the trials that are in the ledger.
         table: all trials and which were chosen, in Markdown.
-        file: for the scale's file of chosen values.
+        file: content of the scale's file of chosen values.
     """
 
     runs: int
@@ -38,9 +39,9 @@ def choose(scale: Scale, trials: Sequence[Cell], ledger: list[records.Record]) -
     """Choose the best trial of each method whose trials are all in the ledger; what was chosen for others stays.
 
     Args:
-        scale: with its tuning.
-        trials: of the scale.
-        ledger: its runs.
+        scale: scale with its tuning.
+        trials: trials of the scale.
+        ledger: runs of the scale.
 
     Raises:
         ValueError: the scale has no trials.
@@ -48,28 +49,22 @@ def choose(scale: Scale, trials: Sequence[Cell], ledger: list[records.Record]) -
     tuning = scale.tuning
     if tuning is None:
         raise ValueError(f"the scale {scale.name} has no trials to choose from")
-    grouped: dict[tuple[Setting, str], list[Cell]] = defaultdict(list)
-    for cell in trials:
-        grouped[cell.setting, cell.method].append(cell)
     path = scale.chosen_path
     data: dict[str, Any] = (yaml.safe_load(path.read_text()) if path.is_file() else None) or {}
-    lines = [
-        "| data set | model | augmentation | method | hyper-parameters | validation error % | validation NLL | |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    count = 0
-    for (setting, method), cells in grouped.items():
+    rows, count = [], 0
+    for ((model, augment, dataset), method), group in groupby(trials, lambda cell: (cell.setting, cell.method)):
+        cells = list(group)
         runs = {i: run["metrics"] for i, cell in enumerate(cells) if (run := records.find(cell, scale, ledger))}
         count += len(runs)
-        best = (
-            min(runs, key=lambda i: (runs[i]["eval_error"], runs[i]["eval_nll"])) if len(runs) == len(cells) else None
-        )
+        best = min(runs, key=lambda i: (runs[i]["eval_error"], runs[i]["eval_nll"])) if len(runs) == len(cells) else -1
         for i, cell in enumerate(cells):
-            head = f"| {setting.dataset} | {setting.model} | {setting.augment} | {method} | {in_words(cell.values)}"
-            figures = f"{runs[i]['eval_error']:.2f} | {runs[i]['eval_nll']:.3f}" if i in runs else "- | -"
-            lines.append(f"{head} | {figures} | {'chosen' if i == best else '' if i in runs else 'to do'} |")
-        if best is not None:
-            place = data.setdefault(setting.model, {}).setdefault(setting.augment, {}).setdefault(setting.dataset, {})
+            figures = ["-", "-", "to do"]
+            if i in runs:
+                chosen = "chosen" if i == best else ""
+                figures = [f"{runs[i]['eval_error']:.2f}", f"{runs[i]['eval_nll']:.3f}", chosen]
+            rows.append([dataset, model, augment, method, in_words(cell.values), *figures])
+        if best in runs:
+            place = data.setdefault(model, {}).setdefault(augment, {}).setdefault(dataset, {})
             place.pop(method, None)  # the order is that of the trials, whenever they were made
             place[method] = {
                 "values": cells[best].values,
@@ -79,4 +74,5 @@ def choose(scale: Scale, trials: Sequence[Cell], ledger: list[records.Record]) -
     head = _HEAD.format(
         images=tuning.validation_images, seed=tuning.seed, trials=len(next(iter(tuning.trials.values())))
     )
-    return Choice(count, "\n".join(lines), head + yaml.safe_dump(data, sort_keys=False))
+    text = table(_HEADS, rows).replace("|  |", "| |", 1)  # the last heading is empty
+    return Choice(count, text, head + yaml.safe_dump(data, sort_keys=False))

@@ -8,14 +8,11 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from reproduction.cells import Cell, Selection, tunable
-from reproduction.methods import methods
-from reproduction.published import Setting, published
+from reproduction.published import Setting, methods, published
 from reproduction.records import Record, comparable, expected, is_trial, same
-from reproduction.scale import Scale
 
 REFERENCE = "erm"
 AMP = "amp"
-_LEVEL = 0.95
 _SYMBOLS = {
     "adversarial_epsilon": "epsilon",
     "amp_epsilon": "epsilon",
@@ -32,7 +29,7 @@ _SYMBOLS = {
 
 
 class Interval(NamedTuple):
-    """A mean and where the true one lies with 95 % confidence, by Student's t over seeds."""
+    """A mean, and the bounds between which the true mean lies with 95 % confidence, by Student's t over seeds."""
 
     mean: float
     low: float
@@ -44,9 +41,9 @@ class Row:
     """The runs of one method with the same hyper-parameters, on the test images.
 
     Attributes:
-        method: its name in methods.yaml.
-        values: of the hyper-parameters in which runs of the method may differ, by option.
-        runs: by seed.
+        method: name of the method in methods.yaml.
+        values: hyper-parameters in which runs of the method may differ, by option.
+        runs: runs by seed.
     """
 
     method: str
@@ -54,22 +51,26 @@ class Row:
     runs: dict[int, Record] = field(default_factory=dict)
 
     def measured(self, name: str) -> dict[int, float]:
-        """One metric by seed."""
+        """Return one metric by seed."""
         return {seed: run["metrics"][name] for seed, run in self.runs.items() if name in run["metrics"]}
 
+    def numbers(self, name: str) -> list[float]:
+        """Return one metric of every run."""
+        return list(self.measured(name).values())
+
     def label(self) -> str:
-        """Name and hyper-parameters."""
+        """Name the method and its hyper-parameters."""
         said = in_words(self.values)
         return f"{methods()[self.method].label}{f' ({said})' if said else ''}"
 
 
 def in_words(values: Mapping[str, Any]) -> str:
-    """Hyper-parameters, for the reader."""
+    """Name hyper-parameters, for the reader."""
     return ", ".join(f"{_SYMBOLS.get(name, name)} {value:.3g}" for name, value in values.items())
 
 
 def interval(numbers: Sequence[float]) -> Interval | None:
-    """Of the mean of at least two numbers; None for fewer.
+    """Return the interval of the mean of at least two numbers; None for fewer.
 
     Raises:
         ImportError: scipy is missing (``pip install "amp-plugin[plots]"``).
@@ -78,12 +79,12 @@ def interval(numbers: Sequence[float]) -> Interval | None:
 
     if len(numbers) < 2:
         return None
-    half = stats.t.ppf((1 + _LEVEL) / 2, len(numbers) - 1) * stdev(numbers) / len(numbers) ** 0.5
+    half = stats.t.ppf(0.975, len(numbers) - 1) * stdev(numbers) / len(numbers) ** 0.5
     return Interval(mean(numbers), mean(numbers) - half, mean(numbers) + half)
 
 
 def paired(reference: Row | None, row: Row, name: str) -> Interval | None:
-    """The reference's metric minus the row's, over the seeds that both have; None for fewer than two."""
+    """Return the reference's metric minus the row's, over the seeds that both have; None for fewer than two seeds."""
     if reference is None or reference is row:
         return None
     theirs, ours = reference.measured(name), row.measured(name)
@@ -91,62 +92,43 @@ def paired(reference: Row | None, row: Row, name: str) -> Interval | None:
 
 
 def reference_of(rows: Sequence[Row], method: str = REFERENCE) -> Row | None:
-    """What others are compared with: a method (ERM unless told) with the hyper-parameters that have most seeds."""
+    """Return what others are compared with: a method with the hyper-parameters that have most seeds; default: ERM."""
     return max((row for row in rows if row.method == method), key=lambda row: len(row.runs), default=None)
 
 
 def rows_of(chosen: Selection, ledger: Sequence[Record]) -> dict[Setting, list[Row]]:
-    """The rows of ERM and the chosen methods by setting, in the order of methods.yaml; without a run, none.
+    """Return the rows of ERM and the chosen methods that have runs, by setting, in the order of methods.yaml.
 
     Raises:
-        ValueError: a run is there twice.
+        ValueError: a run is in the ledger twice.
     """
     found: dict[Setting, list[Row]] = {}
-    runs = [r for r in ledger if not is_trial(r) and (chosen.seeds is None or r["settings"]["seed"] in chosen.seeds)]
+    runs = [
+        (run["settings"]["seed"], comparable(run["settings"]), run)
+        for run in ledger
+        if not is_trial(run) and (chosen.seeds is None or run["settings"]["seed"] in chosen.seeds)
+    ]
     for setting in chosen.settings():
-        matcher = _Matcher(chosen.scale, setting)
-        rows: dict[tuple[str, tuple[Any, ...]], Row] = {}
-        for run in runs:
-            if (match := matcher.match(run)) is None:
+        model = published().models[setting.model]
+        kinds = []
+        for method in methods():
+            names = {n: f"model_kwargs.{model.dropout}" if n == "dropout" else n for n in tunable(chosen.scale, method)}
+            kinds.append((method, expected(Cell(setting, method, 0), chosen.scale), names))
+        rows: dict[tuple[str, ...], Row] = {}
+        for seed, ours, run in runs:
+            if (ours["dataset"], ours["model"]) != (setting.dataset, model.architecture):
                 continue
-            method, values = match
-            if chosen.methods is not None and method not in (REFERENCE, *chosen.methods):
+            # ERM comes first: the others that train with SGD differ from it by an option that is off in ERM's runs.
+            fits = ((m, names) for m, settings, names in kinds if same(ours, settings, {"seed", *names.values()}))
+            method, names = next(fits, ("", {}))
+            if not method or (chosen.methods is not None and method not in (REFERENCE, *chosen.methods)):
                 continue
-            row = rows.setdefault((method, tuple(values.values())), Row(method, values))
-            seed = run["settings"]["seed"]
+            values = {name: ours[key] for name, key in names.items() if key in ours}
+            row = rows.setdefault((method, *map(str, values.values())), Row(method, values))
             if seed in row.runs:
                 raise ValueError(f"the ledger has {row.label()} on {setting.dataset}, seed {seed}, twice; keep one")
             row.runs[seed] = run
         if rows:
             order = list(methods())
-            found[setting] = [rows[k] for k in sorted(rows, key=lambda k: (order.index(k[0]), *map(str, k[1])))]
+            found[setting] = [rows[key] for key in sorted(rows, key=lambda key: (order.index(key[0]), key[1:]))]
     return found
-
-
-class _Matcher:
-    """Which method a run of one setting is of, whatever its hyper-parameters."""
-
-    def __init__(self, scale: Scale, setting: Setting) -> None:
-        self._scale, self._setting = scale, setting
-        self._expected: dict[str, dict[str, Any]] = {}
-
-    def match(self, run: Record) -> tuple[str, dict[str, Any]] | None:
-        """The method and the values of its hyper-parameters.
-
-        ERM comes first: the others that train with SGD differ from it by an option that is off in ERM's runs.
-        """
-        model = published().models[self._setting.model]
-        settings = run["settings"]
-        if (settings["dataset"], settings["model"]) != (self._setting.dataset, model.architecture):
-            return None
-        ours = comparable(settings)
-        for method in methods():
-            if method not in self._expected:
-                self._expected[method] = expected(Cell(self._setting, method, 0), self._scale)
-            names = {
-                name: f"model_kwargs.{model.dropout}" if name == "dropout" else name
-                for name in tunable(self._scale, self._setting, method)
-            }
-            if same(ours, self._expected[method], free={"seed", *names.values()}):
-                return method, {name: ours[key] for name, key in names.items() if key in ours}
-        return None

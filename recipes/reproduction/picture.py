@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from amp_plugin.report.style import AMBER, BLUE, VERMILION, picture
+from amp_plugin.report.style import AMBER, BLUE, VERMILION, legend_below, picture
 from reproduction.comparison import REFERENCE, Row, interval, reference_of
 from reproduction.published import Setting, published
 from reproduction.table import markdown
@@ -17,13 +17,13 @@ _PANELS = {"eval_error": "test error %, last epoch", "eval_nll": "test NLL"}
 
 
 def draw(tables: Mapping[Setting, Sequence[Row]], title: str, with_paper: bool, path: Path) -> None:
-    """Error and NLL of every method, a pair of panels for each setting.
+    """Draw error and NLL of every method, a pair of panels for each setting.
 
     Args:
-        tables: `reproduction.comparison.rows_of`; not empty.
-        title: above the picture.
+        tables: rows by setting, as `reproduction.comparison.rows_of` returns them; not empty.
+        title: text above the picture.
         with_paper: whether the published figures are drawn too.
-        path: the PNG to write.
+        path: PNG to write.
 
     Raises:
         ImportError: matplotlib is missing (``pip install "amp-plugin[plots]"``).
@@ -33,9 +33,8 @@ def draw(tables: Mapping[Setting, Sequence[Row]], title: str, with_paper: bool, 
         grid: Any = figure.subplots(len(tables), 2, squeeze=False, height_ratios=heights)
         for axes, (setting, rows) in zip(grid, tables.items(), strict=True):
             paper = published().results.get(setting, {}) if with_paper else {}
-            reference = reference_of(rows)
             for panel, (name, head) in zip(axes, _PANELS.items(), strict=True):
-                _panel(panel, rows, reference, name)
+                _panel(panel, rows, name)
                 panel.set_xlabel(head)
                 for place, row in enumerate(rows):
                     if figures := paper.get(row.method):
@@ -44,24 +43,19 @@ def draw(tables: Mapping[Setting, Sequence[Row]], title: str, with_paper: bool, 
             axes[0].set_yticks(range(len(rows)), [row.label() for row in rows])
             axes[1].set_yticks(range(len(rows)), [""] * len(rows))
             axes[0].set_title(f"{setting.dataset}, {setting.model}, augmentation {setting.augment}", loc="left")
-        handles = {label: h for axes in grid.flat for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
+        legend_below(figure)
 
 
-def _panel(axes: Any, rows: Sequence[Row], reference: Row | None, name: str) -> None:
-    if reference is not None:
-        level = mean(reference.measured(name).values())
-        axes.axvline(level, color="0.4", linestyle="--", linewidth=1, label="ERM's mean")
+def _panel(axes: Any, rows: Sequence[Row], name: str) -> None:
+    if reference := reference_of(rows):
+        axes.axvline(mean(reference.numbers(name)), color="0.4", linestyle="--", linewidth=1, label="ERM's mean")
     for place, row in enumerate(rows):
-        numbers = list(row.measured(name).values())
-        colour = VERMILION if row.method == REFERENCE else BLUE
+        numbers = row.numbers(name)
+        colour, bar = (VERMILION, " (ERM)") if row.method == REFERENCE else (BLUE, "")
         axes.plot(numbers, [place] * len(numbers), "o", color="0.3", markerfacecolor="white", label="a seed", **_SEED)
         if found := interval(numbers):
-            axes.plot([found.low, found.high], [place, place], color=colour, linewidth=2, label=_bar(row))
+            label = f"mean, 95 % interval{bar}"
+            axes.plot([found.low, found.high], [place, place], color=colour, linewidth=2, label=label)
         axes.plot([mean(numbers)], [place], "s", color=colour, markersize=5)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
-
-
-def _bar(row: Row) -> str:
-    return "mean, 95 % interval" + (" (ERM)" if row.method == REFERENCE else "")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
+from guides.page import table as markdown_table
 from torch import nn
 
 from amp_plugin.models.classifier import image_classifier
@@ -21,15 +20,16 @@ from reproduction.published import published
 from reproduction.records import train_argv
 from reproduction.scale import Scale
 
+_HEADS = ("model", "augmentation", "data set", "method", "seeds", "passes a run", "FLOPs a run", "GPU hours a run")
 
-@dataclass(frozen=True)
-class Gpu:
+
+class Gpu(NamedTuple):
     """What a GPU computes in a second.
 
     Attributes:
-        name: of it.
-        peak: its published FLOPs a second in the arithmetic that is meant.
-        utilisation: the share of them that is assumed to be reached.
+        name: name of the GPU and its arithmetic.
+        peak: published FLOPs a second in that arithmetic.
+        utilisation: share of the published FLOPs that is assumed to be reached.
     """
 
     name: str = "NVIDIA A100, TF32"
@@ -37,18 +37,17 @@ class Gpu:
     utilisation: float = 0.1
 
     def hours(self, flops: float) -> float:
-        """That so many FLOPs take."""
+        """Return the hours that so many FLOPs take."""
         return flops / (self.peak * self.utilisation) / 3600
 
 
-@dataclass(frozen=True)
-class Price:
+class Price(NamedTuple):
     """What one run takes.
 
     Attributes:
         cell: the run.
-        passes: forward and backward passes over all training images.
-        flops: of the whole training; a multiply-add counts as two. Tests are not counted.
+        passes: number of forward and backward passes over all training images.
+        flops: FLOPs of the whole training without its tests; a multiply-add counts as two.
     """
 
     cell: Cell
@@ -63,11 +62,9 @@ def price(cell: Cell, scale: Scale) -> Price:
         ValueError: the options cannot be meant.
     """
     _, model_args, args = parse(train_argv(cell, scale))
-    images = published().images[cell.setting.dataset]
-    options = cell.options(scale)
-    if "train_images" in options:
-        images = options["train_images"]
-    architecture = (model_args.model, str(model_args.model_kwargs), published().classes[cell.setting.dataset])
+    dataset = published().datasets[cell.setting.dataset]
+    images = cell.options(scale).get("train_images", dataset["images"])
+    architecture = (model_args.model, str(model_args.model_kwargs), dataset["classes"])
     model = _model(*architecture)
     kind, kwargs = RecipeTrainer.get_optimizer_cls_and_kwargs(args, model)
     count = counts(args, images, kind(model.parameters(), **kwargs), args.passes_per_loss)
@@ -75,26 +72,23 @@ def price(cell: Cell, scale: Scale) -> Price:
 
 
 def table(prices: Iterable[Price], gpu: Gpu) -> str:
-    """In Markdown, one row for the seeds of a cell, with the sum of all."""
-    lines = [
-        f"Computed, not run: counted FLOPs at an assumed {gpu.utilisation:.0%} of the {gpu.peak / 1e12:g} TFLOP/s of"
-        f" one {gpu.name}; tests and loading are not counted.",
-        "",
-        "| model | augmentation | data set | method | seeds | passes a run | FLOPs a run | GPU hours a run |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    grouped: dict[Any, list[Price]] = {}
+    """Render the prices in Markdown, one row for the seeds of a cell, with the sum of all."""
+    grouped: dict[tuple[str, ...], list[Price]] = {}
     for one in prices:
-        grouped.setdefault((one.cell.setting, one.cell.method), []).append(one)
-    for (setting, method), group in grouped.items():
-        first = group[0]
-        lines.append(
-            f"| {setting.model} | {setting.augment} | {setting.dataset} | {method} | {len(group)} | {first.passes:g} |"
-            f" {first.flops:.2e} | {gpu.hours(first.flops):.1f} |"
-        )
-    total = sum(one.flops for group in grouped.values() for one in group)
-    runs = sum(map(len, grouped.values()))
-    return "\n".join([*lines, "", f"All {runs} runs: {total:.2e} FLOPs, {gpu.hours(total):,.0f} GPU hours."])
+        setting = one.cell.setting
+        grouped.setdefault((setting.model, setting.augment, setting.dataset, one.cell.method), []).append(one)
+    rows = [
+        [*names, str(len(some)), f"{passes:g}", f"{flops:.2e}", f"{gpu.hours(flops):.1f}"]
+        for names, some in grouped.items()
+        for _, passes, flops in some[:1]
+    ]
+    runs = [one for some in grouped.values() for one in some]
+    total = sum(one.flops for one in runs)
+    return (
+        f"Computed, not run: counted FLOPs at an assumed {gpu.utilisation:.0%} of the {gpu.peak / 1e12:g} TFLOP/s of"
+        f" one {gpu.name}; tests and loading are not counted.\n\n{markdown_table(_HEADS, rows)}\n\n"
+        f"All {len(runs)} runs: {total:.2e} FLOPs, {gpu.hours(total):,.0f} GPU hours."
+    )
 
 
 @cache
@@ -105,7 +99,7 @@ def _model(architecture: str, kwargs: str, classes: int) -> nn.Module:
 
 @cache
 def _flops(architecture: str, kwargs: str, classes: int) -> int:
-    """Of one image's forward and backward pass."""
+    """Count the FLOPs of one image's forward and backward pass."""
     batch = {"pixel_values": torch.zeros(2, 3, 32, 32), "labels": torch.zeros(2, dtype=torch.int64)}
-    args = RecipeArguments(use_cpu=True, output_dir=str(Path("unused")))
+    args = RecipeArguments(use_cpu=True, output_dir="unused")
     return costs(_model(architecture, kwargs, classes), partial(torch.optim.SGD, lr=0.1), args, batch).training_flops

@@ -1,13 +1,15 @@
-"""What the paper publishes: its settings and its test errors, from published.yaml."""
+"""The paper's settings and test errors, from published.yaml, and the methods that it compares, from methods.yaml."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
+
+T = TypeVar("T")
 
 HERE = Path(__file__).resolve().parent
 
@@ -20,70 +22,77 @@ class Setting(NamedTuple):
     dataset: str
 
 
-@dataclass(frozen=True)
-class Model:
-    """A network of the paper.
-
-    Attributes:
-        architecture: timm's name of it.
-        dropout: the argument of it that the baseline "dropout" sets.
-    """
+class Model(NamedTuple):
+    """A network of the paper: timm's name of it, and the argument of it that the baseline "dropout" sets."""
 
     architecture: str
     dropout: str
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A published test error, in per cent.
-
-    Attributes:
-        mean: over seeds.
-        std: over seeds.
-        nll: mean; None where the paper gives none.
-    """
+class Figure(NamedTuple):
+    """A published test error in per cent: mean and standard deviation over seeds, and the mean NLL if given."""
 
     mean: float
     std: float
     nll: float | None = None
 
 
-@dataclass(frozen=True)
-class Published:
-    """published.yaml.
+class Published(NamedTuple):
+    """What published.yaml says.
 
     Attributes:
-        models: by the paper's names.
-        images: to train on, by data set.
-        classes: by data set.
-        perturbation: AMP's epsilon and inner_lr, as options of train.py, by model and augmentation.
-        results: by setting and method.
+        models: networks by the paper's names.
+        datasets: number of training images and of classes, by data set.
+        perturbation: AMP's options of train.py, by model and augmentation.
+        results: test errors by setting and method.
     """
 
     models: dict[str, Model]
-    images: dict[str, int]
-    classes: dict[str, int]
-    perturbation: dict[tuple[str, str], dict[str, float]]
+    datasets: dict[str, dict[str, int]]
+    perturbation: dict[str, dict[str, dict[str, float]]]
     results: dict[Setting, dict[str, Figure]]
+
+
+class Method(NamedTuple):
+    """A way to train.
+
+    Attributes:
+        label: name in the tables.
+        options: options of train.py, or "dropout" or "epochs_times" (see methods.yaml).
+        tuned_as: method whose chosen values this one takes; None for its own.
+    """
+
+    label: str
+    options: dict[str, Any]
+    tuned_as: str | None = None
+
+    @property
+    def ascent(self) -> str | None:
+        """AMP's ascent policy; None where the method is not AMP."""
+        return str(self.options.get("amp_ascent", "full")) if self.options["optim"] == "amp" else None
 
 
 @cache
 def published() -> Published:
-    """Read it, once."""
+    """Read published.yaml."""
     data: dict[str, Any] = yaml.safe_load((HERE / "published.yaml").read_text())
-    return Published(
-        models={name: Model(**fields) for name, fields in data["models"].items()},
-        images={name: fields["images"] for name, fields in data["datasets"].items()},
-        classes={name: fields["classes"] for name, fields in data["datasets"].items()},
-        perturbation={
-            (model, augment): dict(zip(("amp_epsilon", "amp_inner_lr"), pair, strict=True))
-            for model, pairs in data["perturbation"].items()
-            for augment, pair in pairs.items()
-        },
-        results={
-            Setting(model, augment, dataset): {method: Figure(*figure) for method, figure in figures.items()}
-            for model, by_augment in data["results"].items()
-            for augment, by_dataset in by_augment.items()
-            for dataset, figures in by_dataset.items()
-        },
-    )
+    models = {name: Model(**fields) for name, fields in data.pop("models").items()}
+    results = by_setting(data.pop("results"), lambda figure: Figure(*figure))
+    return Published(models=models, results=results, **data)
+
+
+@cache
+def methods() -> dict[str, Method]:
+    """Read the methods by name, in the order in which a sweep runs them."""
+    data = yaml.safe_load((HERE / "methods.yaml").read_text())
+    return {name: Method(**fields) for name, fields in data.items()}
+
+
+def by_setting(data: dict[str, Any], convert: Callable[[Any], T]) -> dict[Setting, dict[str, T]]:
+    """Turn mappings by model, augmentation, data set and method into mappings by setting and method."""
+    return {
+        Setting(model, augment, dataset): {method: convert(value) for method, value in values.items()}
+        for model, by_augment in data.items()
+        for augment, by_dataset in by_augment.items()
+        for dataset, values in by_dataset.items()
+    }

@@ -17,30 +17,30 @@ from reproduction.scale import Scale
 Record = dict[str, Any]
 Settings = dict[str, Any]
 
-# What may differ between two runs of one cell.
+# These may differ between two runs of one cell.
 _CADENCE = ("eval_", "logging_", "save_")
 _ELSEWHERE = {"cpu_threads", "use_cpu", "per_device_eval_batch_size", "dataloader_num_workers", "dataloader_pin_memory"}
 
 
 def read(ledger: Path) -> list[Record]:
-    """The runs in a ledger; none if there is no such file."""
+    """Return the runs in a ledger; none if there is no such file."""
     return read_ledger(ledger) if ledger.is_file() else []
 
 
 def train_argv(cell: Cell, scale: Scale) -> list[str]:
-    """What train.py is told about the training."""
+    """Return what train.py is told about the training."""
     return [*as_options(cell.options(scale), str(scale.path)), *scale.train_args]
 
 
 def expected(cell: Cell, scale: Scale) -> Settings:
-    """The settings that the cell's run will have, as `comparable`."""
-    settings = settings_of(*parse(train_argv(cell, scale)))
-    settings["world_size"] = _processes(scale.launch)
-    return comparable(settings)
+    """Return the settings that the cell's run will have, as `comparable` returns them."""
+    launch = scale.launch
+    processes = int(launch[launch.index("--num_processes") + 1]) if "--num_processes" in launch else 1
+    return comparable({**settings_of(*parse(train_argv(cell, scale))), "world_size": processes})
 
 
 def comparable(settings: Mapping[str, Any]) -> Settings:
-    """What decides the outcome, as JSON keeps it, the model's arguments one by one."""
+    """Return the settings that decide the outcome, as JSON keeps them, the model's arguments one by one."""
     plain: Settings = json.loads(json.dumps(dict(settings), default=str))
     kwargs = json.loads(plain.pop("model_kwargs", None) or "{}")
     plain |= {f"model_kwargs.{name}": value for name, value in kwargs.items()}
@@ -48,12 +48,12 @@ def comparable(settings: Mapping[str, Any]) -> Settings:
 
 
 def same(one: Settings, other: Settings, free: Collection[str] = ()) -> bool:
-    """Whether two runs' settings agree; a setting that a version does not record has its default.
+    """Return whether two runs' settings agree; a setting that a version does not record has its default.
 
     Args:
-        one: `comparable`.
-        other: `comparable`.
-        free: names that may differ.
+        one: settings of a run, from `comparable`.
+        other: settings of another run, from `comparable`.
+        free: names of settings that may differ, default: none.
     """
     names = (one.keys() | other.keys()).difference(free)
     defaults = _defaults()
@@ -61,13 +61,13 @@ def same(one: Settings, other: Settings, free: Collection[str] = ()) -> bool:
 
 
 def find(cell: Cell, scale: Scale, records: list[Record]) -> Record | None:
-    """The cell's run, the newest if there are several; None if it has none."""
+    """Return the cell's run, the newest if there are several; None if the cell has no run."""
     wanted = expected(cell, scale)
     return next((r for r in reversed(records) if same(comparable(r["settings"]), wanted)), None)
 
 
 def is_trial(record: Record) -> bool:
-    """Whether a run reports on held-out training images, not on the test split."""
+    """Return whether a run reports on held-out training images, not on the test split."""
     return bool(record["settings"].get("validation_images"))
 
 
@@ -75,7 +75,3 @@ def is_trial(record: Record) -> bool:
 def _defaults() -> Settings:
     settings = settings_of(*parse([]))
     return {n: v for n, v in comparable(settings).items() if not n.startswith("model_kwargs.")}
-
-
-def _processes(launch: list[str]) -> int:
-    return int(launch[launch.index("--num_processes") + 1]) if "--num_processes" in launch else 1

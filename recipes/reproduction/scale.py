@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from reproduction.methods import methods
-from reproduction.published import Setting, published
+from reproduction.published import HERE, Setting, by_setting, methods, published
 
-HERE = Path(__file__).resolve().parent
 PAPER = "paper"  # the scale at which the published figures are comparable
 
 
@@ -21,10 +20,10 @@ class Tuning:
     """How hyper-parameters are chosen.
 
     Attributes:
-        validation_images: training images that are held out, and decide.
-        seed: of the trials.
-        trials: the values to try, by method; as many for each.
-        carried: data sets without trials, and the one whose chosen values each takes.
+        validation_images: number of training images that are held out, and decide.
+        seed: seed of the trials.
+        trials: values to try, by method; as many for each.
+        carried: data sets without trials, and for each the data set whose chosen values it takes.
     """
 
     validation_images: int
@@ -38,16 +37,16 @@ class Scale:
     """What all cells of a sweep have in common.
 
     Attributes:
-        name: of the file, without its ending.
-        path: of the file.
+        name: name of the file, without its ending.
+        path: the file.
         models: arguments of each network, by the paper's names of them.
-        datasets: to train on.
-        augmentations: as train.py calls them.
-        seeds: of the runs that are reported.
-        options: of train.py.
+        datasets: data sets to train on.
+        augmentations: augmentations, as train.py calls them.
+        seeds: seeds of the runs that are reported.
+        options: options of train.py.
         launch: arguments of ``accelerate launch``.
-        methods: to compare; None for those that are published for a cell.
-        tuning: None if the published hyper-parameters are taken.
+        methods: methods to compare; None for those that are published for a cell.
+        tuning: how hyper-parameters are chosen; None if the published ones are taken.
         chosen: hyper-parameters by setting and method, from `chosen_path`.
         train_args: further arguments of train.py, from the command line.
     """
@@ -67,7 +66,7 @@ class Scale:
 
     @property
     def chosen_path(self) -> Path:
-        """Where the chosen hyper-parameters stand: beside the scale's file."""
+        """The file with the chosen hyper-parameters, beside the scale's."""
         return self.path.with_name(f"{self.name}_chosen.yaml")
 
 
@@ -75,10 +74,10 @@ def read_scale(name: str) -> Scale:
     """Read a scale, and what was chosen for it.
 
     Args:
-        name: of one that comes with the recipes, or a YAML file.
+        name: name of a scale that comes with the recipes, or a YAML file.
 
     Raises:
-        ValueError: there is none, or something in it cannot be meant.
+        ValueError: there is no such scale, or something in it cannot be meant.
     """
     path = HERE / f"{name}.yaml" if (HERE / f"{name}.yaml").is_file() else Path(name)
     if not path.is_file():
@@ -91,20 +90,22 @@ def read_scale(name: str) -> Scale:
     tuning = data.pop("tuning", None)
     scale = Scale(name=path.stem, path=path, tuning=None if tuning is None else Tuning(**tuning), **data)
     _check(scale)
-    scale.chosen.update(_read_chosen(scale.chosen_path))
+    if scale.chosen_path.is_file():
+        scale.chosen.update(by_setting(yaml.safe_load(scale.chosen_path.read_text()), itemgetter("values")))
     return scale
 
 
 def _check(scale: Scale) -> None:
+    """Raise a ValueError where something in a scale cannot be meant."""
+    trials = scale.tuning.trials if scale.tuning else {}
     for kind, named, known in (
         ("model", scale.models, published().models),
-        ("method", scale.methods or (), methods()),
-        ("method", scale.tuning.trials if scale.tuning else (), methods()),
+        ("method", [*(scale.methods or ()), *trials], methods()),
     ):
         if unknown := [name for name in named if name not in known]:
             raise ValueError(f"{scale.path}: unknown {kind} {', '.join(unknown)}; there are {', '.join(known)}")
     if scale.tuning:
-        counts = {name: len(trials) for name, trials in scale.tuning.trials.items()}
+        counts = {name: len(some) for name, some in trials.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(f"{scale.path}: every method needs the same number of trials, got {counts}")
         if strange := scale.tuning.carried.items() - set(product(scale.datasets, scale.datasets)):
@@ -113,14 +114,3 @@ def _check(scale: Scale) -> None:
             )
         if scale.tuning.seed in scale.seeds:
             raise ValueError(f"{scale.path}: the seed of the trials, {scale.tuning.seed}, is among those reported")
-
-
-def _read_chosen(path: Path) -> dict[Setting, dict[str, dict[str, Any]]]:
-    if not path.is_file():
-        return {}
-    return {
-        Setting(model, augment, dataset): {method: choice["values"] for method, choice in by_method.items()}
-        for model, by_augment in yaml.safe_load(path.read_text()).items()
-        for augment, by_dataset in by_augment.items()
-        for dataset, by_method in by_dataset.items()
-    }

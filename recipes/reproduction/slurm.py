@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 _SCRIPT = """\
@@ -23,45 +25,30 @@ exec {command} --task "$SLURM_ARRAY_TASK_ID"
 
 
 def indices(numbers: Sequence[int]) -> str:
-    """Sorted numbers as sbatch takes them: 0-3,7."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in spans)
+    """Render sorted numbers as sbatch takes them: 0-3,7."""
+    spans = [[n for _, n in span] for _, span in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ",".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
 
 
 def write_script(folder: Path, tasks: Sequence[int], argv: Sequence[str]) -> Path:
-    """The array's script, in the folder of the sweep.
+    """Write the array's script into the folder of the sweep.
 
     Args:
-        folder: of the sweep; the tasks' logs go into ``slurm`` in it.
+        folder: folder of the sweep; the tasks' logs go into ``slurm`` in it.
         tasks: indices of the cells to run.
-        argv: of this program, without ``--slurm`` and what belongs to it.
+        argv: arguments of the tasks.
     """
     logs = folder.resolve() / "slurm"
     logs.mkdir(parents=True, exist_ok=True)
     script = logs / "reproduce.sbatch"
-    program = [sys.executable, str(Path(sys.argv[0]).resolve()), *argv]
-    script.write_text(
-        _SCRIPT.format(
-            array=indices(tasks),
-            logs=logs,
-            count=len(tasks),
-            folder=shlex.quote(str(Path.cwd())),
-            command=shlex.join(program),
-        )
-    )
+    program = shlex.join([sys.executable, str(Path(sys.argv[0]).resolve()), *argv])
+    array, here = indices(tasks), shlex.quote(str(Path.cwd()))
+    script.write_text(_SCRIPT.format(array=array, logs=logs, count=len(tasks), folder=here, command=program))
     return script
 
 
 def submit(script: Path, sbatch_args: Sequence[str]) -> str:
-    """Hand it to sbatch.
-
-    Returns:
-        What sbatch said.
+    """Hand a script to sbatch and return what sbatch said.
 
     Raises:
         ValueError: there is no sbatch here, or it refused.
@@ -76,12 +63,8 @@ def submit(script: Path, sbatch_args: Sequence[str]) -> str:
 
 
 def task_argv(argv: Sequence[str]) -> list[str]:
-    """The arguments of an array's task: those of the command that submits it, without its own two."""
-    kept: list[str] = []
-    words = iter(argv)
-    for word in words:
-        if word == "--sbatch_args":
-            next(words)
-        elif word != "--slurm" and not word.startswith("--sbatch_args="):
-            kept.append(word)
-    return kept
+    """Return the arguments of the array's tasks: those of the command that submits it, without its own two."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--slurm", action="store_true")
+    own.add_argument("--sbatch_args")
+    return own.parse_known_args(argv)[1]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, stdev
 
-from reproduction.comparison import AMP, Interval, Row, paired, reference_of
+from guides.page import table
+
+from reproduction.comparison import AMP, Row, paired, reference_of
 from reproduction.published import Figure, Setting, published
 from reproduction.records import Record
 
@@ -15,6 +17,7 @@ _MEASURES = {  # by metric: heading and digits
     "eval_nll": ("NLL", 3),
     "eval_ece": ("ECE", 3),
 }
+_COMPARED = {"eval_error": 2, "eval_nll": 3}
 _LIBRARIES = ("torch", "transformers")
 _NOTE = """\
 Mean ± standard deviation over seeds. "Best" is the lowest test error of the epochs that were tested, so the test images
@@ -24,52 +27,42 @@ the number of methods. "Passes" counts forward and backward passes over the trai
 
 
 def markdown(tables: Mapping[Setting, Sequence[Row]], with_paper: bool) -> str:
-    """All tables with a heading each, and below them what the columns mean and what made the runs.
+    """Render all tables with a heading each, and below them what the columns mean and what made the runs.
 
     Args:
-        tables: `reproduction.comparison.rows_of`; not empty.
+        tables: rows by setting, as `reproduction.comparison.rows_of` returns them; not empty.
         with_paper: whether the published figures stand beside ours.
     """
-    parts = []
-    for setting, rows in tables.items():
-        parts += [f"### {setting.dataset}, {setting.model}, augmentation {setting.augment}", ""]
-        parts += [*_table(setting, rows, with_paper), ""]
+    parts = [
+        f"### {setting.dataset}, {setting.model}, augmentation {setting.augment}\n\n"
+        + _table(rows, published().results.get(setting, {}) if with_paper else {})
+        for setting, rows in tables.items()
+    ]
     runs = [run for rows in tables.values() for row in rows for run in row.runs.values()]
-    return "\n".join([*parts, _NOTE, "", _origin(runs)])
+    return "\n\n".join([*parts, _NOTE, _origin(runs)])
 
 
-def _table(setting: Setting, rows: Sequence[Row], with_paper: bool) -> list[str]:
-    paper = published().results.get(setting, {}) if with_paper else {}
+def _table(rows: Sequence[Row], paper: Mapping[str, Figure]) -> str:
     heads = ["method", "seeds", *(head for head, _ in _MEASURES.values()), "passes"]
     heads += ["paper: error %", "paper: NLL"] if paper else []
     others = {"ERM": reference_of(rows), "AMP": reference_of(rows, AMP)}
     heads += [f"{name} minus method: {measure}" for name in others for measure in ("error", "NLL")]
-    lines = [line(heads), line(["---"] * len(heads))]
+    lines = []
     for row in rows:
         cells = [row.label(), str(len(row.runs))]
-        cells += [spread(list(row.measured(name).values()), digits) for name, (_, digits) in _MEASURES.items()]
-        cells.append(_passes(row))
+        cells += [spread(row.numbers(name), digits) for name, (_, digits) in _MEASURES.items()]
+        cells.append(" to ".join(f"{n:g}" for n in sorted(set(row.numbers("passes")))) or "-")
         cells += _figure(paper.get(row.method)) if paper else []
-        cells += differences(others.values(), row, {name: _MEASURES[name][1] for name in ("eval_error", "eval_nll")})
-        lines.append(line(cells))
-    return lines
-
-
-def line(cells: Sequence[str]) -> str:
-    """A line of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
+        lines.append([*cells, *differences(others.values(), row, _COMPARED)])
+    return table(heads, lines)
 
 
 def spread(numbers: Sequence[float], digits: int) -> str:
-    """Mean and standard deviation."""
+    """Render mean and standard deviation."""
     if not numbers:
         return "-"
     spread = f" ± {stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
     return f"{mean(numbers):.{digits}f}{spread}"
-
-
-def _passes(row: Row) -> str:
-    return " to ".join(f"{n:g}" for n in sorted(set(row.measured("passes").values()))) or "-"
 
 
 def _figure(figure: Figure | None) -> list[str]:
@@ -79,14 +72,9 @@ def _figure(figure: Figure | None) -> list[str]:
 
 
 def differences(others: Iterable[Row | None], row: Row, digits: Mapping[str, int]) -> list[str]:
-    """Each other row minus this one, for each measure, whose digits are given."""
-    return [_difference(paired(other, row, name), n) for other in others for name, n in digits.items()]
-
-
-def _difference(found: Interval | None, digits: int) -> str:
-    if found is None:
-        return "-"
-    return f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+    """Render each other row minus this one, for each of the measures whose digits are given."""
+    found = [(paired(other, row, name), n) for other in others for name, n in digits.items()]
+    return [f"{f.mean:+.{n}f} [{f.low:+.{n}f}, {f.high:+.{n}f}]" if f else "-" for f, n in found]
 
 
 def _origin(runs: Sequence[Record]) -> str:

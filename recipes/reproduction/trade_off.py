@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import NamedTuple
 
-from amp_plugin.report.style import AMBER, BLUE, GREEN, PINK, SKY, VERMILION, picture
+from guides.page import table
+
+from amp_plugin.report.style import AMBER, BLUE, GREEN, PINK, SKY, VERMILION, legend_below, picture
 from reproduction.comparison import AMP, REFERENCE, Row, paired, reference_of
-from reproduction.methods import methods
-from reproduction.published import Setting
-from reproduction.table import differences, line, spread
+from reproduction.published import Method, Setting, methods
+from reproduction.table import differences, spread
 
-SECTION = "Ascent policies"  # of the benchmark
-_MEASURES = {"eval_error": ("test error %", 2), "eval_nll": ("test NLL", 3)}
+SECTION = "Ascent policies"  # section of the benchmark
+_MEASURES = {"eval_error": "test error %", "eval_nll": "test NLL"}
+_DIGITS = {"eval_error": 2, "eval_nll": 3}
 # Okabe and Ito's have fewer colours than there are modes; the second round has another mark.
 _STYLES = [(colour, mark) for mark in "sDv" for colour in (VERMILION, BLUE, GREEN, PINK, AMBER, SKY)]
 _NOTE = """\
@@ -26,33 +28,32 @@ compare by them, for the means before them are over different seeds. "Kept" is t
 the same seeds; it is left out where AMP's own interval contains 0, for then nothing is known to be kept."""
 
 
-@dataclass(frozen=True)
-class Mode:
+class Mode(NamedTuple):
     """A way to train, what it costs, and what came out.
 
     Attributes:
-        row: its runs.
-        passes: of a step, as a multiple of the reference's.
-        seconds: of a step, as a multiple of the reference's.
+        row: runs of the mode.
+        passes: passes of a step, as a multiple of the reference's.
+        seconds: seconds of a step, as a multiple of the reference's.
     """
 
     row: Row
     passes: float
     seconds: float
 
-    def label(self) -> str:
-        """Its name without the hyper-parameters, which all modes share."""
-        return methods()[self.row.method].label
+    def method(self) -> Method:
+        """Return the method of the runs. Its label lacks the hyper-parameters, which all modes share."""
+        return methods()[self.row.method]
 
 
 def seconds_of(benchmark: Path) -> dict[str, float]:
-    """The ratios that `benchmark.py --only ascents` measured, by policy.
+    """Return the ratios that `benchmark.py --only ascents` measured, by policy.
 
     Args:
-        benchmark: its JSON Lines, of one network and batch size.
+        benchmark: JSON Lines that the benchmark wrote, of one network and batch size.
 
     Raises:
-        ValueError: the file does not have one.
+        ValueError: the file does not have one network and batch size.
     """
     rows = [json.loads(text) for text in benchmark.read_text().splitlines()] if benchmark.is_file() else []
     rows = [row for row in rows if row.get("section") == SECTION]
@@ -65,11 +66,11 @@ def seconds_of(benchmark: Path) -> dict[str, float]:
 
 
 def modes_of(rows: Sequence[Row], seconds: Mapping[str, float]) -> list[Mode]:
-    """ERM, ERM for longer, and AMP with each policy, as far as there are runs with the hyper-parameters they share.
+    """Return ERM, ERM for longer, and AMP with each policy, where they ran with the hyper-parameters they share.
 
     Args:
-        rows: of one setting, from `reproduction.comparison.rows_of`.
-        seconds: `seconds_of`.
+        rows: rows of one setting, from `reproduction.comparison.rows_of`.
+        seconds: ratios that `seconds_of` returns.
 
     Raises:
         ValueError: a mode's seconds were not measured.
@@ -77,51 +78,50 @@ def modes_of(rows: Sequence[Row], seconds: Mapping[str, float]) -> list[Mode]:
     reference, amp = reference_of(rows), reference_of(rows, AMP)
     if reference is None:
         return []
-    passes = mean(reference.measured("passes").values())
     shared = {REFERENCE: reference.values, AMP: None if amp is None else amp.values}
     modes = []
     for row in rows:
         method = methods()[row.method]
         if row.values != shared.get(method.tuned_as or row.method, row.values):
             continue
-        if row is reference:
-            cost = 1.0
-        elif method.ascent is not None:
+        if method.ascent is not None:
             if method.ascent not in seconds:
                 raise ValueError(
                     f"the benchmark has no seconds of {method.ascent}: run benchmark.py --only ascents anew"
                 )
             cost = seconds[method.ascent]
-        elif method.tuned_as == REFERENCE:
-            cost = float(method.options["epochs_times"])  # the same step, so many times as often
+        elif REFERENCE in (row.method, method.tuned_as):
+            cost = float(method.options.get("epochs_times", 1))  # the same step, so many times as often
         else:
             continue
-        modes.append(Mode(row, mean(row.measured("passes").values()) / passes, cost))
+        modes.append(Mode(row, mean(row.numbers("passes")) / mean(reference.numbers("passes")), cost))
     return sorted(modes, key=lambda mode: (mode.row.method != REFERENCE, mode.passes, mode.seconds))
 
 
 def markdown(tables: Mapping[Setting, Sequence[Mode]]) -> str:
-    """A table for each setting, and what its columns mean."""
+    """Render a table for each setting, and what its columns mean."""
+    whats = ("ERM minus mode", "AMP minus mode", "kept")
+    compared = [f"{what}: {head}" for what in whats for head in _MEASURES.values()]
+    heads = ["mode", "passes", "seconds", "seeds", *_MEASURES.values(), *compared]
     parts = []
     for setting, modes in tables.items():
-        heads = ["mode", "passes", "seconds", "seeds", *(head for head, _ in _MEASURES.values())]
-        whats = ("ERM minus mode", "AMP minus mode", "kept")
-        heads += [f"{what}: {head}" for what in whats for head, _ in _MEASURES.values()]
-        parts += [f"### {setting.dataset}, {setting.model}", "", line(heads), line(["---"] * len(heads))]
-        rows = [mode.row for mode in modes]
+        rows, lines = [mode.row for mode in modes], []
         reference, amp = reference_of(rows), reference_of(rows, AMP)
         for mode in modes:
-            cells = [mode.label(), f"{mode.passes:.2f}", f"{mode.seconds:.2f}", str(len(mode.row.runs))]
-            cells += [spread(list(mode.row.measured(name).values()), digits) for name, (_, digits) in _MEASURES.items()]
-            cells += differences((reference, amp), mode.row, {name: digits for name, (_, digits) in _MEASURES.items()})
-            cells += [_percent(kept(reference, amp, mode.row, name)) for name in _MEASURES]
-            parts.append(line(cells))
-        parts.append("")
-    return "\n".join([*parts, _NOTE])
+            cells = [mode.method().label, f"{mode.passes:.2f}", f"{mode.seconds:.2f}", str(len(mode.row.runs))]
+            cells += [spread(mode.row.numbers(name), digits) for name, digits in _DIGITS.items()]
+            cells += differences((reference, amp), mode.row, _DIGITS)
+            shares = [kept(reference, amp, mode.row, name) for name in _MEASURES]
+            lines.append([*cells, *("-" if share is None else f"{share:.0%}" for share in shares)])
+        parts.append(f"### {setting.dataset}, {setting.model}\n\n{table(heads, lines)}")
+    return "\n\n".join([*parts, _NOTE])
 
 
 def kept(reference: Row | None, amp: Row | None, row: Row, name: str) -> float | None:
-    """The share of AMP's gain in one measure; None where AMP's own is not told from 0, or no two seeds have all."""
+    """Return the share of AMP's gain in one measure.
+
+    The share is None where AMP's own gain is not told from 0, or where fewer than two seeds have all three.
+    """
     if reference is None or amp is None or row in (reference, amp):
         return None
     gain = paired(reference, amp, name)
@@ -133,16 +133,12 @@ def kept(reference: Row | None, amp: Row | None, row: Row, name: str) -> float |
     return (erm - ours) / (erm - full)
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.0%}"
-
-
 def draw(tables: Mapping[Setting, Sequence[Mode]], path: Path) -> None:
-    """Error and NLL against the measured seconds, a pair of panels for each setting; SGD for longer is joined to SGD.
+    """Draw error and NLL against the measured seconds, two panels a setting; SGD for longer is joined to SGD.
 
     Args:
         tables: modes by setting; not empty.
-        path: the PNG to write.
+        path: PNG to write.
 
     Raises:
         ImportError: matplotlib is missing (``pip install "amp-plugin[plots]"``).
@@ -151,17 +147,15 @@ def draw(tables: Mapping[Setting, Sequence[Mode]], path: Path) -> None:
     with picture(path, title, (10.5, 0.9 + 3.6 * len(tables)), markdown(tables)) as figure:
         grid = figure.subplots(len(tables), len(_MEASURES), squeeze=False)
         for axes, (setting, modes) in zip(grid, tables.items(), strict=True):
-            for panel, (name, (head, _)) in zip(axes, _MEASURES.items(), strict=True):
-                points = [(mode, list(mode.row.measured(name).values())) for mode in modes]
-                plain = [(mode.seconds, mean(y)) for mode, y in points if methods()[mode.row.method].ascent is None]
+            for panel, (name, head) in zip(axes, _MEASURES.items(), strict=True):
+                plain = [(mode.seconds, mean(mode.row.numbers(name))) for mode in modes if mode.method().ascent is None]
                 panel.plot(*zip(*plain, strict=True), color="0.5", linestyle="--", linewidth=1, zorder=1)
-                for mode, numbers in points:
+                for mode in modes:
+                    numbers = mode.row.numbers(name)
                     colour, mark = _STYLES[list(methods()).index(mode.row.method) % len(_STYLES)]
                     panel.plot([mode.seconds] * len(numbers), numbers, "o", color=colour, markersize=3, alpha=0.5)
-                    label = f"{mode.label()}: {mode.passes:.2f} passes"
+                    label = f"{mode.method().label}: {mode.passes:.2f} passes"
                     panel.plot([mode.seconds], [mean(numbers)], mark, color=colour, markersize=7, label=label)
                 panel.set_title(setting.dataset, loc="left")
-                panel.set_xlabel("seconds of a training, SGD = 1 (measured)")
-                panel.set_ylabel(head)
-        handles = {label: h for panel in grid.flat for h, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+                panel.set(xlabel="seconds of a training, SGD = 1 (measured)", ylabel=head)
+        legend_below(figure, 3)

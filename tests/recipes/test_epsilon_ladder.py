@@ -9,8 +9,8 @@ from typing import Any
 
 import epsilon_ladder
 import pytest
-from epsilon_ladder import best, draw, found_in, rungs, section, table
-from guides import marked
+from epsilon_ladder import best, draw, found_in, rungs, table
+from guides.page import read_part
 from tiny_scale import run_of
 
 from amp_plugin.report.style import shows
@@ -47,9 +47,9 @@ def test_a_rung_differs_from_the_base_in_one_thing() -> None:
 
 def test_rows_are_the_runs_of_a_rung_and_the_lowest_is_bold(ledger: Path) -> None:
     found = found_in(ledger)
-    assert {name: len(runs) for name, runs in found.items() if runs} == {"base": 5, "width 8": 4}
+    assert {name: len(runs) for name, runs in found.items()} == {"base": 5, "width 8": 4}
     assert best(found["base"], "eval_nll") == 1.0
-    lines = table({name: runs for name, runs in found.items() if runs}).splitlines()
+    lines = table(found).splitlines()
     assert lines[2:9] == [
         "| base | ERM | - | 2.500 | **20.00** | 0.500 |",
         "| base | 0.1 | 0.15 | 2.000 | 20.50 | 0.500 |",
@@ -62,7 +62,7 @@ def test_rows_are_the_runs_of_a_rung_and_the_lowest_is_bold(ledger: Path) -> Non
 
 
 def test_the_picture_has_the_runs(ledger: Path, tmp_path: Path, drawn: list[Any]) -> None:
-    draw({name: runs for name, runs in found_in(ledger).items() if runs}, tmp_path / "picture.png")
+    draw(found_in(ledger), tmp_path / "picture.png")
     amp, erm = drawn[0].axes[1].get_lines()
     assert (list(amp.get_xdata()), list(amp.get_ydata())) == ([0.5, 1.0, 2.0], [4.0, 3.0, 3.5])
     assert list(erm.get_ydata()) == [5.0, 5.0]
@@ -73,8 +73,10 @@ def test_the_script_puts_both_into_a_page(ledger: Path, tmp_path: Path, capsys: 
     page = tmp_path / "page.md"
     shutil.copy(PAGE, page)
     epsilon_ladder.main(["--table", "--ledger", str(ledger), "--page", str(page)])
-    found = {name: runs for name, runs in found_in(ledger).items() if runs}
-    assert marked.read(page, epsilon_ladder.MARK) == section(found)
+    found = found_in(ledger)
+    assert (
+        read_part(page, epsilon_ladder.MARK) == f"![{epsilon_ladder.ALT}]({epsilon_ladder.PICTURE})\n\n{table(found)}"
+    )
     assert shows(tmp_path / epsilon_ladder.PICTURE, table(found))
     before = page.read_text()
     with pytest.raises(ValueError, match=r"no\.jsonl has no runs of the ladder"):
@@ -86,6 +88,8 @@ def test_the_script_puts_both_into_a_page(ledger: Path, tmp_path: Path, capsys: 
 
 
 def test_the_guide_shows_the_ledger() -> None:
-    found = {name: runs for name, runs in found_in(LEDGER).items() if runs}
-    assert marked.read(PAGE, epsilon_ladder.MARK) == section(found)
+    found = found_in(LEDGER)
+    assert (
+        read_part(PAGE, epsilon_ladder.MARK) == f"![{epsilon_ladder.ALT}]({epsilon_ladder.PICTURE})\n\n{table(found)}"
+    )
     assert shows(PAGE.parent / epsilon_ladder.PICTURE, table(found)), "run recipes/epsilon_ladder.py --table"

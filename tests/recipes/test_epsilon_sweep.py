@@ -10,8 +10,8 @@ from typing import Any
 
 import epsilon_sweep
 import pytest
-from epsilon_sweep import SGD, Setting, draw, read, section, table
-from guides import marked
+from epsilon_sweep import SGD, Setting, draw, read, table
+from guides.page import read_part
 
 from amp_plugin.report.style import shows
 
@@ -76,14 +76,16 @@ def test_the_script_puts_both_into_a_page(ledger: Path, tmp_path: Path) -> None:
     shutil.copy(PAGE, page)
     epsilon_sweep.main(["--ledger", str(ledger), "--page", str(page)])
     sweep = read(ledger)
-    assert marked.read(page, epsilon_sweep.MARK) == section(sweep)
+    assert read_part(page, epsilon_sweep.MARK) == f"![{epsilon_sweep.ALT}]({epsilon_sweep.PICTURE})\n\n{table(sweep)}"
     assert shows(tmp_path / epsilon_sweep.PICTURE, table(sweep))
     page.write_text("no marks")
     with pytest.raises(ValueError, match="once each"):
-        marked.read(page, epsilon_sweep.MARK)
+        read_part(page, epsilon_sweep.MARK)
 
 
 def test_the_page_shows_the_ledger() -> None:
     sweep = read(LEDGER)
-    assert marked.read(PAGE, epsilon_sweep.MARK) == section(sweep), "run python recipes/epsilon_sweep.py"
+    assert (
+        read_part(PAGE, epsilon_sweep.MARK) == f"![{epsilon_sweep.ALT}]({epsilon_sweep.PICTURE})\n\n{table(sweep)}"
+    ), "run python recipes/epsilon_sweep.py"
     assert shows(PAGE.parent / epsilon_sweep.PICTURE, table(sweep)), "run python recipes/epsilon_sweep.py"

@@ -15,15 +15,14 @@ import timm
 import torch
 from benchmarks.rows import timed
 from filelock import FileLock
-from guides import marked
+from guides.page import read_part
 from PIL import Image
 from repository import ROOT
 from reproduction import price, records, trade_off
 from reproduction.cells import Cell, Selection
 from reproduction.choose import choose
 from reproduction.comparison import Row, paired, rows_of
-from reproduction.methods import methods
-from reproduction.published import Setting, published
+from reproduction.published import Setting, methods, published
 from reproduction.scale import Scale, read_scale
 from reproduction.table import markdown
 from tiny_scale import SAMPLE, TINY, chosen, run_of, written
@@ -240,7 +239,7 @@ def test_the_command_writes_table_and_picture(
     reproduce.main(command)
     text, mark = markdown(rows_of(Selection(scale), ledger), with_paper=False), f"reproduction-{scale.name}"
     link = f"![The tables below as a picture]({mark}.png)\n\n"
-    assert marked.read(tmp_path / "runs" / f"{mark}.md", mark) == link + text
+    assert read_part(tmp_path / "runs" / f"{mark}.md", mark) == link + text
     assert text in capsys.readouterr().out
     with Image.open(tmp_path / "runs" / f"{mark}.png") as picture:
         assert picture.size[0] > 1000
@@ -321,7 +320,7 @@ def test_what_a_cheaper_mode_keeps(traded: list[str], tmp_path: Path, capsys: py
     """AMP's gain of 2.5 ± 5.4 is not told from 0 here, so no share of it is told either."""
     pytest.importorskip("matplotlib", reason="draws")
     reproduce.main(traded)
-    text = marked.read(tmp_path / "runs" / "trade-off-tiny.md", "trade-off-tiny")
+    text = read_part(tmp_path / "runs" / "trade-off-tiny.md", "trade-off-tiny")
     said = capsys.readouterr().out
     assert text.removeprefix("![The tables below as a picture](trade-off-tiny.png)\n\n") in said
     lines = [cells[1:-1] for row in text.splitlines() if (cells := row.split(" | "))[0].startswith("| AMP, every(4)")]
@@ -372,11 +371,11 @@ def test_the_pages_show_the_ledger(tmp_path: Path) -> None:
         ("guides/ASCENT.md", "trade-off-cpu", trade_off.markdown(modes)),
     ):
         file = ROOT / "recipes" / page
-        assert marked.read(file, mark).endswith(text), "render it anew from the ledger"
+        assert read_part(file, mark).endswith(text), "render it anew from the ledger"
         assert shows(file.with_name(f"{mark}.png"), text), "draw it anew from the ledger"
     anew = replace(scale, path=tmp_path / scale.path.name)  # where nothing has been chosen yet
     choice = choose(anew, Selection(anew).trials(), ledger)
-    assert marked.read(ROOT / "recipes" / "RESULTS.md", "trials-cpu") == choice.table, "run --choose anew"
+    assert read_part(ROOT / "recipes" / "RESULTS.md", "trials-cpu") == choice.table, "run --choose anew"
     assert scale.chosen_path.read_text() == choice.file
 
 
@@ -418,7 +417,7 @@ def test_the_plan_counts_the_products(tmp_path: Path, capsys: pytest.CaptureFixt
     gpu = "--peak_tflops 100 --utilisation 0.5 --gpu X"
     reproduce.main(f"--scale paper --plan {chosen} {gpu} --output_dir {tmp_path}".split(" "))
     said = capsys.readouterr().out
-    assert marked.read(tmp_path / "plan-paper.md", "plan-paper") in said
+    assert read_part(tmp_path / "plan-paper.md", "plan-paper") in said
     assert "Computed, not run: counted FLOPs at an assumed 50% of the 100 TFLOP/s of one X" in said
     assert f"| 2 | 400 | {amp.flops:.2e} | {amp.flops / 50e12 / 3600:.1f} |" in said
     assert f"All 4 runs: {6 * erm.flops:.2e} FLOPs" in said
@@ -426,7 +425,7 @@ def test_the_plan_counts_the_products(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_the_committed_plan_is_what_the_command_computes() -> None:
     paper = read_scale("paper")
-    page = marked.read(ROOT / "recipes" / "PLAN.md", "plan-paper").splitlines()
+    page = read_part(ROOT / "recipes" / "PLAN.md", "plan-paper").splitlines()
     cells = {(cell.setting, cell.method) for cell in Selection(paper).runs()}
     assert sum(line.startswith("| ") for line in page) == 2 + len(cells)
     prices = [price.price(cell, paper) for cell in Selection(paper, ["preactresnet18"], methods=["erm", "amp"]).runs()]

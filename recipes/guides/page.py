@@ -1,0 +1,69 @@
+"""What the scripts share that write tables and pictures into Markdown pages."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Render a Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))
+
+
+def read_part(page: Path, mark: str) -> str:
+    """Return what stands between the marks of a page, without the empty lines beside them.
+
+    Raises:
+        ValueError: the page does not have these marks once each.
+    """
+    return _split(page, page.read_text(), mark)[1].strip("\n")
+
+
+def write_part(
+    page: Path, mark: str, text: str, draw: Callable[[Path], object] | None = None, picture: str = "", alt: str = ""
+) -> None:
+    """Put a text between the marks of a page. A page that does not exist yet is made of the marked part alone.
+
+    Args:
+        page: Markdown file.
+        mark: name of the part.
+        text: content of the part.
+        draw: function that draws the picture, default: no picture. If the function fails, the page stays as it was.
+        picture: file name of the picture, which goes beside the page.
+        alt: description of the picture for those who do not see it.
+
+    Raises:
+        ValueError: the page does not have these marks once each; nothing has been drawn or written.
+    """
+    now = page.read_text() if page.exists() else "\n".join(_marks(mark)) + "\n"
+    before, _, after = _split(page, now, mark)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    if draw is not None:
+        draw(page.with_name(picture))
+        text = f"![{alt}]({picture})\n\n{text}"
+    page.write_text(f"{before}\n{text}\n{after}")
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script; a mistake of its user and an interruption end it with one line."""
+    try:
+        main()
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command continues")
+
+
+def _marks(mark: str) -> tuple[str, str]:
+    return f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
+
+
+def _split(page: Path, text: str, mark: str) -> tuple[str, str, str]:
+    begin, end = _marks(mark)
+    if text.count(f"{begin}\n") != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{page} must have the lines {begin!r} and {end!r} once each, in this order")
+    before, rest = text.split(f"{begin}\n")
+    part, after = rest.split(end)
+    return f"{before}{begin}\n", part, end + after
