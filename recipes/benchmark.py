@@ -3,9 +3,9 @@
     python recipes/benchmark.py                            # everything
     python recipes/benchmark.py --only step --sizes 0.3M 11.2M --batch_sizes 50
 
-Prints a table and leaves it in the output folder as benchmark.md, as a picture in benchmark.png and row by row in
-benchmark.jsonl. Steps are made in turns, one of each contestant a round, and the quartiles of the rounds' ratios are
-given with the median. Keep the machine otherwise idle. Needs `pip install "amp-plugin[benchmark]"`.
+The script prints a table and leaves it in the output folder as benchmark.md, as a picture in benchmark.png and row by
+row in benchmark.jsonl. Steps are made in turns, one of each contestant a round, and the quartiles of the rounds' ratios
+are given with the median. Keep the machine otherwise idle. The script needs `pip install "amp-plugin[benchmark]"`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from benchmarks.rows import Row, markdown
 from amp_plugin.train.defaults import cpu_computes_in_bf16
 
 try:
-    from benchmarks import ascents, counts, pipeline, recipe, startup, step
+    from benchmarks import counts, pipeline, recipe, startup, step
     from benchmarks.picture import draw
 except ModuleNotFoundError as missing:
     sys.exit(f'error: {missing.name} is missing: pip install "amp-plugin[benchmark]"')
@@ -39,7 +39,7 @@ SUBJECTS = ("counts", "step", "ascents", "memory", "recipe", "pipeline", "startu
 
 
 def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
-    """The rows of the chosen subjects, as they come."""
+    """Yield the rows of the chosen subjects, as they are measured."""
     torch.set_num_threads(args.threads)
     cells = [(size, step.LADDER[size], batch_size) for size in args.sizes for batch_size in args.batch_sizes]
     if "counts" in args.only:
@@ -47,13 +47,13 @@ def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
     if "step" in args.only:
         yield from (step.times(*cell, args.seconds) for cell in cells)
     if "ascents" in args.only:
-        yield from (ascents.times(*cell, args.seconds) for cell in cells)
+        yield from (step.times(*cell, args.seconds, modes=True) for cell in cells)
     if "memory" in args.only:
         yield from (step.memory(*cell, args.threads) for cell in cells if cell[2] == step.MEMORY_BATCH_SIZE)
     if "recipe" in args.only:
         for size in filter(args.sizes.__contains__, recipe.SIZES):
             yield recipe.arithmetic(size, step.LADDER[size], args.seconds)
-            yield recipe.overhead(size, step.LADDER[size], args.threads, args.seconds, args.output_dir)
+            yield from recipe.overhead(size, step.LADDER[size], args.threads, args.seconds, args.output_dir)
     if "pipeline" in args.only:
         yield from pipeline.measure()
     if "startup" in args.only:
@@ -61,7 +61,7 @@ def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
 
 
 def machine(threads: int) -> str:
-    """Processor, threads and versions, in one line."""
+    """Name the processor, threads and versions in one line."""
     processor = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
@@ -73,7 +73,7 @@ def machine(threads: int) -> str:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SUBJECTS, default=SUBJECTS, help="Subjects; default: all.")
     parser.add_argument(

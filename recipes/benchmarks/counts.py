@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from pytorch_optimizer import SAM
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD
 
-from amp_plugin import AMP, LossModule, attach
+from amp_plugin import AMP
 from benchmarks.counting import CountCalls
-from benchmarks.rows import Row, counted, timed
-from benchmarks.step import LADDER, SGD_ARGS, Batch, architecture, closure_of, problem
+from benchmarks.rows import Row, counted
+from benchmarks.step import LADDER, SGD_ARGS, Batch, Step, architecture, closure, plain, problem
+from benchmarks.turns import Ways, compare, repeat
 
-Step = Callable[[], Any]
+_SAM = "SAM of pytorch_optimizer"
+_WAYS: dict[str, Callable[..., Step]] = {
+    "SGD": partial(plain, foreach=True),
+    "AMP, attach": partial(plain, amp=True, foreach=True),
+    "AMP, attach, sync_ascent=False": partial(plain, amp=True, sync_ascent=False, foreach=True),
+    "AMP, closure": partial(closure, foreach=True),
+    _SAM: partial(closure, sam=True, foreach=True),
+}
+# `ascend` and `restore` pass over the weights for the backup, the norms, clearing what is not finite, scaling, the
+# addition, and restoring.
+WEIGHT_SIZED_PASSES = 6
 
 
 def measure() -> Iterator[list[Row]]:
-    """Counts of a narrow PreActResNet18, which hold for any width; own work at each size."""
+    """Count a step of a narrow PreActResNet18, which holds for any width; time the own work at each size."""
     yield calls()
     yield communication()
     for size, model_args in LADDER.items():
@@ -31,107 +39,83 @@ def measure() -> Iterator[list[Row]]:
 
 
 def calls() -> list[Row]:
-    """What is dispatched in one step beyond its forward and backward passes."""
-    steps = {"SGD": _sgd, "AMP, closure": _closure, "AMP, attach": _attached, "SAM of pytorch_optimizer": _sam}
-    passes = {name: 1 if name == "SGD" else 2 for name in steps}
+    """Count what is dispatched in one step beyond its forward and backward passes."""
     model, (images, labels) = _narrow()
     one_pass = _count(lambda: F.cross_entropy(model(images), labels).backward()).kernels
-    model.zero_grad()
     counts = {}
-    for name, make in steps.items():
-        step = make(*_narrow())
+    for name in ("SGD", "AMP, closure", "AMP, attach", _SAM):
+        step = _WAYS[name](*_narrow())
         step()  # makes the buffers
         counts[name] = _count(step)
-    rows, base = [], counts.pop("SGD")
-    for name, count in counts.items():
-        beyond = count.kernels - passes[name] * one_pass
-        rows.append(
-            counted(
-                "Operators", "PreActResNet18, beyond the passes", name, "SGD", beyond, base.kernels - one_pass, "calls"
-            )
-        )
-    for name, count in counts.items():
-        syncs, base_syncs = (sum(c.syncs.values()) for c in (count, base))
-        rows.append(
-            counted("Host synchronisations", "PreActResNet18, in one step", name, "SGD", syncs, base_syncs, "calls")
-        )
-    return rows
+    base = counts.pop("SGD")
+    beyond = [
+        counted("Operators", "PreActResNet18, beyond the passes", name, "SGD", *figures, "calls")
+        for name, count in counts.items()
+        for figures in [(count.kernels - 2 * one_pass, base.kernels - one_pass)]
+    ]
+    syncs = [
+        counted("Host synchronisations", "PreActResNet18, in one step", name, "SGD", *figures, "calls")
+        for name, count in counts.items()
+        for figures in [(sum(count.syncs.values()), sum(base.syncs.values()))]
+    ]
+    return beyond + syncs
 
 
 def communication() -> list[Row]:
-    """Bytes that one process hands to collective operations in one step under DDP, whatever the number of processes."""
-    steps: dict[str, Callable[..., Step]] = {
-        "SGD": _sgd,
-        "AMP, attach": _attached,
-        "AMP, attach, sync_ascent=False": partial(_attached, sync_ascent=False),
-        "AMP, closure": _closure,
-        "SAM of pytorch_optimizer": _sam,
-    }
+    """Count the bytes that a process hands to collective operations in one step under DDP.
+
+    The figure does not depend on the number of processes.
+    """
     sent = {}
     store = distributed.HashStore()  # type: ignore[attr-defined]
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        for name, make in steps.items():
+        for name, way in _WAYS.items():
             model, batch = _narrow()
-            step = make(DistributedDataParallel(model), batch)
+            step = way(DistributedDataParallel(model), batch)
             for _ in range(2):  # the buffers; DDP arranges its buckets anew after its first backward pass
                 step()
-            sent[name] = _count(step).communicated
+            sent[name] = _count(step).communicated / 2**20
             del step
     finally:
         distributed.destroy_process_group()
-    weights = sum(p.numel() * p.element_size() for p in _narrow()[0].parameters())
+    weights = sum(p.numel() * p.element_size() for p in _narrow()[0].parameters()) / 2**20
     return [
-        counted("Communication", "DDP, one step", name, "the weights", some / 2**20, weights / 2**20, "MiB")
+        counted("Communication", "DDP, one step", name, "the weights", some, weights, "MiB")
         for name, some in sent.items()
     ]
 
 
 def own_work(size: str, model_args: dict[str, Any], rounds: int = 15) -> list[Row]:
-    """`ascend` and `restore`, with the gradients given, against a copy of the weights for each pass they make."""
+    """Time `ascend` and `restore`, with the gradients given, against a copy of the weights for each pass they make."""
     model, _ = problem(model_args, 1)
     params: list[Tensor] = list(model.parameters())
     optimizer = AMP(params, **SGD_ARGS)
     copies = [torch.empty_like(p) for p in params]
-    weights = sum(p.numel() for p in params)
+
+    def make_gradients() -> None:
+        for p in params:
+            p.grad = torch.full_like(p, 1e-3)
 
     def displace() -> None:
         optimizer.ascend()
         optimizer.restore()
 
+    @torch.no_grad()
     def copy() -> None:
-        with torch.no_grad():
+        for _ in range(WEIGHT_SIZED_PASSES):
             torch._foreach_copy_(copies, params)
 
-    times: list[float] = []
-    base: list[float] = []
-    for i in range(rounds + 2):
-        for p in params:
-            p.grad = torch.full_like(p, 1e-3)
-        pair = _seconds(displace), _seconds(copy)
-        if i >= 2:
-            times.append(1e3 * pair[0] / WEIGHT_SIZED_PASSES)
-            base.append(1e3 * pair[1])
-    case = f"{size} parameters ({weights:,})"
+    case = f"{size} parameters ({sum(p.numel() for p in params):,})"
     name = f"ascend and restore, each of their {WEIGHT_SIZED_PASSES} passes over the weights"
-    return [timed("Own work", case, name, "copy of the weights", times, base, "ms")]
-
-
-# Backup, norms, clearing what is not finite, scaling, addition; restoring.
-WEIGHT_SIZED_PASSES = 6
-
-
-def _seconds(action: Step) -> float:
-    start = time.perf_counter()
-    action()
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter() - start
+    base = "copy of the weights"
+    ways: Ways = {name: (repeat(displace), base), base: (repeat(copy), None)}
+    settings = {"rounds": (rounds, rounds), "warm_up": 2, "prepare": make_gradients}
+    return compare("Own work", case, ways, "ms", WEIGHT_SIZED_PASSES, **settings)
 
 
 def _count(action: Step) -> CountCalls:
-    count = CountCalls()
-    with count:
+    with CountCalls() as count:
         action()
     return count
 
@@ -139,40 +123,3 @@ def _count(action: Step) -> CountCalls:
 def _narrow() -> tuple[nn.Module, Batch]:
     model, batch = problem({"width": 8}, 2)
     return architecture(model), batch
-
-
-def _sgd(model: nn.Module, batch: Batch) -> Step:
-    return _plain(LossModule(model, F.cross_entropy), batch, SGD(model.parameters(), foreach=True, **SGD_ARGS))
-
-
-def _attached(model: nn.Module, batch: Batch, *, sync_ascent: bool = True) -> Step:
-    module = LossModule(model, F.cross_entropy)
-    optimizer = AMP(model.parameters(), foreach=True, **SGD_ARGS)
-    attach(optimizer, module, sync_ascent=sync_ascent)
-    return _plain(module, batch, optimizer)
-
-
-def _plain(module: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer) -> Step:
-    def step() -> None:
-        module(*batch)["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def _closure(model: nn.Module, batch: Batch) -> Step:
-    optimizer = AMP(model.parameters(), foreach=True, **SGD_ARGS)
-    closure = closure_of(model, batch, optimizer)
-    return lambda: optimizer.step(closure)
-
-
-def _sam(model: nn.Module, batch: Batch) -> Step:
-    optimizer = SAM(model.parameters(), SGD, foreach=True, **SGD_ARGS)
-    closure = closure_of(model, batch, optimizer)
-
-    def step() -> None:
-        closure()
-        optimizer.step(closure)
-
-    return step

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import time
+from collections import deque
 from collections.abc import Iterator
+from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -15,14 +17,15 @@ from torchvision import transforms
 
 from amp_plugin.data import Augmentation, ImageBatches, ImageSplit, collate, load_images
 from amp_plugin.data.settings import BUNDLED, DatasetSettings
-from benchmarks.rows import Row, timed
+from benchmarks.rows import Row
+from benchmarks.turns import Ways, compare, repeat
 
 AUGMENTATIONS: tuple[Augmentation, ...] = ("plain", "cutout", "autoaugment")
 IMAGES, BATCH_SIZE, ROUNDS = 10_000, 50, 5
 
 
 class PerImage(Dataset[tuple[Tensor, int]]):
-    """The same augmentation as in most training scripts: PIL images, one after the other."""
+    """Images that are augmented one after the other as PIL images, as in most training scripts."""
 
     def __init__(self, split: ImageSplit, settings: DatasetSettings, augment: Augmentation) -> None:
         self.split, self.settings, self.cutout = split, settings, augment != "plain"
@@ -38,7 +41,7 @@ class PerImage(Dataset[tuple[Tensor, int]]):
         return len(self.split)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """An image (3, 32, 32) and its label."""
+        """Return an image (3, 32, 32) and its label."""
         image = self.transform(Image.fromarray(self.split.images[index]))
         if self.cutout:
             half = self.settings.cutout_length // 2
@@ -48,33 +51,24 @@ class PerImage(Dataset[tuple[Tensor, int]]):
 
 
 def measure() -> Iterator[list[Row]]:
-    """Images a second of a whole epoch, for each augmentation, without workers and with two that live on."""
+    """Compare the images a second of an epoch, for each augmentation, without workers and with two that live on."""
     data = load_images(BUNDLED)
     indices = np.arange(IMAGES) % len(data.train)
     split = ImageSplit(data.train.images[indices], data.train.labels[indices])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for augment in AUGMENTATIONS:
-            for workers in (0, 2):
-                settings: dict[str, Any] = {"batch_size": BATCH_SIZE, "shuffle": True, "num_workers": workers}
-                settings["persistent_workers"] = workers > 0
-                theirs = DataLoader(PerImage(split, data.settings, augment), **settings)
-                ours = DataLoader(ImageBatches(split, data.settings, augment), collate_fn=collate, **settings)
-                rates: tuple[list[float], list[float]] = [], []
-                for i in range(ROUNDS + 1):
-                    pair = _rate(ours), _rate(theirs)
-                    if i > 0:  # the first starts the workers
-                        rates[0].append(pair[0])
-                        rates[1].append(pair[1])
-                case = f"{augment}, batch {BATCH_SIZE}, {workers} workers"
-                yield [timed("Input pipeline", case, "ImageBatches", "image by image", *rates, "images/s")]
+        for augment, workers in product(AUGMENTATIONS, (0, 2)):
+            load = partial(
+                DataLoader, batch_size=BATCH_SIZE, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+            )
+            ours = load(ImageBatches(split, data.settings, augment), collate_fn=collate)
+            theirs = load(PerImage(split, data.settings, augment))
+            ways: Ways = {
+                "ImageBatches": (repeat(partial(deque, ours, maxlen=0)), "image by image"),
+                "image by image": (repeat(partial(deque, theirs, maxlen=0)), None),
+            }
+            case = f"{augment}, batch {BATCH_SIZE}, {workers} workers"
+            yield compare("Input pipeline", case, ways, "images/s", IMAGES, rounds=(ROUNDS, ROUNDS))
     finally:
         torch.set_num_threads(threads)
-
-
-def _rate(loader: DataLoader[Any]) -> float:
-    start = time.perf_counter()
-    for _ in loader:
-        pass
-    return IMAGES / (time.perf_counter() - start)

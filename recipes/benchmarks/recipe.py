@@ -1,9 +1,9 @@
-"""`train.py` as it is, with its Trainer, data, logs, tests and checkpoints, against the bare passes of its model."""
+"""`train.py` with its Trainer, data, logs, tests and checkpoints, against the bare passes of its model."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,20 +16,21 @@ from transformers import TrainerCallback
 from amp_plugin import AMP, ExtraPasses
 from amp_plugin.train import job
 from amp_plugin.train.defaults import fast_settings
-from benchmarks.rows import Row, timed
-from benchmarks.step import SGD_ARGS, architecture, problem
-from benchmarks.turns import Loop, Turn, take_turns
+from benchmarks.rows import Row
+from benchmarks.step import SGD_ARGS, architecture, case, problem
+from benchmarks.turns import Turn, Ways, compare
 
-# Steps of a turn, with one log, one test and one checkpoint; the published settings have 1,000 between those.
+# Steps of a turn, which has one log, one test and one checkpoint; the published settings have one in 1,000 steps.
 SIZES = {"0.3M": 50, "11.2M": 10}
 BATCH_SIZE, TEST_IMAGES = 50, 500
+BARE = "bare passes"
 Arithmetic = dict[str, Any]
 
 
 def bare_loop(
     turn: Turn, model_of: Callable[[], nn.Module], steps: int, arithmetic: Arithmetic, tests: bool = False
 ) -> None:
-    """The passes, the ascent and the base optimizer's step on a batch that is always there; and a test's passes."""
+    """Make the passes, the ascent and the base optimizer's step on one batch, and, if asked for, a test's passes."""
     model = model_of()
     device = next(model.parameters()).device
     layout = torch.channels_last if arithmetic.get("channels_last") else torch.contiguous_format
@@ -63,7 +64,7 @@ def bare_loop(
 
 
 def recipe_loop(turn: Turn, options: list[str], steps: int, models: list[nn.Module]) -> None:
-    """`train.py` with these options; its model is appended to `models` before the first turn."""
+    """Run `train.py` with these options; its model is appended to `models` before the first turn."""
 
     class OnSteps(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -80,8 +81,11 @@ def recipe_loop(turn: Turn, options: list[str], steps: int, models: list[nn.Modu
         callbacks.remove(OnSteps)
 
 
-def overhead(size: str, model_args: dict[str, Any], threads: int, seconds: float, output_dir: str) -> list[Row]:
-    """Images a second of train.py against the bare passes, without and with --fast."""
+def overhead(
+    size: str, model_args: dict[str, Any], threads: int, seconds: float, output_dir: str
+) -> Iterator[list[Row]]:
+    """Compare the images a second of train.py and of the bare passes, without and with --fast."""
+    steps = SIZES[size]
     options = [
         "--optim",
         "amp",
@@ -95,33 +99,24 @@ def overhead(size: str, model_args: dict[str, Any], threads: int, seconds: float
     options += ["--max_steps", "1000000", "--cpu_threads", str(threads)]
     options += ["--per_device_train_batch_size", str(BATCH_SIZE), "--per_device_eval_batch_size", str(TEST_IMAGES)]
     for what in ("logging", "eval", "save"):
-        options += [f"--{what}_strategy", "steps", f"--{what}_steps", str(SIZES[size])]
+        options += [f"--{what}_strategy", "steps", f"--{what}_steps", str(steps)]
     if not torch.accelerator.is_available():
         options += ["--use_cpu", "true"]
-    rows = []
     for more, arithmetic in (([], {}), (["--fast"], _fast())):
         models: list[nn.Module] = []
-        name = " ".join(["train.py", *more])
-        folder = f"{output_dir}/recipe{''.join(more)}"
-        loops: dict[str, Loop] = {
-            name: partial(
-                recipe_loop, options=[*options, "--output_dir", folder, *more], steps=SIZES[size], models=models
-            ),
-            "bare passes": partial(
-                bare_loop, model_of=partial(models.pop), steps=SIZES[size], arithmetic=arithmetic, tests=True
-            ),
-        }
-        rows.append(_row(size, SIZES[size], take_turns(loops, **_rounds(seconds)), name, "bare passes"))
-    return rows
+        told = [*options, *more, "--output_dir", f"{output_dir}/recipe{''.join(more)}"]
+        recipe = partial(recipe_loop, options=told, steps=steps, models=models)
+        bare = partial(bare_loop, model_of=models.pop, steps=steps, arithmetic=arithmetic, tests=True)
+        yield _compare(size, {" ".join(["train.py", *more]): (recipe, BARE), BARE: (bare, None)}, steps, seconds)
 
 
 def arithmetic(size: str, model_args: dict[str, Any], seconds: float) -> list[Row]:
-    """Images a second of the bare passes: what --fast gains, and what compiling on top of it would."""
+    """Compare the images a second of the bare passes: what --fast gains, and what compiling on top of it would."""
     fast = _fast()
-    choices = {
-        "bare passes": {},
-        "bare passes, fast": fast,
-        "bare passes, fast and compiled": {**fast, "torch_compile": True},
+    choices: dict[str, Arithmetic] = {
+        BARE: {},
+        f"{BARE}, fast": fast,
+        f"{BARE}, fast and compiled": {**fast, "torch_compile": True},
     }
 
     def model_of(choice: Arithmetic) -> nn.Module:
@@ -132,23 +127,20 @@ def arithmetic(size: str, model_args: dict[str, Any], seconds: float) -> list[Ro
             model.compile()
         return model
 
-    loops: dict[str, Loop] = {
-        name: partial(bare_loop, model_of=partial(model_of, choice), steps=1, arithmetic=choice)
+    ways: Ways = {
+        name: (
+            partial(bare_loop, model_of=partial(model_of, choice), steps=1, arithmetic=choice),
+            None if name == BARE else BARE,
+        )
         for name, choice in choices.items()
     }
-    results = take_turns(loops, **_rounds(seconds))
-    return [_row(size, 1, results, name, "bare passes") for name in choices if name != "bare passes"]
+    return _compare(size, ways, 1, seconds)
 
 
 def _fast() -> Arithmetic:
     return fast_settings(use_cpu=not torch.accelerator.is_available())
 
 
-def _rounds(seconds: float) -> dict[str, Any]:
-    return {"seconds": seconds, "min_rounds": 3, "max_rounds": 20, "warm_up": 1}
-
-
-def _row(size: str, steps: int, results: dict[str, list[float]], name: str, base: str) -> Row:
-    rates, base_rates = ([steps * BATCH_SIZE / t for t in results[n]] for n in (name, base))
-    case = f"{size} parameters, batch {BATCH_SIZE}"
-    return timed("Recipe", case, name, base, rates, base_rates, "images/s")
+def _compare(size: str, ways: Ways, steps: int, seconds: float) -> list[Row]:
+    where, images = case(size, BATCH_SIZE), steps * BATCH_SIZE
+    return compare("Recipe", where, ways, "images/s", images, seconds=seconds, rounds=(3, 20))

@@ -5,45 +5,37 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from benchmarks.rows import Row, timed
+from benchmarks.rows import Row
+from benchmarks.turns import Ways, compare, repeat
 
-TRAIN = str(Path(__file__).parents[1] / "train.py")
+TRAIN = Path(__file__).parents[1] / "train.py"
 ROUNDS = 3
 
 
 def measure(output_dir: str) -> Iterator[list[Row]]:
-    """Each against the import of the libraries that it cannot do without."""
-    first_step = [
-        TRAIN,
-        "--max_steps",
-        "1",
-        "--eval_strategy",
-        "no",
-        "--output_dir",
-        f"{output_dir}/first_step",
-        "--disable_tqdm",
-        "true",
-    ]
-    yield [_against("import amp_plugin", ["-c", "import amp_plugin"], "import timm", ["-c", "import timm"])]
-    hosts = ["-c", "import timm, transformers.trainer, datasets, evaluate"]
-    imports = "import of timm, transformers.trainer, datasets, evaluate"
-    yield [_against("train.py --help", [TRAIN, "--help"], imports, hosts)]
-    yield [_against("train.py, one step and the saved model", first_step, imports, hosts)]
+    """Compare each command with the import of the libraries that it cannot do without."""
+    yield _against("import amp_plugin", ["-c", "import amp_plugin"], "import timm", ["-c", "import timm"])
+    libraries = "timm, transformers.trainer, datasets, evaluate"
+    step = ["--max_steps", "1", "--eval_strategy", "no", "--disable_tqdm", "true"]
+    step += ["--output_dir", f"{output_dir}/first_step"]
+    for name, options in {"train.py --help": ["--help"], "train.py, one step and the saved model": step}.items():
+        yield _against(name, [str(TRAIN), *options], f"import of {libraries}", ["-c", f"import {libraries}"])
 
 
-def _against(name: str, command: list[str], baseline: str, baseline_command: list[str]) -> Row:
-    pairs = [(_seconds(command), _seconds(baseline_command)) for _ in range(ROUNDS + 1)][1:]
-    times, base = ([pair[i] for pair in pairs] for i in (0, 1))
-    return timed("Start-up", "fresh process", name, baseline, times, base, "s")
+def _against(name: str, command: list[str], baseline: str, baseline_command: list[str]) -> list[Row]:
+    ways: Ways = {
+        name: (repeat(partial(_run, command)), baseline),
+        baseline: (repeat(partial(_run, baseline_command)), None),
+    }
+    return compare("Start-up", "fresh process", ways, "s", rounds=(ROUNDS, ROUNDS))
 
 
-def _seconds(arguments: list[str]) -> float:
-    path = os.pathsep.join(filter(None, [str(Path(TRAIN).parents[1]), os.environ.get("PYTHONPATH")]))
-    start = time.perf_counter()
+def _run(arguments: list[str]) -> None:
+    path = os.pathsep.join(filter(None, [str(TRAIN.parents[1]), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, *arguments],
         env={**os.environ, "PYTHONPATH": path},
@@ -53,4 +45,3 @@ def _seconds(arguments: list[str]) -> float:
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)} failed: {done.stderr[-2000:]}")
-    return time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""A training step against that of the base optimizer alone: time and peak memory."""
+"""A training step against a step of the base optimizer alone: time and peak memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from pytorch_optimizer import SAM
+from reproduction.published import methods
+from reproduction.trade_off import SECTION
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
@@ -19,11 +21,11 @@ from transformers import TrainerCallback
 from amp_plugin import AMP, AMPTrainer, AMPTrainingArguments, LossModule, attach
 from amp_plugin.models.classifier import image_classifier
 from benchmarks.memory import peak_memory
-from benchmarks.rows import Row, counted, timed
-from benchmarks.turns import Turn, take_turns
+from benchmarks.rows import Row, counted
+from benchmarks.turns import Turn, Ways, compare
 
 SGD_ARGS: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
-# PreActResNets from 0.3M to 37M parameters.
+# PreActResNets by their number of parameters.
 LADDER: dict[str, dict[str, Any]] = {
     "0.3M": {"width": 16, "layers": [1, 1, 1, 1]},
     "0.7M": {"width": 16},
@@ -34,15 +36,15 @@ LADDER: dict[str, dict[str, Any]] = {
 BATCH_SIZES = (8, 50, 128)
 MEMORY_BATCH_SIZE = 50
 
-
 Batch = tuple[Tensor, Tensor]
 Problem = Callable[[], tuple[nn.Module, Batch]]
+Step = Callable[[], Any]
 
 
 def problem(model_args: dict[str, Any], batch_size: int) -> tuple[nn.Module, Batch]:
-    """A PreActResNet as a transformers classifier, and a batch (batch_size, 3, 32, 32) with its labels.
+    """Return a PreActResNet as a transformers classifier, and a batch (batch_size, 3, 32, 32) with its labels.
 
-    On the accelerator if there is one.
+    Both are on the accelerator if there is one.
     """
     torch.manual_seed(0)
     classes = [str(i) for i in range(10)]
@@ -54,27 +56,46 @@ def problem(model_args: dict[str, Any], batch_size: int) -> tuple[nn.Module, Bat
 
 
 def architecture(classifier: nn.Module) -> nn.Module:
-    """timm's model in a transformers classifier, which takes images and returns logits."""
+    """Return timm's model in a transformers classifier, which takes images and returns logits."""
     return classifier.get_submodule("timm_model")
 
 
-def plain_loop(turn: Turn, make: Problem, *, attached: bool = False) -> None:
-    """``loss.backward(); optimizer.step()``, with SGD or, attached, with AMP around it."""
-    model, batch = make()
-    module = LossModule(architecture(model), F.cross_entropy)
-    optimizer: torch.optim.Optimizer = (AMP if attached else SGD)(module.parameters(), **SGD_ARGS)
-    if attached:
-        attach(optimizer, module)
-    while True:
-        turn()
-        module(*batch)["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
+def plain(
+    model: nn.Module, batch: Batch, *, amp: bool = False, sync_ascent: bool = True, steps: int = 1, **settings: Any
+) -> Step:
+    """Return ``loss.backward(); optimizer.step()``, with SGD or with AMP attached.
+
+    Args:
+        model: network that returns logits.
+        batch: images and labels.
+        amp: whether AMP is around SGD, default False.
+        sync_ascent: argument of `attach`, default True.
+        steps: number of training steps in one call, default 1. AMP's ascent policy takes a call for a whole training.
+        **settings: further arguments of the optimizer.
+    """
+    module = LossModule(model, F.cross_entropy)
+    optimizer = (AMP if amp else SGD)(module.named_parameters(), **SGD_ARGS, **settings)
+    if isinstance(optimizer, AMP):
+        optimizer.total_steps = steps
+        attach(optimizer, module, sync_ascent=sync_ascent)
+
+    def step() -> None:
+        for group in optimizer.param_groups:
+            if "ascent_step" in group:
+                group["ascent_step"] = 0
+        for _ in range(steps):
+            module(*batch)["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
 
 
-def closure_of(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
-    """What `step` of AMP and of SAM calls."""
+def closure(model: nn.Module, batch: Batch, *, sam: bool = False, **settings: Any) -> Step:
+    """Return ``optimizer.step(closure)`` of AMP, or of the SAM of pytorch_optimizer as its documentation shows it."""
     images, labels = batch
+    kind = partial(SAM, base_optimizer=SGD) if sam else AMP
+    optimizer = kind(model.parameters(), **SGD_ARGS, **settings)
 
     def closure() -> Any:
         optimizer.zero_grad()
@@ -82,34 +103,26 @@ def closure_of(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer)
         loss.backward()
         return loss
 
-    return closure
-
-
-def closure_loop(turn: Turn, make: Problem) -> None:
-    """``optimizer.step(closure)`` of AMP."""
-    model, batch = make()
-    optimizer = AMP(model.parameters(), **SGD_ARGS)
-    closure = closure_of(architecture(model), batch, optimizer)
-    while True:
-        turn()
+    def step() -> None:
+        if sam:
+            closure()
         optimizer.step(closure)
         optimizer.zero_grad()
 
+    return step
 
-def sam_loop(turn: Turn, make: Problem) -> None:
-    """The SAM of pytorch_optimizer, as its documentation shows it."""
+
+def loop(turn: Turn, make: Problem, way: Callable[..., Step], **settings: Any) -> None:
+    """Train in one of these ways, a call of it in each turn."""
     model, batch = make()
-    optimizer = SAM(model.parameters(), SGD, **SGD_ARGS)
-    closure = closure_of(architecture(model), batch, optimizer)
+    step = way(architecture(model), batch, **settings)
     while True:
         turn()
-        closure()
-        optimizer.step(closure)
-        optimizer.zero_grad()
+        step()
 
 
 def trainer_loop(turn: Turn, make: Problem, *, optim: str) -> None:
-    """`AMPTrainer` with AMP or, where `optim` says so, without; clipping is on in both, as it is by default."""
+    """Train with `AMPTrainer` and the optimizer `optim`. Gradients are clipped, as they are by default."""
     model, batch = make()
     args = AMPTrainingArguments(
         output_dir=tempfile.gettempdir(),  # nothing is saved
@@ -137,7 +150,7 @@ def trainer_loop(turn: Turn, make: Problem, *, optim: str) -> None:
 
 
 class _Same(IterableDataset[dict[str, Tensor]]):
-    """The same batch for ever."""
+    """A data set that repeats one batch for ever."""
 
     def __init__(self, batch: Batch) -> None:
         self._batch = dict(zip(("pixel_values", "labels"), batch, strict=True))
@@ -150,43 +163,55 @@ def _first(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return batches[0]
 
 
-# Each way to train, and what it is compared with.
-WAYS: dict[str, tuple[Callable[..., None], str | None]] = {
-    "SGD": (plain_loop, None),
-    "AMP, closure": (closure_loop, "SGD"),
-    "AMP, attach": (partial(plain_loop, attached=True), "SGD"),
-    "SAM of pytorch_optimizer": (sam_loop, "SGD"),
+WAYS: Ways = {
+    "SGD": (partial(loop, way=plain), None),
+    "AMP, closure": (partial(loop, way=closure), "SGD"),
+    "AMP, attach": (partial(loop, way=plain, amp=True), "SGD"),
+    "SAM of pytorch_optimizer": (partial(loop, way=closure, sam=True), "SGD"),
     "Trainer, SGD": (partial(trainer_loop, optim="sgd"), None),
     "AMPTrainer": (partial(trainer_loop, optim="amp"), "Trainer, SGD"),
 }
+STEPS = 4  # in four steps each of the modes makes all that it ever does
+_MODE = partial(loop, way=plain, amp=True, steps=STEPS)
+# The modes of the sweep, and the ball of the normalisation layers.
+MODES: Ways = {
+    "SGD": (partial(loop, way=plain, steps=STEPS), None),
+    **{m.ascent: (partial(_MODE, ascent=m.ascent), "SGD") for m in methods().values() if m.ascent is not None},
+    'parameters="norm"': (partial(_MODE, parameters="norm"), "SGD"),
+}
 
 
-def times(size: str, model_args: dict[str, Any], batch_size: int, seconds: float) -> list[Row]:
-    """The time of a step of one model and batch size; all ways train the same model on the same batch."""
+def times(size: str, model_args: dict[str, Any], batch_size: int, seconds: float, *, modes: bool = False) -> list[Row]:
+    """Compare the times of a step of one model and batch size. All loops train the same model on the same batch.
+
+    Args:
+        size: name of the model.
+        model_args: arguments of the model.
+        batch_size: number of images in the batch.
+        seconds: duration of all rounds together, in seconds.
+        modes: whether the cheaper modes of AMP are compared, default False: the ways to train are.
+    """
     same = problem(model_args, batch_size)
-    loops = {name: partial(loop, make=lambda: same) for name, (loop, _) in WAYS.items()}
-    results = take_turns(loops, seconds=seconds, min_rounds=4, max_rounds=60, warm_up=1)
-    milliseconds = {name: [1e3 * t for t in some] for name, some in results.items()}
-    case = f"{size} parameters, batch {batch_size}"
-    return [
-        timed("Step", case, name, baseline, milliseconds[name], milliseconds[baseline], "ms")
-        for name, (_, baseline) in WAYS.items()
-        if baseline is not None
-    ]
+    ways, section, steps = (MODES, SECTION, STEPS) if modes else (WAYS, "Step", 1)
+    made = {name: (partial(loop, make=lambda: same), baseline) for name, (loop, baseline) in ways.items()}
+    return compare(section, case(size, batch_size), made, "ms", steps, seconds=seconds, rounds=(4, 60))
+
+
+def case(size: str, batch_size: int) -> str:
+    """Name a model and batch size."""
+    return f"{size} parameters, batch {batch_size}"
 
 
 def memory(size: str, model_args: dict[str, Any], batch_size: int, threads: int) -> list[Row]:
-    """The peak memory of a step, each way in a process of its own."""
+    """Compare the peak memory of a step, each way in a process of its own."""
     make = partial(problem, model_args, batch_size)
     peaks = {name: peak_memory(partial(loop, make=make), threads) for name, (loop, _) in WAYS.items()}
-    case, rows = f"{size} parameters, batch {batch_size}", []
-    for i, where in enumerate(("process", "accelerator")):
+    where, rows = case(size, batch_size), []
+    for i, kind in enumerate(("process", "accelerator")):
         for name, (_, baseline) in WAYS.items():
-            if baseline is not None and peaks[baseline][i]:
+            if baseline and peaks[baseline][i]:
                 ours, theirs = (peaks[n][i] / 2**20 for n in (name, baseline))
-                rows.append(counted(f"Peak memory of the {where}", case, name, baseline, ours, theirs, "MiB"))
+                rows.append(counted(f"Peak memory of the {kind}", where, name, baseline, ours, theirs, "MiB"))
     kept = peak_memory(partial(WAYS["SGD"][0], make=make), threads, keep_freed=True)
-    rows.append(
-        counted("Page faults", case, "SGD, as under --fast", "SGD", kept.faults, peaks["SGD"].faults, "pages a step")
-    )
-    return rows
+    faults = kept.faults, peaks["SGD"].faults
+    return [*rows, counted("Page faults", where, "SGD, as under --fast", "SGD", *faults, "pages a step")]

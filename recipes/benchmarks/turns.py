@@ -1,36 +1,52 @@
 """Loops that take turns in one process: each makes one step while the others wait, round after round.
 
-So every figure and its baseline are measured within the same seconds, on the same memory where they share it, and a
-loop that cannot be interrupted, such as the Trainer's, can be measured step by step.
+A figure and its baseline are so measured within the same seconds, on the same memory where the loops share it. A loop
+that cannot be interrupted, such as the Trainer's, can be measured step by step.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
 
+from benchmarks.rows import Row, timed
+
 Turn = Callable[[], None]
-# Calls turn() before each step, and never returns.
+# A loop calls turn() before each step and never returns.
 Loop = Callable[[Turn], None]
+Ways = Mapping[str, tuple[Callable[..., None], str | None]]  # loops with the names of what they are compared with
+
+
+def repeat(action: Callable[[], object]) -> Loop:
+    """Return a loop whose step is one call of `action`."""
+
+    def loop(turn: Turn) -> None:
+        while True:
+            turn()
+            action()
+
+    return loop
 
 
 def take_turns(
-    loops: Mapping[str, Loop], *, seconds: float, min_rounds: int, max_rounds: int, warm_up: int
+    loops: Mapping[str, Loop],
+    rounds: tuple[int, int],
+    seconds: float = 0.0,
+    warm_up: int = 1,
+    prepare: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Run rounds until the time is over, in each of which every loop makes one step; the order rotates.
+    """Run rounds in which every loop makes one step, in an order that rotates; return each loop's seconds by round.
 
     Args:
-        loops: by name; each runs up to its first turn in this order, before any makes a step.
-        seconds: of all measured rounds together, about.
-        min_rounds: even if that takes longer.
-        max_rounds: even if that takes less.
-        warm_up: rounds before that count for nothing.
-
-    Returns:
-        The seconds of each round, by name.
+        loops: loops by name. Each runs up to its first turn, in this order, before any loop makes a step.
+        rounds: least and largest number of measured rounds.
+        seconds: duration of the measured rounds, in seconds, after which only the least number is made up; default 0.
+        warm_up: number of rounds before the measured ones, default 1.
+        prepare: function that is called before each step and not timed, default: nothing is done.
 
     Raises:
         RuntimeError: a loop ended. What a loop raises comes through.
@@ -43,13 +59,14 @@ def take_turns(
         for name in names:
             _advance(name, running[name], hub.switch)
         start = time.perf_counter()
-        for i in range(warm_up + max_rounds):
+        for i in range(warm_up + rounds[1]):
             if i == warm_up:
                 start = time.perf_counter()
-            if i >= warm_up + min_rounds and time.perf_counter() - start > seconds:
+            if i >= warm_up + rounds[0] and time.perf_counter() - start > seconds:
                 break
             by = i % len(names)
             for name in (*names[by:], *names[:by]):
+                prepare()
                 elapsed = _advance(name, running[name])
                 if i >= warm_up:
                     times[name].append(elapsed)
@@ -59,8 +76,25 @@ def take_turns(
     return times
 
 
+def compare(section: str, case: str, ways: Ways, unit: str, amount: float = 1.0, **settings: Any) -> list[Row]:
+    """Let loops take turns and return a row for each that has a baseline.
+
+    Args:
+        section: section of the rows.
+        case: case of the rows.
+        ways: loops and the names of their baselines, by name.
+        unit: unit of the figures; "ms" and "s" are durations, others rates.
+        amount: how much of what is measured, e.g. how many images, one step of a loop does, default 1.
+        **settings: further arguments of `take_turns`.
+    """
+    scale = {"ms": 1e3, "s": 1.0}.get(unit)
+    times = take_turns({name: loop for name, (loop, _) in ways.items()}, **settings)
+    figures = {n: [scale * t / amount if scale else amount / t for t in some] for n, some in times.items()}
+    return [timed(section, case, n, base, figures[n], figures[base], unit) for n, (_, base) in ways.items() if base]
+
+
 def _advance(name: str, loop: greenlet, *arguments: Turn) -> float:
-    """To its next turn; the seconds that took."""
+    """Run a loop to its next turn and return the seconds that it took."""
     start = time.perf_counter()
     loop.switch(*arguments)
     if torch.accelerator.is_available():

@@ -17,7 +17,7 @@ import benchmark
 import pytest
 import torch
 import transformers.trainer
-from benchmarks import ascents, counts, recipe, step
+from benchmarks import counts, recipe, step
 from benchmarks.memory import peak_memory
 from benchmarks.picture import draw
 from benchmarks.rows import counted, markdown, timed
@@ -25,7 +25,7 @@ from benchmarks.turns import Turn, take_turns
 from PIL import Image
 from torch import nn
 
-TURNS: dict[str, Any] = {"seconds": 0.0, "min_rounds": 3, "max_rounds": 9, "warm_up": 2}
+TURNS: dict[str, Any] = {"seconds": 0.0, "rounds": (3, 9), "warm_up": 2}
 TINY = {"width": 4, "layers": [1, 1, 1, 1]}
 
 
@@ -136,12 +136,11 @@ def test_a_way_makes_the_passes_it_is_named_for(name: str, monkeypatch: pytest.M
     assert passes == 2 * [2 if "AM" in name else 1]
 
 
-@pytest.mark.parametrize("name", ["SGD", *ascents.MODES])
+@pytest.mark.parametrize("name", step.MODES)
 def test_a_turn_of_a_mode_makes_the_passes_it_is_named_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward calls in four steps; one on a part of the batch is a call too, whose images are counted elsewhere."""
-    loop = ascents.sgd_loop if name == "SGD" else partial(ascents.attached_loop, **ascents.MODES[name])
     extra = {"SGD": 0, "every(4)": 1, "window(0.75, 1.0)": 1, "stale": 0, "momentum": 0}
-    passes = passes_between_turns(monkeypatch, loop, make=partial(step.problem, TINY, 8))
+    passes = passes_between_turns(monkeypatch, step.MODES[name][0], make=partial(step.problem, TINY, 8))
     assert passes == 2 * [4 + extra.get(name, 4)]
 
 
