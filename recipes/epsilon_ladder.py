@@ -105,15 +105,7 @@ def table(found: Found) -> str:
 
 
 def draw(found: Found, path: Path) -> None:
-    """Draw NLL and error against the strength, a panel a rung; dashed: ERM.
-
-    Args:
-        found: figures of the rungs that have runs.
-        path: PNG to write.
-
-    Raises:
-        ImportError: matplotlib is missing (``pip install "amp-plugin[plots]"``).
-    """
+    """Draw NLL and error against the strength to a PNG, a panel a rung; a dashed line shows ERM."""
     ticks = ladder()["strengths"]
     title = "AMP by its strength, on each rung"
     with picture(path, title, (1.7 * len(found) + 1, 4.8), figures=table(found)) as figure:

@@ -10,8 +10,7 @@ The script takes the runs of one data set that report on held-out training image
 from __future__ import annotations
 
 import argparse
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -19,7 +18,8 @@ from typing import Any, NamedTuple
 
 from guides.page import run_script, write_part
 from guides.page import table as markdown_table
-from reproduction.records import Record, is_trial
+from reproduction.comparison import Row
+from reproduction.records import is_trial
 from reproduction.table import spread
 
 from amp_plugin.data.settings import BUNDLED
@@ -49,16 +49,12 @@ class Setting(NamedTuple):
     inner_lr: float
 
 
-Sweep = dict[Setting, list[Record]]
+Sweep = dict[Setting, Row]
 SGD = Setting(0.0, 0.0)
 
 
 def read(ledger: Path, dataset: str = BUNDLED) -> Sweep:
-    """Return the runs of the sweep in a ledger, by setting.
-
-    Args:
-        ledger: JSON Lines file.
-        dataset: data set that the runs were trained on, default: the bundled sample.
+    """Return the runs of the sweep on a data set in a ledger, by setting.
 
     Raises:
         FileNotFoundError: there is no such ledger.
@@ -73,41 +69,29 @@ def read(ledger: Path, dataset: str = BUNDLED) -> Sweep:
         raise ValueError(
             f"{ledger}: runs with validation_images differ in {', '.join(sorted(differing))}; keep one kind"
         )
-    sweep: Sweep = defaultdict(list)
+    sweep: Sweep = {}
     for run in runs:
         settings = run["settings"]
         key = Setting(settings["amp_epsilon"], settings["amp_inner_lr"]) if settings["optim"] == "amp" else SGD
-        if any(settings["seed"] == other["settings"]["seed"] for other in sweep[key]):
+        row = sweep.setdefault(key, Row(settings["optim"], key._asdict()))
+        if settings["seed"] in row.runs:
             raise ValueError(f"{ledger}: {settings['optim']} {key}, seed {settings['seed']}, is there twice")
-        sweep[key].append(run)
+        row.runs[settings["seed"]] = run
     return dict(sorted(sweep.items()))
-
-
-def values(runs: Sequence[Record], measure: str) -> list[float]:
-    """Return one measure of each run that has it."""
-    return [run["metrics"][measure] for run in runs if measure in run["metrics"]]
 
 
 def table(sweep: Sweep) -> str:
     """Render a row for each setting: the mean and, of several seeds, the standard deviation."""
     rows = []
-    for setting, runs in sweep.items():
+    for setting, row in sweep.items():
         names = ["SGD", "-"] if setting == SGD else [f"{setting.epsilon:g}", f"{setting.inner_lr:g}"]
-        cells = [spread(values(runs, measure), digits) for measure, (_, digits) in _MEASURES.items()]
-        rows.append([*names, str(len(runs)), *cells])
+        cells = [spread(row.numbers(measure), digits) for measure, (_, digits) in _MEASURES.items()]
+        rows.append([*names, str(len(row.runs)), *cells])
     return markdown_table(["epsilon", "inner_lr", "seeds", *(head for head, _ in _MEASURES.values())], rows)
 
 
 def draw(sweep: Sweep, path: Path) -> None:
-    """Draw NLL and error on held-out images against each of the two settings while the other is held.
-
-    Args:
-        sweep: runs by setting; not empty.
-        path: PNG to write.
-
-    Raises:
-        ImportError: matplotlib is missing (``pip install "amp-plugin[plots]"``).
-    """
+    """Draw NLL and error on held-out images against each of the two settings while the other is held, to a PNG."""
     title = "Line: mean over seeds; points: the seeds; band: SGD, all seeds"
     with picture(path, title, (9, 6.4), figures=table(sweep)) as figure:
         grid: Any = figure.subplots(2, 2, sharey="row", sharex="col")
@@ -126,14 +110,14 @@ def draw(sweep: Sweep, path: Path) -> None:
 def _lines(axes: Any, sweep: Sweep, measure: str, varied: str, held: str) -> None:
     """Draw a measure against one setting, a line for each of two values of the other setting, and SGD's measure."""
     if SGD in sweep:
-        reference = values(sweep[SGD], measure)
+        reference = sweep[SGD].numbers(measure)
         axes.axhspan(min(reference), max(reference), color="0.6", alpha=0.3, linewidth=0)
         axes.axhline(mean(reference), color="0.4", linestyle="--", label="SGD")
     counts = Counter(getattr(setting, held) for setting in sweep if setting != SGD)
     levels = [level for level, n in counts.most_common() if n >= 3]  # a line needs three points
     for level, colour in zip(levels, (BLUE, VERMILION), strict=False):
         line = sorted(
-            (getattr(s, varied), values(runs, measure)) for s, runs in sweep.items() if getattr(s, held) == level
+            (getattr(s, varied), row.numbers(measure)) for s, row in sweep.items() if getattr(s, held) == level
         )
         axes.plot([x for x, _ in line], [mean(ys) for _, ys in line], color=colour, label=f"AMP, {held} {level:g}")
         for x, ys in line:
@@ -156,7 +140,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     sweep = read(args.ledger, args.dataset)
     write_part(args.page, MARK, table(sweep), partial(draw, sweep), PICTURE, ALT)
-    print(f"{args.page}: {sum(map(len, sweep.values()))} runs of {len(sweep)} settings\n{args.page.parent / PICTURE}")
+    runs = sum(len(row.runs) for row in sweep.values())
+    print(f"{args.page}: {runs} runs of {len(sweep)} settings\n{args.page.parent / PICTURE}")
 
 
 if __name__ == "__main__":

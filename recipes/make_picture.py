@@ -54,14 +54,7 @@ def listed(data: Points) -> str:
 
 
 def draw(data: Points, theme: str) -> Any:
-    """Draw a row of points and a bar at their mean for each job and optimizer; one panel a measure.
-
-    Returns:
-        The matplotlib figure.
-
-    Raises:
-        ImportError: matplotlib is missing (``pip install "amp-plugin[plots]"``).
-    """
+    """Draw a row of points and a bar at their mean for each job and optimizer, one panel a measure."""
     from matplotlib.figure import Figure  # the object interface: no global state, no display
 
     ink = _INK[theme]

@@ -2,7 +2,7 @@
 
     python recipes/make_sample.py --data_root DIR
 
-Lossless WebP in parquet, in the layout of the Hub repository uoft-cs/cifar10.
+The images are lossless WebP in parquet, in the layout of the Hub repository uoft-cs/cifar10.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from amp_plugin.data import ImageSplit, load_images
+from amp_plugin.data import load_images
 from amp_plugin.data.settings import BUNDLED, SOURCES
 
 TRAIN_IMAGES, TEST_IMAGES = 2000, 500
@@ -31,22 +31,17 @@ def main() -> None:
     args = parser.parse_args()
     data = load_images("cifar10", data_root=args.data_root)
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=list(data.class_names))})
-    for split, images, n in (("train", data.train, TRAIN_IMAGES), ("test", data.test, TEST_IMAGES)):
-        path = args.output / "plain_text" / f"{split}-00000-of-00001.parquet"
+    for name, whole, n in (("train", data.train, TRAIN_IMAGES), ("test", data.test, TEST_IMAGES)):
+        path = args.output / "plain_text" / f"{name}-00000-of-00001.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
-        table = datasets.Dataset.from_dict(encoded(images.subset(n, args.seed)), features=features)
-        table.to_parquet(str(path))
+        split = whole.subset(n, args.seed)
+        columns = {"img": [{"bytes": webp(image)} for image in split.images], "label": split.labels.tolist()}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(str(path))
         print(f"{path}: {n} images, {path.stat().st_size / 1e6:.1f} MB")
 
 
-def encoded(split: ImageSplit) -> dict[str, list[object]]:
-    """The two columns of the Hub's files."""
-    images: list[object] = [{"bytes": webp(image), "path": None} for image in split.images]
-    return {"img": images, "label": split.labels.tolist()}
-
-
 def webp(image: npt.NDArray[np.uint8]) -> bytes:
-    """Encode (H, W, 3) without loss."""
+    """Encode an image (H, W, 3) without loss."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "WEBP", lossless=True, quality=100, method=6)
     return buffer.getvalue()

@@ -33,10 +33,9 @@ from reproduction import price, records, slurm, trade_off
 from reproduction.cells import Cell, Selection
 from reproduction.choose import choose
 from reproduction.comparison import rows_of
-from reproduction.picture import draw
 from reproduction.scale import PAPER, Scale, read_scale
 from reproduction.sweep import Sweep
-from reproduction.table import markdown
+from reproduction.table import draw, markdown
 
 # `benchmark.py --only ascents --sizes 0.3M --batch_sizes 50` wrote this file.
 BENCHMARK = Path(__file__).with_name("benchmark_ascents.jsonl")
@@ -97,44 +96,45 @@ def main(argv: list[str] | None = None) -> None:
     if args.launch_args is not None:
         scale = replace(scale, launch=shlex.split(args.launch_args))
     chosen = Selection(scale, args.models, args.datasets, args.augment, args.methods, args.seeds)
+    ledger = [] if args.plan else records.read(args.ledger)
     if args.choose:
-        choice = choose(scale, chosen.trials(), records.read(args.ledger))
-        found(choice.runs, args)
-        show(args, "trials", scale, choice.table)
+        choice = choose(scale, chosen.trials(), ledger)
+        show(args, "trials", scale, choice.runs, lambda _: choice.table)
         scale.chosen_path.write_text(choice.file)
         print(f"chosen: {scale.chosen_path}")
     elif args.table:
-        tables, paper = found(rows_of(chosen, records.read(args.ledger)), args), scale.name == PAPER
-        show(args, "reproduction", scale, markdown(tables, paper), partial(draw, tables, f"Scale: {scale.name}", paper))
+        paper = scale.name == PAPER
+        picture = partial(draw, title=f"Scale: {scale.name}", with_paper=paper)
+        show(args, "reproduction", scale, rows_of(chosen, ledger), partial(markdown, with_paper=paper), picture)
     elif args.trade_off:
-        seconds, tables = trade_off.seconds_of(args.benchmark), rows_of(chosen, records.read(args.ledger))
-        modes = found({setting: trade_off.modes_of(rows, seconds) for setting, rows in tables.items()}, args)
-        show(args, "trade-off", scale, trade_off.markdown(modes), partial(trade_off.draw, modes))
+        seconds, tables = trade_off.seconds_of(args.benchmark), rows_of(chosen, ledger)
+        modes = {setting: trade_off.modes_of(rows, seconds) for setting, rows in tables.items()}
+        show(args, "trade-off", scale, modes, trade_off.markdown, trade_off.draw)
     elif args.plan:
         gpu = price.Gpu(args.gpu, args.peak_tflops * 1e12, args.utilisation)
-        show(args, "plan", scale, price.table([price.price(cell, scale) for cell in chosen.runs()], gpu))
+        show(args, "plan", scale, [price.price(cell, scale) for cell in chosen.runs()], partial(price.table, gpu=gpu))
     else:
         run(chosen.trials() if args.tune else chosen.runs(), scale, args, sys.argv[1:] if argv is None else argv)
 
 
-def found(runs: T, args: argparse.Namespace) -> T:
-    """Return the runs that shall be shown.
+def show(
+    args: argparse.Namespace,
+    what: str,
+    scale: Scale,
+    found: T,
+    render: Callable[[T], str],
+    draw: Callable[[T, Path], object] | None = None,
+) -> None:
+    """Print what was found and put it, with its picture if it has one, between the marks of a page.
 
     Raises:
-        ValueError: there are none, and a page that has some shall keep them.
+        ValueError: nothing was found, and a page that has something shall keep it.
     """
-    if not runs:
+    if not found:
         raise ValueError(f"{args.ledger} has no runs of these cells; run them first, or name their --ledger")
-    return runs
-
-
-def show(
-    args: argparse.Namespace, what: str, scale: Scale, text: str, draw: Callable[[Path], None] | None = None
-) -> None:
-    """Print a text and put it, with its picture if it has one, between the marks of a page."""
-    mark = f"{what}-{scale.name}"
+    mark, text = f"{what}-{scale.name}", render(found)
     page: Path = args.page or args.output_dir / f"{mark}.md"
-    write_part(page, mark, text, draw, f"{mark}.png", "The tables below as a picture")
+    write_part(page, mark, text, draw and partial(draw, found), f"{mark}.png", "The tables below as a picture")
     print(f"{text}\n\npage: {page}" + (f"\npicture: {page.with_name(f'{mark}.png')}" if draw else ""))
 
 

@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from amp_plugin import AMP
 from benchmarks.counting import CountCalls
-from benchmarks.rows import Row, counted
+from benchmarks.rows import Row, counted, timed
 from benchmarks.step import LADDER, SGD_ARGS, Batch, Step, architecture, closure, plain, problem
-from benchmarks.turns import Ways, compare, repeat
+from benchmarks.turns import repeat, take_turns
 
 _SAM = "SAM of pytorch_optimizer"
 _WAYS: dict[str, Callable[..., Step]] = {
@@ -103,15 +103,14 @@ def own_work(size: str, model_args: dict[str, Any], rounds: int = 15) -> list[Ro
 
     @torch.no_grad()
     def copy() -> None:
-        for _ in range(WEIGHT_SIZED_PASSES):
-            torch._foreach_copy_(copies, params)
+        torch._foreach_copy_(copies, params)
 
     case = f"{size} parameters ({sum(p.numel() for p in params):,})"
     name = f"ascend and restore, each of their {WEIGHT_SIZED_PASSES} passes over the weights"
-    base = "copy of the weights"
-    ways: Ways = {name: (repeat(displace), base), base: (repeat(copy), None)}
-    settings = {"rounds": (rounds, rounds), "warm_up": 2, "prepare": make_gradients}
-    return compare("Own work", case, ways, "ms", WEIGHT_SIZED_PASSES, **settings)
+    loops = {"ours": repeat(displace), "copy": repeat(copy)}
+    times = take_turns(loops, (rounds, rounds), warm_up=2, prepare=make_gradients)
+    ours, theirs = [1e3 * t / WEIGHT_SIZED_PASSES for t in times["ours"]], [1e3 * t for t in times["copy"]]
+    return [timed("Own work", case, name, "copy of the weights", ours, theirs, "ms")]
 
 
 def _count(action: Step) -> CountCalls:

@@ -14,17 +14,17 @@ import torch
 from amp_plugin.train.defaults import keep_freed_memory
 from benchmarks.turns import Loop
 
-_WARM_UP = 2  # steps: buffers and allocators grow in them
+_WARM_UP = 2  # steps in which buffers and allocators grow
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Peak(NamedTuple):
-    """Of the steps after the first ones.
+    """What the steps after the first ones took.
 
     Attributes:
         process: resident set of the process, in bytes.
-        allocator: torch's on the accelerator, in bytes; 0 without one.
-        faults: pages that the system had to provide, a step.
+        allocator: memory of torch's allocator on the accelerator, in bytes; 0 without one.
+        faults: number of pages that the system had to provide in a step.
     """
 
     process: int
@@ -46,39 +46,24 @@ def _measure(loop: Loop, threads: int, steps: int, keep_freed: bool) -> Peak:
     torch.set_num_threads(threads)
     if keep_freed:
         keep_freed_memory()
-    turns, faults, peaks = 0, 0, []
+    accelerated, turns, faults = torch.accelerator.is_available(), 0, 0
 
     def turn() -> None:
         nonlocal turns, faults
         if turns == _WARM_UP:
-            _forget_peak()
-            faults = _faults()
+            if _CLEAR.exists():
+                _CLEAR.write_text("5")  # the peak counts from here
+            if accelerated:
+                torch.accelerator.reset_peak_memory_stats()
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         if turns == _WARM_UP + steps:
-            peaks.append(_peak((_faults() - faults) / steps))
             raise _Over
         turns += 1
 
     with suppress(_Over):
         loop(turn)
-    return peaks[0]
-
-
-def _forget_peak() -> None:
-    if _CLEAR.exists():
-        _CLEAR.write_text("5")
-    if torch.accelerator.is_available():
-        torch.accelerator.reset_peak_memory_stats()
-
-
-def _faults() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-
-def _peak(faults: float) -> Peak:
-    allocated = torch.accelerator.max_memory_allocated() if torch.accelerator.is_available() else 0
-    if _STATUS.exists():
-        lines = _STATUS.read_text().splitlines()
-        kibibytes = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-    else:
-        kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return Peak(1024 * kibibytes, allocated, faults)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []
+    kibibytes = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), usage.ru_maxrss)
+    allocated = torch.accelerator.max_memory_allocated() if accelerated else 0
+    return Peak(1024 * kibibytes, allocated, (usage.ru_minflt - faults) / steps)

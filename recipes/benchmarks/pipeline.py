@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,13 +28,11 @@ class PerImage(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, split: ImageSplit, settings: DatasetSettings, augment: Augmentation) -> None:
         self.split, self.settings, self.cutout = split, settings, augment != "plain"
-        fill = settings.fill
-        steps: list[Any] = [transforms.RandomCrop(32, settings.pad, fill=fill), transforms.RandomHorizontalFlip()]
-        if augment == "autoaugment":
-            policy = transforms.AutoAugmentPolicy(settings.autoaugment)
-            steps.append(transforms.AutoAugment(policy, fill=[fill] * 3))
-        steps += [transforms.ToTensor(), transforms.Normalize(settings.mean, settings.std)]
-        self.transform = transforms.Compose(steps)
+        fill, policy = settings.fill, transforms.AutoAugmentPolicy(settings.autoaugment)
+        auto = [transforms.AutoAugment(policy, fill=[fill] * 3)] if augment == "autoaugment" else []
+        crop = [transforms.RandomCrop(32, settings.pad, fill=fill), transforms.RandomHorizontalFlip()]
+        scale = [transforms.ToTensor(), transforms.Normalize(settings.mean, settings.std)]
+        self.transform = transforms.Compose([*crop, *auto, *scale])
 
     def __len__(self) -> int:
         return len(self.split)

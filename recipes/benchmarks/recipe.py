@@ -18,7 +18,7 @@ from amp_plugin.train import job
 from amp_plugin.train.defaults import fast_settings
 from benchmarks.rows import Row
 from benchmarks.step import SGD_ARGS, architecture, case, problem
-from benchmarks.turns import Turn, Ways, compare
+from benchmarks.turns import Loop, Turn, Ways, compare
 
 # Steps of a turn, which has one log, one test and one checkpoint; the published settings have one in 1,000 steps.
 SIZES = {"0.3M": 50, "11.2M": 10}
@@ -86,26 +86,16 @@ def overhead(
 ) -> Iterator[list[Row]]:
     """Compare the images a second of train.py and of the bare passes, without and with --fast."""
     steps = SIZES[size]
-    options = [
-        "--optim",
-        "amp",
-        "--model_kwargs",
-        json.dumps(model_args),
-        "--augment",
-        "plain",
-        "--disable_tqdm",
-        "true",
-    ]
-    options += ["--max_steps", "1000000", "--cpu_threads", str(threads)]
-    options += ["--per_device_train_batch_size", str(BATCH_SIZE), "--per_device_eval_batch_size", str(TEST_IMAGES)]
-    for what in ("logging", "eval", "save"):
-        options += [f"--{what}_strategy", "steps", f"--{what}_steps", str(steps)]
+    told = "--optim amp --augment plain --disable_tqdm true --max_steps 1000000"
+    told += f" --per_device_train_batch_size {BATCH_SIZE} --per_device_eval_batch_size {TEST_IMAGES}"
+    told += "".join(f" --{what}_strategy steps --{what}_steps {steps}" for what in ("logging", "eval", "save"))
+    options = [*told.split(), "--cpu_threads", str(threads), "--model_kwargs", json.dumps(model_args)]
     if not torch.accelerator.is_available():
         options += ["--use_cpu", "true"]
     for more, arithmetic in (([], {}), (["--fast"], _fast())):
         models: list[nn.Module] = []
-        told = [*options, *more, "--output_dir", f"{output_dir}/recipe{''.join(more)}"]
-        recipe = partial(recipe_loop, options=told, steps=steps, models=models)
+        where = ["--output_dir", f"{output_dir}/recipe{''.join(more)}"]
+        recipe = partial(recipe_loop, options=[*options, *more, *where], steps=steps, models=models)
         bare = partial(bare_loop, model_of=models.pop, steps=steps, arithmetic=arithmetic, tests=True)
         yield _compare(size, {" ".join(["train.py", *more]): (recipe, BARE), BARE: (bare, None)}, steps, seconds)
 
@@ -113,11 +103,6 @@ def overhead(
 def arithmetic(size: str, model_args: dict[str, Any], seconds: float) -> list[Row]:
     """Compare the images a second of the bare passes: what --fast gains, and what compiling on top of it would."""
     fast = _fast()
-    choices: dict[str, Arithmetic] = {
-        BARE: {},
-        f"{BARE}, fast": fast,
-        f"{BARE}, fast and compiled": {**fast, "torch_compile": True},
-    }
 
     def model_of(choice: Arithmetic) -> nn.Module:
         model = architecture(problem(model_args, 1)[0])
@@ -127,12 +112,13 @@ def arithmetic(size: str, model_args: dict[str, Any], seconds: float) -> list[Ro
             model.compile()
         return model
 
+    def loop(choice: Arithmetic) -> Loop:
+        return partial(bare_loop, model_of=partial(model_of, choice), steps=1, arithmetic=choice)
+
     ways: Ways = {
-        name: (
-            partial(bare_loop, model_of=partial(model_of, choice), steps=1, arithmetic=choice),
-            None if name == BARE else BARE,
-        )
-        for name, choice in choices.items()
+        BARE: (loop({}), None),
+        f"{BARE}, fast": (loop(fast), BARE),
+        f"{BARE}, fast and compiled": (loop({**fast, "torch_compile": True}), BARE),
     }
     return _compare(size, ways, 1, seconds)
 

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import repeat
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -65,13 +66,8 @@ def plain(
 ) -> Step:
     """Return ``loss.backward(); optimizer.step()``, with SGD or with AMP attached.
 
-    Args:
-        model: network that returns logits.
-        batch: images and labels.
-        amp: whether AMP is around SGD, default False.
-        sync_ascent: argument of `attach`, default True.
-        steps: number of training steps in one call, default 1. AMP's ascent policy takes a call for a whole training.
-        **settings: further arguments of the optimizer.
+    A call makes `steps` training steps, which AMP's ascent policy takes for a whole training; `settings` go to the
+    optimizer.
     """
     module = LossModule(model, F.cross_entropy)
     optimizer = (AMP if amp else SGD)(module.named_parameters(), **SGD_ARGS, **settings)
@@ -146,7 +142,7 @@ def trainer_loop(turn: Turn, make: Problem, *, optim: str) -> None:
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             turn()
 
-    AMPTrainer(model, args, train_dataset=_Same(batch), data_collator=_first, callbacks=[OnStep()]).train()
+    AMPTrainer(model, args, train_dataset=_Same(batch), data_collator=itemgetter(0), callbacks=[OnStep()]).train()
 
 
 class _Same(IterableDataset[dict[str, Tensor]]):
@@ -157,10 +153,6 @@ class _Same(IterableDataset[dict[str, Tensor]]):
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return repeat(self._batch)
-
-
-def _first(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return batches[0]
 
 
 WAYS: Ways = {
@@ -182,15 +174,7 @@ MODES: Ways = {
 
 
 def times(size: str, model_args: dict[str, Any], batch_size: int, seconds: float, *, modes: bool = False) -> list[Row]:
-    """Compare the times of a step of one model and batch size. All loops train the same model on the same batch.
-
-    Args:
-        size: name of the model.
-        model_args: arguments of the model.
-        batch_size: number of images in the batch.
-        seconds: duration of all rounds together, in seconds.
-        modes: whether the cheaper modes of AMP are compared, default False: the ways to train are.
-    """
+    """Compare the times of a step in all ways to train, or in all `modes` of AMP, of one model on one batch."""
     same = problem(model_args, batch_size)
     ways, section, steps = (MODES, SECTION, STEPS) if modes else (WAYS, "Step", 1)
     made = {name: (partial(loop, make=lambda: same), baseline) for name, (loop, baseline) in ways.items()}

@@ -37,7 +37,7 @@ def write_part(
     Raises:
         ValueError: the page does not have these marks once each; nothing has been drawn or written.
     """
-    now = page.read_text() if page.exists() else "\n".join(_marks(mark)) + "\n"
+    now = page.read_text() if page.exists() else f"<!-- {mark}: begin -->\n<!-- {mark}: end -->\n"
     before, _, after = _split(page, now, mark)
     page.parent.mkdir(parents=True, exist_ok=True)
     if draw is not None:
@@ -56,12 +56,8 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit("interrupted; the same command continues")
 
 
-def _marks(mark: str) -> tuple[str, str]:
-    return f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
-
-
 def _split(page: Path, text: str, mark: str) -> tuple[str, str, str]:
-    begin, end = _marks(mark)
+    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
     if text.count(f"{begin}\n") != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"{page} must have the lines {begin!r} and {end!r} once each, in this order")
     before, rest = text.split(f"{begin}\n")

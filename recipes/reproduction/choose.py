@@ -22,13 +22,7 @@ _HEADS = ("data set", "model", "augmentation", "method", "hyper-parameters", "va
 
 
 class Choice(NamedTuple):
-    """What the trials decided.
-
-    Attributes:
-        runs: number of the trials that are in the ledger.
-        table: all trials and which were chosen, in Markdown.
-        file: content of the scale's file of chosen values.
-    """
+    """How many trials the ledger has, all trials in Markdown, and the content of the scale's file of chosen values."""
 
     runs: int
     table: str
@@ -37,11 +31,6 @@ class Choice(NamedTuple):
 
 def choose(scale: Scale, trials: Sequence[Cell], ledger: list[records.Record]) -> Choice:
     """Choose the best trial of each method whose trials are all in the ledger; what was chosen for others stays.
-
-    Args:
-        scale: scale with its tuning.
-        trials: trials of the scale.
-        ledger: runs of the scale.
 
     Raises:
         ValueError: the scale has no trials.

@@ -13,19 +13,8 @@ from reproduction.records import Record, comparable, expected, is_trial, same
 
 REFERENCE = "erm"
 AMP = "amp"
-_SYMBOLS = {
-    "adversarial_epsilon": "epsilon",
-    "amp_epsilon": "epsilon",
-    "amp_inner_lr": "inner_lr",
-    "dropout": "rate",
-    "flood_level": "level",
-    "label_smoothing_factor": "factor",
-    "learning_rate": "lr",
-    "mixup_alpha": "alpha",
-    "rmp_epsilon": "epsilon",
-    "sam_rho": "rho",
-    "weight_decay": "decay",
-}
+# What the tables call an option where its last word would not do.
+_SYMBOLS = {"amp_inner_lr": "inner_lr", "dropout": "rate", "learning_rate": "lr"}
 
 
 class Interval(NamedTuple):
@@ -66,16 +55,12 @@ class Row:
 
 def in_words(values: Mapping[str, Any]) -> str:
     """Name hyper-parameters, for the reader."""
-    return ", ".join(f"{_SYMBOLS.get(name, name)} {value:.3g}" for name, value in values.items())
+    return ", ".join(f"{_SYMBOLS.get(name, name.split('_')[-1])} {value:.3g}" for name, value in values.items())
 
 
 def interval(numbers: Sequence[float]) -> Interval | None:
-    """Return the interval of the mean of at least two numbers; None for fewer.
-
-    Raises:
-        ImportError: scipy is missing (``pip install "amp-plugin[plots]"``).
-    """
-    from scipy import stats  # which a sweep without tables does not need
+    """Return the interval of the mean of at least two numbers; None for fewer."""
+    from scipy import stats  # the extra "plots" has it; a sweep without tables does not need it
 
     if len(numbers) < 2:
         return None

@@ -24,13 +24,7 @@ _HEADS = ("model", "augmentation", "data set", "method", "seeds", "passes a run"
 
 
 class Gpu(NamedTuple):
-    """What a GPU computes in a second.
-
-    Attributes:
-        name: name of the GPU and its arithmetic.
-        peak: published FLOPs a second in that arithmetic.
-        utilisation: share of the published FLOPs that is assumed to be reached.
-    """
+    """A GPU and its arithmetic, its published FLOPs a second, and the share of them that is assumed to be reached."""
 
     name: str = "NVIDIA A100, TF32"
     peak: float = 156e12
@@ -42,13 +36,7 @@ class Gpu(NamedTuple):
 
 
 class Price(NamedTuple):
-    """What one run takes.
-
-    Attributes:
-        cell: the run.
-        passes: number of forward and backward passes over all training images.
-        flops: FLOPs of the whole training without its tests; a multiply-add counts as two.
-    """
+    """What one run takes: passes over all training images, and FLOPs without tests; a multiply-add counts as two."""
 
     cell: Cell
     passes: float

@@ -48,12 +48,9 @@ def comparable(settings: Mapping[str, Any]) -> Settings:
 
 
 def same(one: Settings, other: Settings, free: Collection[str] = ()) -> bool:
-    """Return whether two runs' settings agree; a setting that a version does not record has its default.
+    """Return whether two `comparable` settings agree but for the names that are free.
 
-    Args:
-        one: settings of a run, from `comparable`.
-        other: settings of another run, from `comparable`.
-        free: names of settings that may differ, default: none.
+    A setting that a version does not record has its default.
     """
     names = (one.keys() | other.keys()).difference(free)
     defaults = _defaults()

@@ -71,10 +71,7 @@ class Scale:
 
 
 def read_scale(name: str) -> Scale:
-    """Read a scale, and what was chosen for it.
-
-    Args:
-        name: name of a scale that comes with the recipes, or a YAML file.
+    """Read a scale that comes with the recipes, or a YAML file, and what was chosen for it.
 
     Raises:
         ValueError: there is no such scale, or something in it cannot be meant.

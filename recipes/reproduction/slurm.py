@@ -31,13 +31,7 @@ def indices(numbers: Sequence[int]) -> str:
 
 
 def write_script(folder: Path, tasks: Sequence[int], argv: Sequence[str]) -> Path:
-    """Write the array's script into the folder of the sweep.
-
-    Args:
-        folder: folder of the sweep; the tasks' logs go into ``slurm`` in it.
-        tasks: indices of the cells to run.
-        argv: arguments of the tasks.
-    """
+    """Write the script of an array that runs the cells of these indices, into ``slurm`` in the sweep's folder."""
     logs = folder.resolve() / "slurm"
     logs.mkdir(parents=True, exist_ok=True)
     script = logs / "reproduce.sbatch"

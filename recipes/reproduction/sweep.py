@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, NamedTuple
 
 import torch
 
@@ -26,33 +26,24 @@ from reproduction.scale import Scale
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 LOG = "log.txt"
 _GRACE = 10.0  # seconds from asking a child to end to ending it
-_LINES = 15
+_LINES = 15  # number of lines of a log that are shown
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A cell that could not be run.
-
-    Attributes:
-        cell: that one.
-        status: exit status of its process.
-        log: what it printed.
-    """
+class Failure(NamedTuple):
+    """A cell that could not be run, the exit status of its process, and the log of what it printed."""
 
     cell: Cell
     status: int
     log: Path
 
     def __str__(self) -> str:
-        """The end of its log."""
+        """Show the end of the log."""
         lines = self.log.read_text(errors="replace").splitlines()[-_LINES:]
-        return "\n".join(
-            [f"failed with status {self.status}: {self.cell}; {self.log} ends:", *(f"    {li}" for li in lines)]
-        )
+        head = f"failed with status {self.status}: {self.cell}; {self.log} ends:"
+        return "\n".join([head, *(f"    {line}" for line in lines)])
 
 
-@dataclass(frozen=True)
-class _Child:
+class _Child(NamedTuple):
     process: subprocess.Popen[bytes]
     cell: Cell
     folder: Path
@@ -70,13 +61,13 @@ class Sweep:
     took it was killed and left the process behind, leaves that cell alone.
 
     Attributes:
-        scale: of the cells.
-        ledger: where train.py appends finished runs.
-        folder: of the cells' folders.
-        data_root: of train.py; None for the Hub.
-        jobs: cells at a time.
-        failures: those that could not be run.
-        elsewhere: those that another sweep is running.
+        scale: scale of the cells.
+        ledger: file to which train.py appends finished runs.
+        folder: folder of the cells' folders.
+        data_root: argument of train.py, default None: the Hub.
+        jobs: number of cells that run at the same time, default 1.
+        failures: cells that could not be run.
+        elsewhere: cells that another sweep is running.
     """
 
     scale: Scale
@@ -88,7 +79,7 @@ class Sweep:
     elsewhere: list[Cell] = field(default_factory=list)
 
     def run(self, cells: Sequence[Cell]) -> None:
-        """Run them in this order; whatever ends this ends the processes it has started."""
+        """Run the cells in this order; whatever ends this function ends the processes that it has started."""
         pending = self.pending(cells)
         print(f"{len(cells)} cells, {len(cells) - len(pending)} of them in {self.ledger}", flush=True)
         todo = deque((f"[{i}/{len(pending)}]", cell) for i, cell in enumerate(pending, 1))
@@ -109,31 +100,22 @@ class Sweep:
                 _end(running)
 
     def pending(self, cells: Sequence[Cell]) -> list[Cell]:
-        """Those that do not stand in the ledger."""
+        """Return the cells that do not stand in the ledger."""
         known = records.read(self.ledger)
         return [cell for cell in cells if records.find(cell, self.scale, known) is None]
 
     def command(self, cell: Cell) -> list[str]:
-        """What runs the cell, and continues it."""
+        """Return the command that runs the cell, and continues it."""
+        # Without --quiet its own traceback would end the log of a run that failed.
+        launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", *self.scale.launch]
         output = ["--output_dir", str(self.folder / cell.name(self.scale)), "--ledger", str(self.ledger)]
         data = [] if self.data_root is None else ["--data_root", self.data_root]
-        # "last": from the last complete checkpoint, or from the start if there is none
+        # "last" is the last complete checkpoint, or the start if there is none.
         resume = ["--resume_from_checkpoint", "last", "--save_total_limit", "1", "--disable_tqdm", "true"]
-        launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-        quiet = ["--quiet"]  # or its own traceback would end the log of a run that failed
-        return [
-            *launcher,
-            *quiet,
-            *self.scale.launch,
-            str(TRAIN),
-            *records.train_argv(cell, self.scale),
-            *data,
-            *output,
-            *resume,
-        ]
+        return [*launch, str(TRAIN), *records.train_argv(cell, self.scale), *data, *output, *resume]
 
     def _start(self, number: str, cell: Cell, slot: int) -> _Child | None:
-        """Start it, unless another sweep runs it or has run it by now."""
+        """Start a cell, unless another sweep runs it or has run it by now."""
         folder = self.folder / cell.name(self.scale)
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("w")
@@ -187,7 +169,7 @@ def _say(number: str, cell: Cell, what: str) -> None:
 
 
 def _device(slot: int) -> dict[str, str]:
-    """With several GPUs, jobs at the same time have one each."""
+    """Give each of the jobs that run at the same time a GPU of its own, if there are several."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
     return {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if len(devices) > 1 else {}
@@ -195,12 +177,8 @@ def _device(slot: int) -> dict[str, str]:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM, which e.g. a job's time limit sends, ends a sweep as Ctrl-C does."""
-
-    def leave(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, leave)
+    """Let SIGTERM, which e.g. a job's time limit sends, end a sweep as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

@@ -1,13 +1,16 @@
-"""The tables, in Markdown."""
+"""The tables, in Markdown and as a picture."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from guides.page import table
 
-from reproduction.comparison import AMP, Row, paired, reference_of
+from amp_plugin.report.style import AMBER, BLUE, VERMILION, legend_below, picture
+from reproduction.comparison import AMP, REFERENCE, Row, interval, paired, reference_of
 from reproduction.published import Figure, Setting, published
 from reproduction.records import Record
 
@@ -17,7 +20,9 @@ _MEASURES = {  # by metric: heading and digits
     "eval_nll": ("NLL", 3),
     "eval_ece": ("ECE", 3),
 }
-_COMPARED = {"eval_error": 2, "eval_nll": 3}
+_DIGITS = {"eval_error": 2, "eval_nll": 3}  # of the differences
+_PANELS = {"eval_error": "test error %, last epoch", "eval_nll": "test NLL"}
+_SEED: dict[str, Any] = {"markersize": 4, "markeredgewidth": 0.8, "zorder": 3}
 _LIBRARIES = ("torch", "transformers")
 _NOTE = """\
 Mean ± standard deviation over seeds. "Best" is the lowest test error of the epochs that were tested, so the test images
@@ -27,12 +32,7 @@ the number of methods. "Passes" counts forward and backward passes over the trai
 
 
 def markdown(tables: Mapping[Setting, Sequence[Row]], with_paper: bool) -> str:
-    """Render all tables with a heading each, and below them what the columns mean and what made the runs.
-
-    Args:
-        tables: rows by setting, as `reproduction.comparison.rows_of` returns them; not empty.
-        with_paper: whether the published figures stand beside ours.
-    """
+    """Render all tables with a heading each, and below them what the columns mean and what made the runs."""
     parts = [
         f"### {setting.dataset}, {setting.model}, augmentation {setting.augment}\n\n"
         + _table(rows, published().results.get(setting, {}) if with_paper else {})
@@ -53,7 +53,7 @@ def _table(rows: Sequence[Row], paper: Mapping[str, Figure]) -> str:
         cells += [spread(row.numbers(name), digits) for name, (_, digits) in _MEASURES.items()]
         cells.append(" to ".join(f"{n:g}" for n in sorted(set(row.numbers("passes")))) or "-")
         cells += _figure(paper.get(row.method)) if paper else []
-        lines.append([*cells, *differences(others.values(), row, _COMPARED)])
+        lines.append([*cells, *differences(others.values(), row, _DIGITS)])
     return table(heads, lines)
 
 
@@ -82,3 +82,38 @@ def _origin(runs: Sequence[Record]) -> str:
     versions = {name: sorted({str(run.get("versions", {}).get(name)) for run in runs}) for name in _LIBRARIES}
     said = "; ".join(f"{name} {', '.join(some)}" for name, some in versions.items())
     return f"{len(runs)} runs; commits {', '.join(commits)}; {said}."
+
+
+def draw(tables: Mapping[Setting, Sequence[Row]], path: Path, title: str, with_paper: bool) -> None:
+    """Draw error and NLL of every method to a PNG, a pair of panels for each setting, of what `markdown` renders."""
+    heights = [0.9 + 0.3 * len(rows) for rows in tables.values()]
+    with picture(path, title, (10.5, 0.8 + sum(heights)), markdown(tables, with_paper)) as figure:
+        grid: Any = figure.subplots(len(tables), 2, squeeze=False, height_ratios=heights)
+        for axes, (setting, rows) in zip(grid, tables.items(), strict=True):
+            paper = published().results.get(setting, {}) if with_paper else {}
+            for panel, (name, head) in zip(axes, _PANELS.items(), strict=True):
+                _panel(panel, rows, name)
+                panel.set_xlabel(head)
+                for place, row in enumerate(rows):
+                    if figures := paper.get(row.method):
+                        published_value = figures.mean if name == "eval_error" else figures.nll
+                        panel.plot([published_value], [place], "D", color=AMBER, markersize=5, label="the paper's")
+            axes[0].set_yticks(range(len(rows)), [row.label() for row in rows])
+            axes[1].set_yticks(range(len(rows)), [""] * len(rows))
+            axes[0].set_title(f"{setting.dataset}, {setting.model}, augmentation {setting.augment}", loc="left")
+        legend_below(figure)
+
+
+def _panel(axes: Any, rows: Sequence[Row], name: str) -> None:
+    if reference := reference_of(rows):
+        axes.axvline(mean(reference.numbers(name)), color="0.4", linestyle="--", linewidth=1, label="ERM's mean")
+    for place, row in enumerate(rows):
+        numbers = row.numbers(name)
+        colour, bar = (VERMILION, " (ERM)") if row.method == REFERENCE else (BLUE, "")
+        axes.plot(numbers, [place] * len(numbers), "o", color="0.3", markerfacecolor="white", label="a seed", **_SEED)
+        if found := interval(numbers):
+            label = f"mean, 95 % interval{bar}"
+            axes.plot([found.low, found.high], [place, place], color=colour, linewidth=2, label=label)
+        axes.plot([mean(numbers)], [place], "s", color=colour, markersize=5)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)

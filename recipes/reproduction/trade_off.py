@@ -29,13 +29,7 @@ the same seeds; it is left out where AMP's own interval contains 0, for then not
 
 
 class Mode(NamedTuple):
-    """A way to train, what it costs, and what came out.
-
-    Attributes:
-        row: runs of the mode.
-        passes: passes of a step, as a multiple of the reference's.
-        seconds: seconds of a step, as a multiple of the reference's.
-    """
+    """The runs of a way to train, and what a step costs in passes and in seconds, as multiples of the reference's."""
 
     row: Row
     passes: float
@@ -47,10 +41,7 @@ class Mode(NamedTuple):
 
 
 def seconds_of(benchmark: Path) -> dict[str, float]:
-    """Return the ratios that `benchmark.py --only ascents` measured, by policy.
-
-    Args:
-        benchmark: JSON Lines that the benchmark wrote, of one network and batch size.
+    """Return the ratios of `benchmark.py --only ascents` by policy, from the JSON Lines that it wrote.
 
     Raises:
         ValueError: the file does not have one network and batch size.
@@ -67,10 +58,6 @@ def seconds_of(benchmark: Path) -> dict[str, float]:
 
 def modes_of(rows: Sequence[Row], seconds: Mapping[str, float]) -> list[Mode]:
     """Return ERM, ERM for longer, and AMP with each policy, where they ran with the hyper-parameters they share.
-
-    Args:
-        rows: rows of one setting, from `reproduction.comparison.rows_of`.
-        seconds: ratios that `seconds_of` returns.
 
     Raises:
         ValueError: a mode's seconds were not measured.
@@ -134,15 +121,7 @@ def kept(reference: Row | None, amp: Row | None, row: Row, name: str) -> float |
 
 
 def draw(tables: Mapping[Setting, Sequence[Mode]], path: Path) -> None:
-    """Draw error and NLL against the measured seconds, two panels a setting; SGD for longer is joined to SGD.
-
-    Args:
-        tables: modes by setting; not empty.
-        path: PNG to write.
-
-    Raises:
-        ImportError: matplotlib is missing (``pip install "amp-plugin[plots]"``).
-    """
+    """Draw error and NLL against the measured seconds, two panels a setting; SGD for longer is joined to SGD."""
     title = "What the ascent costs, and what it brings"
     with picture(path, title, (10.5, 0.9 + 3.6 * len(tables)), markdown(tables)) as figure:
         grid = figure.subplots(len(tables), len(_MEASURES), squeeze=False)

@@ -56,7 +56,7 @@ def test_the_picture_has_the_means(ledger: Path, tmp_path: Path, drawn: list[Any
     draw(sweep, tmp_path / "picture.png")
     axes = drawn[0].axes[1]
     [line] = [line for line in axes.get_lines() if line.get_label() == "AMP, epsilon 0.2"]
-    expected = [mean(r["metrics"]["eval_nll"] for r in sweep[Setting(0.2, s)]) for s in (0.1, 0.3, 1.0)]
+    expected = [mean(sweep[Setting(0.2, s)].numbers("eval_nll")) for s in (0.1, 0.3, 1.0)]
     assert list(line.get_xdata()) == [0.1, 0.3, 1.0]
     assert list(line.get_ydata()) == expected
 
