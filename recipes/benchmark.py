@@ -25,13 +25,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from benchmarks.rows import Row, markdown
 
 from amp_plugin.train.defaults import cpu_computes_in_bf16
 
 try:
     from benchmarks import counts, pipeline, recipe, startup, step
-    from benchmarks.picture import draw
+    from benchmarks.rows import Row, draw, markdown
 except ModuleNotFoundError as missing:
     sys.exit(f'error: {missing.name} is missing: pip install "amp-plugin[benchmark]"')
 

@@ -47,18 +47,14 @@ def calls() -> list[Row]:
         step = _WAYS[name](*_narrow())
         step()  # makes the buffers
         counts[name] = _count(step)
-    base = counts.pop("SGD")
-    beyond = [
-        counted("Operators", "PreActResNet18, beyond the passes", name, "SGD", *figures, "calls")
-        for name, count in counts.items()
-        for figures in [(count.kernels - 2 * one_pass, base.kernels - one_pass)]
-    ]
-    syncs = [
-        counted("Host synchronisations", "PreActResNet18, in one step", name, "SGD", *figures, "calls")
-        for name, count in counts.items()
-        for figures in [(sum(count.syncs.values()), sum(base.syncs.values()))]
-    ]
-    return beyond + syncs
+    base, rows = counts.pop("SGD"), []
+    for name, count in counts.items():
+        kernels = count.kernels - 2 * one_pass, base.kernels - one_pass
+        rows.append(counted("Operators", "PreActResNet18, beyond the passes", name, "SGD", *kernels, "calls"))
+    for name, count in counts.items():
+        syncs = sum(count.syncs.values()), sum(base.syncs.values())
+        rows.append(counted("Host synchronisations", "PreActResNet18, in one step", name, "SGD", *syncs, "calls"))
+    return rows
 
 
 def communication() -> list[Row]:

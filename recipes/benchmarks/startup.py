@@ -26,11 +26,8 @@ def measure(output_dir: str) -> Iterator[list[Row]]:
         yield _against(name, [str(TRAIN), *options], f"import of {libraries}", ["-c", f"import {libraries}"])
 
 
-def _against(name: str, command: list[str], baseline: str, baseline_command: list[str]) -> list[Row]:
-    ways: Ways = {
-        name: (repeat(partial(_run, command)), baseline),
-        baseline: (repeat(partial(_run, baseline_command)), None),
-    }
+def _against(name: str, command: list[str], base: str, base_command: list[str]) -> list[Row]:
+    ways: Ways = {name: (repeat(partial(_run, command)), base), base: (repeat(partial(_run, base_command)), None)}
     return compare("Start-up", "fresh process", ways, "s", rounds=(ROUNDS, ROUNDS))
 
 

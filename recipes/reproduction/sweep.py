@@ -11,8 +11,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -84,20 +84,22 @@ class Sweep:
         print(f"{len(cells)} cells, {len(cells) - len(pending)} of them in {self.ledger}", flush=True)
         todo = deque((f"[{i}/{len(pending)}]", cell) for i, cell in enumerate(pending, 1))
         slots, running = deque(range(self.jobs)), list[_Child]()
-        with _terminable():
-            try:
-                while todo or running:
-                    while todo and slots:
-                        if child := self._start(*todo.popleft(), slots[0]):
-                            slots.popleft()
-                            running.append(child)
-                    for child in [c for c in running if c.process.poll() is not None]:
-                        running.remove(child)
-                        slots.append(child.slot)
-                        self._finish(child)
-                    time.sleep(0.1)
-            finally:
-                _end(running)
+        # SIGTERM, which e.g. a job's time limit sends, ends a sweep as Ctrl-C does.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            while todo or running:
+                while todo and slots:
+                    if child := self._start(*todo.popleft(), slots[0]):
+                        slots.popleft()
+                        running.append(child)
+                for child in [c for c in running if c.process.poll() is not None]:
+                    running.remove(child)
+                    slots.append(child.slot)
+                    self._finish(child)
+                time.sleep(0.1)
+        finally:
+            _end(running)
+            signal.signal(signal.SIGTERM, before)
 
     def pending(self, cells: Sequence[Cell]) -> list[Cell]:
         """Return the cells that do not stand in the ledger."""
@@ -118,17 +120,15 @@ class Sweep:
         """Start a cell, unless another sweep runs it or has run it by now."""
         folder = self.folder / cell.name(self.scale)
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
+        lock, done = (folder / "lock").open("w"), ""
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.close()
-            _say(number, cell, "is being run by another sweep")
             self.elsewhere.append(cell)
-            return None
-        if not self.pending([cell]):
+            done = "is being run"
+        if done or not self.pending([cell]):
             lock.close()
-            _say(number, cell, "has been run by another sweep")
+            _say(number, cell, f"{done or 'has been run'} by another sweep")
             return None
         command = self.command(cell)
         with (folder / LOG).open("a") as log:
@@ -173,16 +173,6 @@ def _device(slot: int) -> dict[str, str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
     return {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if len(devices) > 1 else {}
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM, which e.g. a job's time limit sends, end a sweep as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _end(children: Sequence[_Child]) -> None:

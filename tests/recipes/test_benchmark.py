@@ -19,8 +19,7 @@ import torch
 import transformers.trainer
 from benchmarks import counts, recipe, step
 from benchmarks.memory import peak_memory
-from benchmarks.picture import draw
-from benchmarks.rows import counted, markdown, timed
+from benchmarks.rows import counted, draw, markdown, timed
 from benchmarks.turns import Turn, take_turns
 from PIL import Image
 from torch import nn
