@@ -16,11 +16,11 @@ from amp_plugin.doors.attach import Attachment, attach, attachments
 
 logger = logging.get_logger(__name__)
 
-_made_here: weakref.WeakSet[Attachment] = weakref.WeakSet()
+_made_here: weakref.WeakSet[Attachment] = weakref.WeakSet()  # attachments that the callback made
 
 
 class AttachCallback(TrainerCallback):
-    """Attaches the model for the time of the training, if the optimizer is AMP; among the defaults of every Trainer."""
+    """Attaches the model while it is trained, if the optimizer is AMP; every Trainer has this callback by default."""
 
     def __init__(self) -> None:
         self._attachment: Attachment | None = None
@@ -34,7 +34,7 @@ class AttachCallback(TrainerCallback):
         optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
-        """Attach; the losses of a pass must be means, or AMP's step, which is not normalised, has the wrong length."""
+        """Attach the model, and refuse losses over a whole window: AMP's ascent, not normalised, would be too short."""
         if model is None:
             return
         amp = find_amp(optimizer)
@@ -58,17 +58,21 @@ class AttachCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the model as it was."""
+        """Detach the model."""
         if self._attachment is not None:
             self._attachment.detach()
             self._attachment = None
 
 
 def release(model: nn.Module, amp: AMP | None = None) -> None:
-    """Detach a model that a Trainer attached and did not give back, because its training failed.
+    """Detach a model that a Trainer attached and, because its training failed, did not detach.
+
+    Args:
+        model: model that is about to be trained.
+        amp: optimizer that will train it; default None, an optimizer other than AMP.
 
     Raises:
-        ValueError: the model is attached otherwise, and not to `amp`, the optimizer that will train it now.
+        ValueError: Somebody else attached the model, and to another optimizer than `amp`.
     """
     for attachment in list(attachments(model)):
         if attachment in _made_here:

@@ -1,4 +1,4 @@
-"""Whether a loss is divided by the Trainer's `num_items_in_batch`, found out by asking it."""
+"""Whether a loss is divided by the Trainer's `num_items_in_batch`, found out by computing the loss twice."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ def uses_num_items(trainer: Trainer, inputs: dict[str, Any], num_items: Tensor |
     """Whether `trainer.compute_loss` changes when `num_items_in_batch` is doubled.
 
     The stock Trainer takes every model whose forward has ``**kwargs`` for one that divides the sum of its losses by
-    `num_items_in_batch`. Hundreds of heads do not, e.g. BERT's for masked language modelling and T5's
+    `num_items_in_batch`. Hundreds of heads do not divide, e.g. those of BERT for masked language modelling and of T5
     (https://github.com/huggingface/transformers/issues/47688): their loss, and so AMP's ascent, comes out k times
     too large with k accumulation steps and n times with n processes.
 
-    Costs two forward passes, which leave no trace in the running statistics and the random numbers. All processes
-    must call it together, and get the same answer.
+    The answer costs two forward passes, which leave no trace in the running statistics and the random numbers. All
+    processes must ask together, and get the same answer.
 
     Args:
-        trainer: with its model in place.
-        inputs: a micro-batch with labels.
-        num_items: the number of targets in the accumulation window.
+        trainer: Trainer with its model in place.
+        inputs: micro-batch with labels.
+        num_items: number of targets in the accumulation window.
 
     Returns:
-        None if it makes no difference, with one micro-batch on one device; or if these inputs cannot tell, because
-        their loss is 0 or not finite (no target in them).
+        Whether the loss is divided; None if that makes no difference, because the window is one micro-batch on one
+        device, or if these inputs cannot tell, because their loss is 0 or not finite (they hold no target).
     """
     if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
         return True
@@ -41,13 +41,13 @@ def uses_num_items(trainer: Trainer, inputs: dict[str, Any], num_items: Tensor |
     passes = ExtraPasses(model)
     losses = []
     with passes.clean():
-        pass  # where the random numbers start
+        pass  # remembers where the random numbers start
     for n in (num_items, 2 * num_items):
         with passes.perturbed():
             loss: Any = trainer.compute_loss(model, trainer._prepare_inputs(inputs), num_items_in_batch=n)
             losses.append(loss.detach().float().sum())
     with passes.perturbed():
-        pass  # and where they shall go on from
+        pass  # puts the random numbers back to where they started
     once, twice = trainer.accelerator.reduce(torch.stack(losses), "sum").tolist()
     if once == 0.0 or not math.isfinite(once):
         return None

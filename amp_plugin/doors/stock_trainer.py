@@ -1,6 +1,6 @@
 """The stock `transformers.Trainer`, given an AMP optimizer, trains with AMP: a callback attaches the model.
 
-It is put among the Trainer's default callbacks when transformers.trainer is imported, by whoever imports it.
+The callback is put among the Trainer's default callbacks when transformers.trainer is imported, by whoever imports it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from wrapt import when_imported
 
 
 def watch_trainer() -> None:
-    """From now on every stock Trainer whose optimizer is AMP attaches it to its model when training begins."""
+    """Let every stock Trainer whose optimizer is AMP attach it to its model when training begins."""
     when_imported("transformers.trainer")(_add_callback)
 
 

@@ -1,4 +1,4 @@
-"""Processes that a launcher has started together, or again, find one another."""
+"""Processes that a launcher has started together, or started again, find one another."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import distributed
 def rejoin(timeout: timedelta, backend: str | None = None) -> None:
     """Make the process group, if torchrun has restarted this process after a failure; else do nothing.
 
-    torchrun keeps the store in which the processes find one another, and in it the addresses of those that died: the
-    new ones then wait for them (https://github.com/pytorch/pytorch/issues/135712). With several nodes, whose restarts
-    are counted apart, its own way out is needed: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment.
+    torchrun keeps the store in which the processes find one another, with the addresses of the processes that died: the
+    new processes then wait for them (https://github.com/pytorch/pytorch/issues/135712). The new group therefore goes
+    by names of its own in the store. Several nodes count their restarts apart, so they need torchrun's own way out:
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment.
 
     Args:
-        timeout: of the group's collective operations.
-        backend: of the group; None for the devices' own.
+        timeout: time limit of the group's collective operations.
+        backend: backend of the group; None for the backend of the devices.
     """
     env = os.environ
     restarts = env.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -36,17 +37,17 @@ def rejoin(timeout: timedelta, backend: str | None = None) -> None:
 
 
 def refuse_processes_without_group() -> None:
-    """Refuse to let processes that were launched together train each for itself, and save over one another.
+    """Refuse processes that were launched together but would each train alone, and save over one another.
 
-    Where there is no accelerator, transformers joins the processes only if it is told ``use_cpu``, and else just warns.
+    Where there is no accelerator, transformers joins the processes only if it is told ``use_cpu``; else it just warns.
 
     Raises:
-        ValueError: that is the case.
+        ValueError: The processes would each train alone.
     """
     env = os.environ
     launched = int(env.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in env else 1
     device = torch.accelerator.current_accelerator(check_available=True)
-    on_cpu = env.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")  # as accelerate launch --cpu says
+    on_cpu = env.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")  # set by accelerate launch --cpu
     if launched > 1 and not on_cpu and (device is None or device.type == "mps"):
         raise ValueError(
             f"{launched} processes were launched on a machine without accelerators, and each would train alone; to"
