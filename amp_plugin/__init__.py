@@ -23,12 +23,14 @@ from amp_plugin.doors.timm import register_optimizers
 from amp_plugin.doors.timm_tasks import watch_tasks
 
 if TYPE_CHECKING:
+    from amp_plugin.doors.training_args import AMPArguments
     from amp_plugin.metrics import ImageClassificationMetric
     from amp_plugin.trainer.arguments import AMPTrainingArguments
     from amp_plugin.trainer.trainer import AMPTrainer
 
 __all__ = [
     "AMP",
+    "AMPArguments",
     "AMPTrainer",
     "AMPTrainingArguments",
     "Attachment",
@@ -44,6 +46,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _LAZY = {
+    "AMPArguments": "amp_plugin.doors.training_args",
     "AMPTrainer": "amp_plugin.trainer.trainer",
     "AMPTrainingArguments": "amp_plugin.trainer.arguments",
     "ImageClassificationMetric": "amp_plugin.metrics",

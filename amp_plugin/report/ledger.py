@@ -38,5 +38,7 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
             record["settings"]["seed"], record["metrics"]["eval_error"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number}, is not a run of train.py ({error!r})") from error
+        if "sync_ascent" in record["settings"]:  # the option's old name
+            record["settings"]["amp_sync_ascent"] = record["settings"].pop("sync_ascent")
         records.append(record)
     return records

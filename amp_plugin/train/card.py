@@ -62,7 +62,7 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str,
     A setting that changes the training loss counts even if one run alone has it.
     """
     ours = json.loads(json.dumps(dict(ours), default=str))
-    optimizers = ("optim", "sync_ascent", *BALLS.values())
+    optimizers = ("optim", *BALLS.values())
     common = [n for n in ours if n in theirs and n not in optimizers and not n.startswith("amp_")]
     compared = {name: (theirs.get(name), ours.get(name)) for name in (*common, *OBJECTIVES)}
     return {name: (t, o) for name, (t, o) in compared.items() if t != o}

@@ -22,7 +22,7 @@ GROUPS = {
     " text_pair_column label_column train_split test_split dataset_config_name max_seq_length",
     "model": "model model_kwargs pretrained freeze_backbone",
     "AMP (Adversarial Model Perturbation; for mixed precision see --bf16 below)": "amp_epsilon amp_inner_lr"
-    " amp_inner_iter amp_norm amp_ascent amp_parameters amp_batch_norm amp_rng sync_ascent",
+    " amp_inner_iter amp_norm amp_ascent amp_parameters amp_batch_norm amp_rng amp_sync_ascent",
     "Baselines (also --optim sgd, rmp, sam, asam; --label_smoothing_factor; dropout by --model_kwargs)": (
         "flood_level mixup_alpha adversarial_epsilon rmp_epsilon sam_rho"
     ),

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, field
 from typing import Any
-
-from transformers import TrainingArguments
-from transformers.training_args import OptimizerNames
 
 from amp_plugin import AMP, AMPTrainingArguments
 from amp_plugin.train.methods.optimizers import BASELINES, RMP
@@ -68,17 +64,15 @@ class MethodArguments(AMPTrainingArguments):
             if name != radius and getattr(self, name) is not None:
                 optims = " or ".join(baseline for baseline, theirs in BALLS.items() if theirs == name)
                 raise ValueError(f"--{name} is for --optim {optims}, but --optim is {optim}")
-        if radius is None:
-            super().__post_init__()
-            return
-        for name, paper in (("amp_inner_iter", 1), ("amp_ascent", "full"), ("amp_parameters", None)):
-            if getattr(self, name) != paper:
-                raise ValueError(f"--{name} is for AMP, but --optim is {optim}, which perturbs all weights once a step")
-        if getattr(self, radius) is None:
-            setattr(self, radius, _DEFAULT_RADII[optim])
-        self.optim = "amp"
+        if radius is not None:
+            for name, paper in (("amp_inner_iter", 1), ("amp_ascent", "full"), ("amp_parameters", None)):
+                if getattr(self, name) != paper:
+                    raise ValueError(
+                        f"--{name} is for AMP, but --optim is {optim}, which perturbs all weights once a step"
+                    )
+            if getattr(self, radius) is None:
+                setattr(self, radius, _DEFAULT_RADII[optim])
         super().__post_init__()
-        self.optim = optim
 
     @property
     def baseline(self) -> type[AMP] | None:
@@ -90,13 +84,10 @@ class MethodArguments(AMPTrainingArguments):
         """Count the forward and backward passes that a training loss and its gradient take."""
         return 1 if self.adversarial_epsilon is None else 2
 
-    def base_arguments(self) -> TrainingArguments:
-        """Return a copy of the arguments with the stock name of the base optimizer in `optim`."""
-        if self.baseline is None:
-            return super().base_arguments()
-        stock = copy.copy(self)
-        stock.optim = OptimizerNames.SGD
-        return stock
+    @property
+    def base_optim(self) -> str:
+        """Stock name of the optimizer that makes the descent; the baselines are around SGD."""
+        return super().base_optim if self.baseline is None else "sgd"
 
     def optimizer_kwargs(self) -> dict[str, Any]:
         """Return the hyper-parameters of AMP or of the baseline, as :class:`amp_plugin.AMP` names them."""

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from amp_plugin import AMPTrainingArguments
+from amp_plugin import AMPArguments
 from amp_plugin.data import Augmentation
 from amp_plugin.data.settings import BUNDLED
 from amp_plugin.data.splits import Split
@@ -178,14 +178,14 @@ class RecipeArguments(MethodArguments):
         if self.cpu_threads is not None and self.cpu_threads < 1:
             raise ValueError(f"cpu_threads must be positive, got {self.cpu_threads}")
         self.warmup_steps = float(self.warmup_steps)  # the default is an int
-        steps = self.lr_scheduler_type == "steps"
-        if steps and self.warmup_steps:
+        if self.lr_scheduler_type == "steps" and self.warmup_steps:
             raise ValueError("lr_scheduler_type 'steps' has no warmup; leave warmup_steps at 0 or use e.g. cosine")
-        if steps:
-            self.lr_scheduler_type = "constant"
         super().__post_init__()
-        if steps:
-            self.lr_scheduler_type = "steps"
+
+    def stock_values(self) -> dict[str, Any]:
+        """Values that stand for ours wherever transformers reads the arguments."""
+        schedule = {"lr_scheduler_type": "constant"} if self.lr_scheduler_type == "steps" else {}
+        return super().stock_values() | schedule
 
     def arithmetic(self) -> str:
         """Tell how the passes are computed; the text is empty for eager, channels-first fp32."""
@@ -264,7 +264,7 @@ def settings_of(data: DataArguments, model: ModelArguments, training: RecipeArgu
     settings = {**vars(data), "dataset": shown_name(data.dataset), "augment": data.augmentation, **vars(model)}
     if model.pretrained is not None:
         settings |= {"model": None, "model_kwargs": None, "pretrained": model.name}
-    own = {*RecipeArguments.__annotations__, *AMPTrainingArguments.__annotations__}
+    own = {"optim", *RecipeArguments.__annotations__, *(f.name for f in fields(AMPArguments))}
     settings.update({f.name: getattr(training, f.name) for f in fields(training) if f.name in own})
     settings.update({name: getattr(training, name) for name in _STOCK.split()})
     settings.update({f.name: getattr(training, f.name) for f in fields(training) if _changed(f, training)})

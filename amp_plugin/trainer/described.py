@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from amp_plugin.trainer.arguments import AMPTrainingArguments
+from amp_plugin.doors.training_args import AMPArguments
 
 Settings = Mapping[str, Any]
 
@@ -18,7 +18,7 @@ _NAMES = {"amp": "SGD", "sgd": "SGD", "adamw_torch": "AdamW", "adamw_torch_fused
 _ONE_BALL = {"tensor": "one ball per parameter tensor", "global": "one ball for all parameters"}
 
 
-def optimizer_in_words(args: AMPTrainingArguments | Settings) -> str:
+def optimizer_in_words(args: AMPArguments | Settings) -> str:
     """Name the optimizer and the methods beside it: "AMP around SGD", or "SAM around SGD, without AMP, with mixup"."""
     settings = args if isinstance(args, Mapping) else vars(args)
     methods = added_methods(settings)
@@ -48,7 +48,7 @@ def methods_in_words(settings: Settings) -> dict[str, str]:
     return words
 
 
-def amp_in_words(args: AMPTrainingArguments) -> str:
+def amp_in_words(args: AMPArguments) -> str:
     """Describe AMP's settings in one phrase for the terminal."""
     words = f"AMP, epsilon {args.amp_epsilon}, inner_lr {args.amp_inner_lr}"
     words += "" if args.amp_inner_iter == 1 else f", inner_iter {args.amp_inner_iter}"
@@ -57,7 +57,7 @@ def amp_in_words(args: AMPTrainingArguments) -> str:
     return words + ("" if args.amp_parameters is None else f" on {args.amp_parameters!r}")
 
 
-def settings_in_words(args: AMPTrainingArguments) -> dict[str, str]:
+def settings_in_words(args: AMPArguments) -> dict[str, str]:
     """Describe the settings that decided the outcome of a training, by name, for the table in the card."""
     arguments = f" ({', '.join(args.optim_args.split(','))})" if args.optim_args else ""
     words = {"optimizer": _optimizer(vars(args), arguments)}
@@ -72,7 +72,7 @@ def settings_in_words(args: AMPTrainingArguments) -> dict[str, str]:
             words["AMP's `ascent`, which steps ascend and along what"] = f"`{args.amp_ascent}`"
         if args.amp_parameters is not None:
             words["AMP's `parameters`, what it perturbs"] = f"`{args.amp_parameters}`"
-        if not args.sync_ascent:
+        if not args.amp_sync_ascent:
             words["AMP's ascent gradient"] = "of each process for itself"
     processes, accumulation = args.world_size, args.gradient_accumulation_steps
     batch = args.train_batch_size * processes * accumulation

@@ -27,6 +27,7 @@ from amp_plugin.core.replay import ExtraPasses
 from amp_plugin.doors.attach_callback import AttachCallback, release
 from amp_plugin.doors.means import Means
 from amp_plugin.doors.num_items import uses_num_items
+from amp_plugin.doors.training_args import AMPArguments
 from amp_plugin.trainer.arguments import AMPTrainingArguments
 from amp_plugin.trainer.checkpoints import CheckpointingTrainer
 from amp_plugin.trainer.publishing import PublishingTrainer
@@ -76,7 +77,7 @@ class AMPTrainer(CheckpointingTrainer, PublishingTrainer):
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
         """The stock choice of the base optimizer, inside AMP if ``args.optim`` asks for it."""
-        if not isinstance(args, AMPTrainingArguments) or not args.uses_amp:
+        if not isinstance(args, AMPArguments) or not args.uses_amp:
             return Trainer.get_optimizer_cls_and_kwargs(args, model)
         refusal = ValueError(
             f"--optim {args.optim}: this base optimizer takes over the parameters or the backward pass, so AMP"
@@ -199,12 +200,14 @@ class AMPTrainer(CheckpointingTrainer, PublishingTrainer):
         self._descent.callback(amp.restore)
         for part in amp.passes_of_step(self._window, scale):
             with passes.nth(made):
-                losses = self._ascent_pass(model, part, num_items_in_batch, sync=self.args.sync_ascent and ddp is None)
+                losses = self._ascent_pass(
+                    model, part, num_items_in_batch, sync=self.args.amp_sync_ascent and ddp is None
+                )
             if made == 0:
                 self._clean_losses = losses if len(part) == k else [torch.stack(losses).sum() / k] * k
             amp.check_gradients()
             trained = [p for group in amp.param_groups for p in group["params"] if p.requires_grad]
-            if not self.args.sync_ascent:
+            if not self.args.amp_sync_ascent:
                 share_overflow(trained)
             elif ddp is not None:
                 average_gradients(trained, ddp.process_group)

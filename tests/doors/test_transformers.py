@@ -368,7 +368,7 @@ def test_an_overflowing_fp16_ascent_skips_the_step_and_halves_the_scale(tmp_path
 @pytest.mark.parametrize("optim", ["amp", "amp_adamw_torch", "sgd", "adamw_torch"])
 def test_arguments_survive_parsing_json_replace_and_pickle(tmp_path: Path, optim: str) -> None:
     parser = HfArgumentParser(AMPTrainingArguments)
-    command = ["--output_dir", str(tmp_path), "--optim", optim, "--amp_epsilon", "0.2", "--sync_ascent", "false"]
+    command = ["--output_dir", str(tmp_path), "--optim", optim, "--amp_epsilon", "0.2", "--amp_sync_ascent", "false"]
     (args,) = parser.parse_args_into_dataclasses([*command, "--use_cpu", "true"])
     (tmp_path / "args.json").write_text(json.dumps(args.to_dict()))
     duplicates: list[Callable[[], AMPTrainingArguments]] = [
@@ -380,7 +380,7 @@ def test_arguments_survive_parsing_json_replace_and_pickle(tmp_path: Path, optim
     ]
     for duplicate in duplicates:
         again = duplicate()
-        assert (again.optim, again.amp_epsilon, again.sync_ascent) == (optim, 0.2, False)
+        assert (again.optim, again.amp_epsilon, again.amp_sync_ascent) == (optim, 0.2, False)
         assert again.uses_amp == optim.startswith("amp")
 
 
@@ -567,7 +567,7 @@ def test_every_ascent_but_the_first_is_an_additional_pass(tmp_path: Path) -> Non
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """DDP over gloo; without sync_ascent they differ from one, but the replicas stay equal."""
+    """DDP over gloo; without amp_sync_ascent they differ from one, but the replicas stay equal."""
     program = [str(HELPERS / "two_processes.py"), str(tmp_path)]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     root = ROOT

@@ -34,7 +34,8 @@ def test_help_shows_the_important_options_in_groups_and_help_all_every_one(capsy
     everything, all_names = shown_by("--help_all", capsys)
     grouped = [name for group in command_line.GROUPS.values() for name in group.split()]
     assert names == grouped, "a name in GROUPS has no option, or another is shown"
-    assert set(names) >= OWN, "an option of ours is hidden"
+    assert set(names) >= OWN - {"sync_ascent"}, "an option of ours is hidden"
+    assert "sync_ascent" not in names, "a deprecated option is shown"
     assert re.findall(r"^(\S.*):$", text, re.MULTILINE) == ["RECIPE", *command_line.GROUPS]
     assert all(recipe.stem in text for recipe in RECIPES)
     assert "--help_all" in text
@@ -103,6 +104,21 @@ def test_a_recipe_is_found_by_name_from_anywhere(tmp_path: Path, monkeypatch: py
 
 def test_a_file_comes_before_a_recipe_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("preactresnet18_svhn").write_text("seed: 9\nsync_ascent: false\nlr_milestones: [0.1, 0.2]\n")
+    Path("preactresnet18_svhn").write_text("seed: 9\namp_sync_ascent: false\nlr_milestones: [0.1, 0.2]\n")
     data, _, args = options.parse(["preactresnet18_svhn", "--use_cpu"])
-    assert (data.dataset, args.seed, args.sync_ascent, args.lr_milestones) == ("cifar10_sample", 9, False, [0.1, 0.2])
+    assert (data.dataset, args.seed, args.amp_sync_ascent, args.lr_milestones) == (
+        "cifar10_sample",
+        9,
+        False,
+        [0.1, 0.2],
+    )
+
+
+def test_a_recipe_may_have_the_old_name_of_amp_sync_ascent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("old.yaml").write_text("sync_ascent: false\n")
+    with pytest.warns(DeprecationWarning, match="sync_ascent is now amp_sync_ascent"):
+        parsed = options.parse(["old.yaml", "--use_cpu"])
+    settings = options.settings_of(*parsed)
+    assert settings["amp_sync_ascent"] is False
+    assert "sync_ascent" not in settings

@@ -1,0 +1,155 @@
+"""AMP's options for the arguments of any Trainer: ``--optim amp_adamw_torch --amp_epsilon 0.5``."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from amp_plugin.core.policies import make_policy
+from amp_plugin.core.replay import check_policies
+from amp_plugin.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# The base optimizer of the paper.
+SGD_ARGS = "momentum=0.9,nesterov=True"
+_PREFIX = "amp_"
+
+
+@dataclass
+class _AMPOptions:
+    """The options that AMP adds, and no field of `transformers.TrainingArguments`."""
+
+    amp_epsilon: float = field(default=0.5, metadata={"help": "Radius of the ball around the weights."})
+    amp_inner_lr: float = field(default=1.0, metadata={"help": "Step length of the ascent (zeta in the paper)."})
+    amp_inner_iter: int = field(
+        default=1, metadata={"help": "Ascent steps per update; a training step costs this many passes more."}
+    )
+    amp_norm: str = field(
+        default="tensor",
+        metadata={"help": "'tensor': one ball per parameter tensor (the published numbers); 'global': one for all."},
+    )
+    amp_ascent: str = field(
+        default="full",
+        metadata={
+            "help": "Which steps ascend and along what, for fewer passes: 'full' (the paper), 'subset(0.5)',"
+            " 'every(2)', 'window(0.5, 1.0)', 'stale', 'momentum', 'adaptive(0.0)', or several, separated by commas."
+        },
+    )
+    amp_parameters: str | None = field(
+        default=None,
+        metadata={
+            "help": "Parameters to perturb: 'norm', those of normalisation layers, or a regular expression to be found"
+            " in their names. Default: all."
+        },
+    )
+    amp_batch_norm: str = field(
+        default="clean",
+        metadata={"help": "BatchNorm running statistics: from the 'clean' pass only, or from 'all' passes."},
+    )
+    amp_rng: str = field(
+        default="same",
+        metadata={"help": "Dropout masks in the passes of one step: the 'same', or 'fresh' ones."},
+    )
+    amp_sync_ascent: bool = field(
+        default=True,
+        metadata={
+            "help": "Average the ascent gradient over processes, so that any number of them equals one. False: each"
+            " process perturbs along its own gradient and saves that communication."
+        },
+    )
+    decay_all_parameters: bool = field(
+        default=False, metadata={"help": "Weight decay on BatchNorm and biases too, as in the paper."}
+    )
+
+
+# Not a dataclass: as one, it would list all fields of TrainingArguments with the stock defaults as its own, and in
+# class MyConfig(AMPArguments, TheirConfig) these would replace the defaults of TheirConfig.
+class AMPArguments(_AMPOptions, TrainingArguments):
+    """AMP's options, to be combined with the arguments of any Trainer; see :class:`amp_plugin.AMPMixin`.
+
+    ::
+
+        @dataclass
+        class MySFTConfig(SFTConfig, AMPArguments):
+            '''SFTConfig with AMP.'''
+
+        args = MySFTConfig("out", optim="amp", amp_epsilon=0.5)
+
+    The bases may stand in either order. Their defaults stay, so AMP has to be asked for: ``optim="amp"`` is AMP around
+    SGD with Nesterov momentum 0.9, and e.g. ``optim="amp_adamw_torch"`` is AMP around another stock optimizer. AMP
+    here is Adversarial Model Perturbation, not mixed precision.
+
+    Raises:
+        TypeError: The combined class is not decorated with ``@dataclass``.
+        ValueError: The base optimizer or a policy is unknown. The optimizer itself checks its hyper-parameters.
+    """
+
+    # The annotation makes no dataclass field, so TheirConfig's default of `optim` stays; but HfArgumentParser reads the
+    # annotation, and then takes names that are not among transformers' own.
+    optim: str
+    _further_optims: ClassVar[tuple[str, ...]] = ()  # names of optimizers that a subclass adds
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuse a class that has not the fields of both bases."""
+        if not {"output_dir", "amp_epsilon"} <= {f.name for f in fields(cls)}:
+            raise TypeError(
+                f"{cls.__name__} has not the fields of all its bases; AMPArguments is one base of a dataclass:"
+                " @dataclass class MyConfig(TheirConfig, AMPArguments)"
+            )
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        """Check AMP's options, and let transformers check the others with words that it knows."""
+        known = [o.value for o in OptimizerNames]
+        if self.base_optim not in known:
+            optim = self.optim
+            near = did_you_mean(optim, ["amp", *self._further_optims, *known, *(_PREFIX + name for name in known)])
+            further = "".join(f", {name!r}" for name in self._further_optims)
+            raise ValueError(
+                f"optim {optim!r} is unknown{near}; choose 'amp'{further}, a stock name, or 'amp_' and one:"
+                f" {', '.join(known)}"
+            )
+        if self.uses_amp and self.base_optim == "sgd" and self.optim_args is None:
+            self.optim_args = SGD_ARGS
+        check_policies(self.amp_batch_norm, self.amp_rng)
+        make_policy(self.amp_ascent)
+        stock = self.stock_values()
+        asked = {name: getattr(self, name) for name in stock}
+        vars(self).update(stock)
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        vars(self).update(asked)
+        self.optim = str(getattr(self.optim, "value", self.optim))  # transformers makes an enum of a stock name
+
+    @property
+    def uses_amp(self) -> bool:
+        """Whether `optim` asks for Adversarial Model Perturbation."""
+        return self.optim == "amp" or self.optim.startswith(_PREFIX)
+
+    @property
+    def base_optim(self) -> str:
+        """Stock name of the optimizer that makes the descent: the one inside AMP, or `optim` itself."""
+        return "sgd" if self.optim == "amp" else self.optim.removeprefix(_PREFIX)
+
+    def stock_values(self) -> dict[str, Any]:
+        """Values, by the name of the option, that stand for ours wherever transformers reads the arguments.
+
+        A subclass that gives an option of transformers a value which transformers does not know adds a stand-in here.
+        """
+        return {} if self.base_optim == self.optim else {"optim": OptimizerNames(self.base_optim)}
+
+    def base_arguments(self) -> TrainingArguments:
+        """Return a copy that asks for the base optimizer alone, in words that transformers knows."""
+        stock = copy.copy(self)
+        vars(stock).update(self.stock_values())
+        return stock
+
+    def optimizer_kwargs(self) -> dict[str, Any]:
+        """Return AMP's hyper-parameters under the names that :class:`amp_plugin.AMP` has for them."""
+        names = ("epsilon", "inner_lr", "inner_iter", "norm", "ascent", "parameters")
+        return {name: getattr(self, _PREFIX + name) for name in names}
