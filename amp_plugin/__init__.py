@@ -23,6 +23,7 @@ from amp_plugin.doors.timm import register_optimizers
 from amp_plugin.doors.timm_tasks import watch_tasks
 
 if TYPE_CHECKING:
+    from amp_plugin.doors.trainer import AMPMixin
     from amp_plugin.doors.training_args import AMPArguments
     from amp_plugin.metrics import ImageClassificationMetric
     from amp_plugin.trainer.arguments import AMPTrainingArguments
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AMP",
     "AMPArguments",
+    "AMPMixin",
     "AMPTrainer",
     "AMPTrainingArguments",
     "Attachment",
@@ -47,6 +49,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "AMPArguments": "amp_plugin.doors.training_args",
+    "AMPMixin": "amp_plugin.doors.trainer",
     "AMPTrainer": "amp_plugin.trainer.trainer",
     "AMPTrainingArguments": "amp_plugin.trainer.arguments",
     "ImageClassificationMetric": "amp_plugin.metrics",

@@ -1,1 +1,1 @@
-"""`AMPTrainer`: `transformers.Trainer` with AMP, with checkpoints that survive a kill, and with publishing."""
+"""`AMPTrainer`, and the mixins beside AMP's that it is made of: checkpoints that survive a kill, and publishing."""

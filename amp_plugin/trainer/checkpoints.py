@@ -1,9 +1,9 @@
-"""Checkpoints that survive failures: a `transformers.Trainer` whose ``checkpoint-N`` is complete or not there.
+"""`CheckpointMixin`: checkpoints that survive failures, so that ``checkpoint-N`` is complete or not there.
 
-The stock Trainer writes straight into ``checkpoint-N`` and deletes old ones in place, so a process that is killed
-meanwhile leaves half a checkpoint, which the next run takes for the last one. Here the files are written into
-``_incomplete`` beside it, and the folder is renamed when every process has written its share. What is deleted is
-renamed away first.
+The stock Trainer writes straight into ``checkpoint-N`` and deletes old checkpoints in place, so a process that is
+killed meanwhile leaves half a checkpoint, which the next run takes for the last one. The mixin has the files written
+into ``_incomplete``, a folder beside the checkpoints, and renames the checkpoint when every process has written its
+share. A checkpoint that is to be deleted is renamed away first.
 """
 
 from __future__ import annotations
@@ -16,35 +16,40 @@ import traceback
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import distributed
-from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object  # the Trainer is the class that follows the mixin
+
 LAST = "last"
-# Begins with "_", which the Trainer's uploads to the Hub leave out.
+# The Trainer's uploads to the Hub leave out names that begin with "_".
 _INCOMPLETE = "_incomplete"
-_STATES = ("optimizer", "scheduler", "scaler")  # and the random numbers: what torch.save writes
+_STATES = ("optimizer", "scheduler", "scaler")  # torch.save writes these files, and those of the random numbers
 _REPLACED = ".replaced"
 _MEBIBYTE = 2**20
 
 
 class SaveError(OSError):
-    """Something could not be saved; the message tells why, what is still there and what to do."""
+    """A file could not be saved; the message tells why, which checkpoint is still there and what to do."""
 
 
-class CheckpointingTrainer(Trainer):
-    """`transformers.Trainer` that survives being killed at any moment, and full disks, with its checkpoints intact.
+class CheckpointMixin(_Trainer):
+    """Checkpoints of any `transformers.Trainer` that stay intact when the process is killed or the disk is full.
 
-    Renaming a folder is taken to be atomic, which POSIX file systems promise and mounted object stores do not.
+    The mixin stands before the Trainer: ``class MyTrainer(CheckpointMixin, Trainer)``. It takes the renaming of a
+    folder to be atomic, which POSIX file systems promise and mounted object stores do not.
 
     Raises:
-        SaveError: from `train`, before it starts, if the output folder cannot be written to; later, in every
-            process, if one cannot write its share of a checkpoint. The checkpoints before it are complete.
+        SaveError: From `train`: before the training starts, the output folder cannot be written to; later, in every
+            process, one process could not write its share of a checkpoint. All earlier checkpoints are complete.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -52,16 +57,17 @@ class CheckpointingTrainer(Trainer):
         super().__init__(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Stock training, which cleans up after a killed run first.
+        """Clean up after a killed run, then train as the Trainer does.
 
         Args:
-            resume_from_checkpoint: a checkpoint; True for the last complete one in the output folder, which must exist;
-                or "last" for that one if there is one, else to start from the beginning.
-            *args: as the stock Trainer's.
-            **kwargs: as the stock Trainer's.
+            resume_from_checkpoint: folder of a checkpoint; True for the last complete checkpoint in the output folder,
+                which must exist; or "last" for the last complete checkpoint, or for a start from the beginning if
+                there is none.
+            *args: further arguments of the Trainer's method.
+            **kwargs: further arguments of the Trainer's method.
 
         Raises:
-            ValueError: True, but there is no complete checkpoint.
+            ValueError: `resume_from_checkpoint` is True, but there is no complete checkpoint.
         """
         folder = Path(str(self.args.output_dir))
         if self.args.save_strategy != SaveStrategy.NO:
@@ -79,7 +85,7 @@ class CheckpointingTrainer(Trainer):
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
-        else:  # resumed at the end, which the stock loop would notice after one more step
+        else:  # the training was resumed at its end, which the stock loop would notice after one more step
             self.control.should_training_stop = True
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -92,7 +98,8 @@ class CheckpointingTrainer(Trainer):
         except Exception as error:
             if self._write_errors is None or not _is_write_error(error):
                 raise
-            self._write_errors.append(error)  # for later, as the stock method may wait for the other processes now
+            # The error is raised later: here the other processes may be waiting for this one.
+            self._write_errors.append(error)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial))
@@ -121,7 +128,7 @@ class CheckpointingTrainer(Trainer):
             _discard(folder, [c for c in sort_checkpoints(str(folder)) if not os.path.samefile(c, best)])
 
     def _find_best(self, folder: Path, name: str) -> None:
-        """Record the best checkpoint by its final name: from where it wrote, the stock method could not see it."""
+        """Record the best checkpoint under its final name, where the stock method did not find a checkpoint yet."""
         best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         if self.state.best_global_step and (best == name or (folder / best).is_dir()):
             self.state.best_model_checkpoint = os.path.join(folder, best)
@@ -129,7 +136,7 @@ class CheckpointingTrainer(Trainer):
             self.state.save_to_json(str(folder / _INCOMPLETE / name / TRAINER_STATE_NAME))
 
     def _rotate(self, folder: Path, limit: int | None) -> None:
-        """Delete the oldest checkpoints beyond the limit, but neither the newest nor the best."""
+        """Delete the oldest checkpoints beyond the limit, but neither the newest nor the best checkpoint."""
         if limit is None or limit <= 0:
             return
         best = self.state.best_model_checkpoint
@@ -139,7 +146,7 @@ class CheckpointingTrainer(Trainer):
 
     @contextlib.contextmanager
     def _together(self, folder: Path, name: str) -> Iterator[list[Exception]]:
-        """Wait until every process has written its share; if one could not, clean up and raise in all."""
+        """Wait until every process has written its share; if a process could not, clean up and raise in every one."""
         errors: list[Exception] = []
         try:
             yield errors
@@ -165,9 +172,9 @@ class CheckpointingTrainer(Trainer):
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The complete checkpoint of the highest step in a folder; None if there is none.
+    """Return the complete checkpoint of the highest step in a folder; None if no checkpoint is complete.
 
-    The stock Trainer writes its state last, so half a checkpoint of its making is not taken either.
+    The stock Trainer writes its state last, so half a checkpoint that the stock Trainer left is not taken either.
     """
     states = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
     steps = [state.parent.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for state in states]
@@ -177,7 +184,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def explained(what: str, folder: Path) -> Iterator[None]:
-    """Make whatever a library raises when it cannot write a `SaveError` that tells why."""
+    """Turn whatever a library raises when it cannot write into a `SaveError` that tells why."""
     try:
         yield
     except SaveError:
@@ -189,10 +196,10 @@ def explained(what: str, folder: Path) -> Iterator[None]:
 
 
 def require_writable(folder: Path) -> None:
-    """Make the folder if need be, and see whether files can be written there.
+    """Make the folder if need be, and require that files can be written there.
 
     Raises:
-        SaveError: they cannot.
+        SaveError: Files cannot be written there.
     """
     problem = _write_problem(folder)
     if problem is not None:
@@ -200,7 +207,7 @@ def require_writable(folder: Path) -> None:
 
 
 def _complete(folder: Path, name: str) -> None:
-    """Give what was written its final name; a checkpoint of that name makes way and stays until then."""
+    """Give a written checkpoint its final name; an old checkpoint of that name is kept until the new one is there."""
     incomplete = folder / _INCOMPLETE
     _require_whole(incomplete / name)
     _sync(incomplete / name)
@@ -212,14 +219,14 @@ def _complete(folder: Path, name: str) -> None:
 
 
 def _require_whole(checkpoint: Path) -> None:
-    """Refuse files without their end: torch 2.9 does not tell that it could not write the last bytes of one."""
+    """Refuse files without their end: torch 2.9 does not tell that it could not write a file's last bytes."""
     for path in (*checkpoint.glob("rng_state*.pth"), *(checkpoint / f"{n}.pt" for n in _STATES)):
         if path.exists() and not zipfile.is_zipfile(path):
             raise OSError(f"{path.name} could not be written whole")
 
 
 def _clean_up(folder: Path) -> None:
-    """Remove what a killed run was writing or deleting; put back what it was about to replace."""
+    """Remove what a killed run was writing or deleting, and put back a checkpoint that it was about to replace."""
     incomplete = folder / _INCOMPLETE
     for replaced in incomplete.glob(f"*{_REPLACED}"):
         final = folder / replaced.name.removesuffix(_REPLACED)
@@ -229,7 +236,7 @@ def _clean_up(folder: Path) -> None:
 
 
 def _discard(folder: Path, checkpoints: list[str]) -> None:
-    """Delete checkpoints: none of them is ever there in part."""
+    """Delete checkpoints so that no checkpoint is ever there in part."""
     incomplete = folder / _INCOMPLETE
     for checkpoint in checkpoints:
         incomplete.mkdir(exist_ok=True)
@@ -238,7 +245,7 @@ def _discard(folder: Path, checkpoints: list[str]) -> None:
 
 
 def _sync(folder: Path, *, deep: bool = True) -> None:
-    """To the disk: a power failure after the rename then finds the files' contents there; and late errors show now."""
+    """Write files to the disk, so that a power failure after the rename does not lose them and late errors show."""
     if os.name != "posix":
         return
     for path in (*(folder.rglob("*") if deep else ()), folder):
@@ -246,22 +253,23 @@ def _sync(folder: Path, *, deep: bool = True) -> None:
         try:
             os.fsync(descriptor)
         except OSError:
-            if not path.is_dir():  # not all file systems can sync folders
+            if not path.is_dir():  # some file systems cannot sync folders
                 raise
         finally:
             os.close(descriptor)
 
 
 def _is_write_error(error: Exception) -> bool:
-    """torch's writer of zip files raises bare RuntimeErrors, with various words."""
+    """Whether an error means that a file could not be written."""
     if isinstance(error, (OSError, SafetensorError)):
         return True
+    # torch's writer of zip files raises bare RuntimeErrors, with various words.
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return isinstance(error, RuntimeError) and frames[-1].f_globals["__name__"] == torch.serialization.__name__
 
 
 def _reason(error: Exception, folder: Path) -> str:
-    """What the system says, where the library's own words do not tell ("unexpected pos 576 vs 470")."""
+    """Return the system's reason, where the library's own words do not tell it ("unexpected pos 576 vs 470")."""
     said = error.strerror if isinstance(error, OSError) else None
     reason = said or _write_problem(folder) or str(error)
     with contextlib.suppress(OSError):
@@ -270,7 +278,7 @@ def _reason(error: Exception, folder: Path) -> str:
 
 
 def _write_problem(folder: Path) -> str | None:
-    """Why a small file cannot be written in the folder, which is made if need be; None if it can."""
+    """Return why a small file cannot be written in the folder, which is made if need be; None if it can."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:

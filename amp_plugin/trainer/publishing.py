@@ -1,14 +1,14 @@
-"""Pushing to the Hub from the Trainer: checked before the training starts, with a true card, without pickles."""
+"""`PublishingMixin`: pushes to the Hub that are checked before the training, have a true card, and hold no pickles."""
 
 from __future__ import annotations
 
 import dataclasses
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.modelcard import TASK_MAPPING, TrainingSummary
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
@@ -18,22 +18,26 @@ from transformers.utils.import_utils import is_peft_available
 from amp_plugin.hub.access import require_write_access
 from amp_plugin.hub.card import PLACEHOLDER, Run, RunData, model_card, pictures_in
 from amp_plugin.hub.upload import upload, upload_later
-from amp_plugin.trainer.arguments import AMPTrainingArguments
-from amp_plugin.trainer.described import optimizer_in_words, settings_in_words
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object  # the Trainer is the class that follows the mixin
 
 logger = logging.get_logger(__name__)
 
 
-class PublishingTrainer(Trainer):
-    """`transformers.Trainer` whose ``push_to_hub`` cannot lose a training.
+class PublishingMixin(_Trainer):
+    """A ``push_to_hub`` of any `transformers.Trainer` that cannot lose a training.
 
-    Whether the repository can be written to is found out when the Trainer is made. What is pushed are the weights
-    (as safetensors, which timm opens too if the model is timm's), the configuration, the card and other files of the
-    output folder, but no pickles. With ``hub_strategy`` ``checkpoint`` or ``all_checkpoints`` the training's state is
-    pushed besides, which PyTorch pickles. A push during the training that fails is logged; the last one raises.
+    The mixin stands before the Trainer: ``class MyTrainer(PublishingMixin, Trainer)``. A repository that cannot be
+    written to is an error when the Trainer is made. A push holds the weights (as safetensors, which timm opens too if
+    the model is timm's), the configuration, the card and other files of the output folder, but no pickles. With
+    ``hub_strategy`` ``checkpoint`` or ``all_checkpoints`` the training's state, which PyTorch pickles, is pushed too.
+    A push during the training that fails is logged; a push at the end that fails raises.
 
     Attributes:
-        card_details: fields of :class:`amp_plugin.hub.Run` that the card shall have instead of what the Trainer knows.
+        card_details: Fields of :class:`amp_plugin.hub.Run` that the card shows instead of what the Trainer knows.
 
     Raises:
         HubError: ``push_to_hub`` is on, but the repository cannot be written to.
@@ -47,7 +51,7 @@ class PublishingTrainer(Trainer):
         super().__init__(*args, **kwargs)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository if need be, and make sure that it can be written to."""
+        """Make the repository if need be, and require that it can be written to."""
         if self.is_world_process_zero():
             self.hub_model_id = require_write_access(
                 self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name,
@@ -65,21 +69,21 @@ class PublishingTrainer(Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> CommitInfo | Future[CommitInfo | None] | None:
-        """Save the model, write its card and push the output folder; to be called in every process.
+        """Save the model, write its card and push the output folder; every process has to call this method.
 
         Args:
-            commit_message: of the commit.
-            blocking: wait until it is done.
-            token: with write permission; by default that of the arguments, or the one that is logged in.
-            revision: the branch; by default that of the arguments, or ``main``.
-            private: of a repository that has to be made.
-            **kwargs: of `create_model_card`.
+            commit_message: message of the commit.
+            blocking: whether to wait until the push is done.
+            token: token with write permission; default: the arguments' token, or the one that is logged in.
+            revision: branch; default: the arguments' branch, or ``main``.
+            private: whether a repository that has to be made is private.
+            **kwargs: arguments of `create_model_card`.
 
         Returns:
-            The commit; with ``blocking=False`` a future of it; None in all processes but the first.
+            The commit; with ``blocking=False`` a future of the commit; None in all processes but the first.
 
         Raises:
-            HubError: it cannot be pushed; the message names the command that repeats it.
+            HubError: The folder cannot be pushed; the message names the command that repeats the push.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
@@ -111,7 +115,7 @@ class PublishingTrainer(Trainer):
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
     ) -> None:
-        """Write the card to ``README.md`` in the output folder; the arguments are the stock Trainer's."""
+        """Write the card to ``README.md`` in the output folder; the arguments are those of the stock Trainer."""
         if not self.is_world_process_zero():
             return
         folder = Path(str(self.args.output_dir))
@@ -131,10 +135,17 @@ class PublishingTrainer(Trainer):
             language=language,
             tags=[tags] if isinstance(tags, str) else tags or [],
             pictures=pictures_in(folder),
-            **_trained(self.args),
+            **self.training_for_card(),
         )
         folder.mkdir(parents=True, exist_ok=True)
         model_card(dataclasses.replace(run, **self.card_details)).save(folder / "README.md")
+
+    def training_for_card(self) -> dict[str, Any]:
+        """Return the fields of :class:`amp_plugin.hub.Run` that say how the model was trained; empty if unknown.
+
+        A Trainer that knows its optimizer overrides this method to return ``optimizer``, ``uses_amp`` and ``settings``.
+        """
+        return {}
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         strategy, ongoing = self.args.hub_strategy, self.push_in_progress
@@ -160,7 +171,7 @@ def _go_on(problem: str) -> None:
 
 
 def _described(model: Any) -> dict[str, Any]:
-    """The library that opens the model, and what that calls it."""
+    """Return the library that opens the model, the library's name for the architecture, and the model's size."""
     parameters = sum(p.numel() for p in model.parameters())
     if is_peft_available():
         from peft import PeftModel
@@ -173,18 +184,8 @@ def _described(model: Any) -> dict[str, Any]:
     return {"library": library, "architecture": type(model).__name__, "parameters": parameters}
 
 
-def _trained(args: Any) -> dict[str, Any]:
-    if not isinstance(args, AMPTrainingArguments):
-        return {}
-    return {
-        "optimizer": optimizer_in_words(args),
-        "uses_amp": args.uses_amp,
-        "settings": settings_in_words(args),
-    }
-
-
 def _base_model(model: Any) -> str | None:
-    """The model on the Hub that this one was loaded from."""
+    """Return the name of the model on the Hub that this model was loaded from; None if it was loaded from none."""
     name = str(getattr(getattr(model, "config", None), "_name_or_path", None) or "")
     return None if name in ("", "None") or Path(name).exists() else name
 
@@ -203,7 +204,7 @@ def _task(model: Any) -> str | None:
 
 
 def _last_metrics(records: list[dict[str, Any]]) -> dict[str, float]:
-    """Those of the last evaluation, without its prefix."""
+    """Return the metrics of the last evaluation, without the prefix ``eval_``."""
     last: dict[str, Any] = next((r for r in reversed(records) if "eval_loss" in r), {})
     metrics = {key.removeprefix("eval_"): value for key, value in last.items() if key.startswith("eval_")}
     beside = ("runtime", "samples_per_second", "steps_per_second")

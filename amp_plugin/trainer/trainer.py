@@ -1,295 +1,36 @@
-"""`AMPTrainer`: AMP in `transformers.Trainer`, exact over the gradient accumulation window.
-
-The stock loop fetches a whole accumulation window at once (`get_batch_samples`). At its first micro-batch, all of
-them are run at theta to give the ascent gradient, the weights are perturbed, and the stock steps then run at
-theta + delta; after the last one the weights are theta again, before clipping and the optimizer's step. So k
-accumulation steps equal one batch that is k times larger.
-"""
+"""`AMPTrainer`: `transformers.Trainer` with AMP, with checkpoints that survive a kill, and with publishing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.utils import logging
+from transformers import Trainer
 
-from amp_plugin.core.distributed import average_gradients, data_parallel, share_overflow
-from amp_plugin.core.find import find_amp
-from amp_plugin.core.grad_scaler import scale_of
-from amp_plugin.core.optimizer import AMP
-from amp_plugin.core.replay import ExtraPasses
-from amp_plugin.doors.attach_callback import AttachCallback, release
-from amp_plugin.doors.means import Means
-from amp_plugin.doors.num_items import uses_num_items
-from amp_plugin.doors.training_args import AMPArguments
-from amp_plugin.trainer.arguments import AMPTrainingArguments
-from amp_plugin.trainer.checkpoints import CheckpointingTrainer
-from amp_plugin.trainer.publishing import PublishingTrainer
-
-logger = logging.get_logger(__name__)
+from amp_plugin.doors.trainer import AMPMixin
+from amp_plugin.trainer.checkpoints import CheckpointMixin
+from amp_plugin.trainer.described import optimizer_in_words, settings_in_words
+from amp_plugin.trainer.publishing import PublishingMixin
 
 
-class AMPTrainer(CheckpointingTrainer, PublishingTrainer):
-    """`transformers.Trainer` that trains with Adversarial Model Perturbation when ``args.optim`` asks for it.
+class AMPTrainer(AMPMixin, CheckpointMixin, PublishingMixin, Trainer):
+    """`transformers.Trainer` with Adversarial Model Perturbation when ``args.optim`` asks for it.
 
-    Logs ``loss``, the loss at the clean weights (comparable with other optimizers); ``amp_loss``, at the perturbed
-    ones; ``sharpness``, their difference; ``clipped``, the fraction of tensors that the ball held back;
-    ``perturbation_norm``; and ``amp_passes``, the forward and backward passes over the batch that a step has taken;
-    each a mean over the steps since the last log. With an ascent policy all but ``loss`` and ``amp_passes`` are of the
-    steps that ascended; where it makes no pass at the clean weights, ``loss`` is that at the perturbed ones, and
-    there is no ``sharpness``.
+    :class:`AMPMixin` makes the perturbations and logs what they did; the docstring there names what is logged.
+    :class:`CheckpointMixin` keeps checkpoints complete whatever kills the process. :class:`PublishingMixin` makes sure,
+    before a training begins, that ``push_to_hub`` will work after it. For a Trainer of another library, combine the
+    mixins with that one.
 
     Raises:
-        ValueError: the host cannot run AMP exactly (DeepSpeed, FSDP, XLA, optimizers that step inside backward);
+        TypeError: The arguments are not :class:`amp_plugin.AMPTrainingArguments`.
+        ValueError: The host cannot run AMP exactly (DeepSpeed, FSDP, XLA, optimizers that step inside backward);
             the message names what to use instead.
         HubError: ``push_to_hub`` is on, but the repository cannot be written to.
     """
 
-    args: AMPTrainingArguments
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if not isinstance(self.args, AMPTrainingArguments):
-            raise TypeError(f"AMPTrainer needs AMPTrainingArguments, got {type(self.args).__name__}")
-        if self.args.uses_amp:
-            self._refuse_inexact_hosts()
-        self.remove_callback(AttachCallback)  # which is for the stock Trainer
-        self.callback_handler.callbacks.insert(0, _EndOfEpoch(self))
-        self._window: list[dict[str, Any]] = []
-        self._loss_uses_num_items: bool | None = None
-        self._clean_losses: list[Tensor] = []
-        self._amp_losses: list[Tensor] = []
-        self._descent: ExitStack | None = None
-        self._passes: ExtraPasses | None = None
-        self._means = Means()
-
-    @property
-    def amp(self) -> AMP | None:
-        """The AMP optimizer inside whatever accelerate wrapped around it; None when training without."""
-        return find_amp(self.optimizer)
-
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
-        """The stock choice of the base optimizer, inside AMP if ``args.optim`` asks for it."""
-        if not isinstance(args, AMPArguments) or not args.uses_amp:
-            return Trainer.get_optimizer_cls_and_kwargs(args, model)
-        refusal = ValueError(
-            f"--optim {args.optim}: this base optimizer takes over the parameters or the backward pass, so AMP"
-            " cannot perturb the weights around it; use e.g. amp (SGD), amp_adamw_torch or amp_adafactor"
-        )
-        if "lomo" in args.optim or args.optim.endswith("_layerwise"):
-            raise refusal  # before the stock Trainer asks for their packages, or hooks the parameters
-        if "8bit" in args.optim and "torch" not in args.optim:
-            raise ValueError(
-                f"--optim {args.optim}: with bitsandbytes the stock Trainer keeps the state of embeddings in 32 bits,"
-                " which it does by the optimizer's class and so not inside AMP; use e.g. amp_adamw_torch_8bit (torchao)"
-            )
-        base, kwargs = Trainer.get_optimizer_cls_and_kwargs(args.base_arguments(), model)
-        special = {"params", "model", "optimizer_dict"} & kwargs.keys()
-        if special or not (isinstance(base, type) and issubclass(base, Optimizer)):
-            raise refusal
-        return AMP, {**kwargs, **args.optimizer_kwargs(), "base_optimizer": base}
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """All parameters with ``--decay_all_parameters`` (the paper's setting), else the stock choice."""
-        if self.args.decay_all_parameters:
-            return [name for name, _ in model.named_parameters()]
-        return super().get_decay_parameter_names(model)
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The stock one; AMP gets the names of its parameters, for ``args.amp_parameters``."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if self.amp is not None and self.model is not None:
-            self.amp.name_parameters(self.model)
-        return optimizer
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Stock training; whatever ends it, the weights are the unperturbed ones."""
-        if self.model is not None:
-            release(self.model)
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self._end_window()
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The stock window of micro-batches, remembered for the ascent."""
-        self._end_window()
-        samples, num_items = super().get_batch_samples(*args, **kwargs)
-        if num_items is not None and self._loss_uses_num_items is None:
-            self._loss_uses_num_items = uses_num_items(self, samples[0], num_items)
-            if self._loss_uses_num_items is False:
-                logger.warning(
-                    f"The loss of {type(self.model).__name__} does not use num_items_in_batch, so every micro-batch"
-                    " counts the same, however many targets it has"
-                )
-                self.model_accepts_loss_kwargs, num_items = False, None
-        self._window = list(samples)
-        return samples, num_items
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """The stock step at theta + delta, after the ascent at the window's first micro-batch.
-
-        Returns:
-            The loss of this micro-batch at theta, detached; of the part that the ascent took, if that is less than the
-            window, its share.
-        """
-        amp = self.amp
-        if amp is None and self.args.uses_amp:
-            raise RuntimeError(f"--optim {self.args.optim}, but the optimizer given to AMPTrainer is not AMP")
-        if amp is None or not amp.perturbs:
-            return super().training_step(model, inputs, num_items_in_batch)
-        try:
-            if self._descent is None:
-                self._ascend(amp, model, num_items_in_batch)
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        except BaseException:
-            self._end_window()
-            raise
-        self._amp_losses.append(loss)
-        if self._clean_losses:
-            loss = self._clean_losses[len(self._amp_losses) - 1]
-        if len(self._amp_losses) == len(self._window):
-            self._record(amp)
-            self._end_window()
-            if self.accelerator.scaler is not None:
-                amp.propagate_overflow()
-        return loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Stock log; a training record gains ``amp_loss``, ``sharpness`` and the perturbation's statistics."""
-        if "loss" in logs and self._means:
-            logs.update(self._means.taken(self.accelerator))
-        super().log(logs, start_time)
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """The stock count, times the number of passes of the step under way."""
-        amp = self.amp
-        passes = amp.passes if amp is not None and amp.perturbs else 1
-        return round(passes * int(super().floating_point_ops(inputs)))
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Stock evaluation; refused while the weights are perturbed."""
-        self._require_clean_weights("evaluate or predict")
-        return super().evaluation_loop(*args, **kwargs)
-
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """Stock save; refused while the weights are perturbed."""
-        self._require_clean_weights("save")
-        super().save_model(*args, **kwargs)
-
-    def _ascend(self, amp: AMP, model: nn.Module, num_items_in_batch: Tensor | int | None) -> None:
-        """Run the window at theta, perturb, and leave the perturbed state open until `_end_window`."""
-        amp.zero_grad()
-        amp.total_steps = self.state.max_steps
-        scale = scale_of(self.accelerator.scaler)
-        if self._passes is None or self._passes.module is not model:
-            self._passes = ExtraPasses(model, batch_norm=self.args.amp_batch_norm, rng=self.args.amp_rng)  # type: ignore[arg-type]
-        passes, made, k = self._passes, 0, len(self._window)
-        # DDP would wait for gradients that a restricted ball does not need; they are then averaged here.
-        ddp = data_parallel(model) if amp.selection.prunes(amp.param_groups) else None
-        self._descent = ExitStack()
-        self._descent.callback(amp.restore)
-        for part in amp.passes_of_step(self._window, scale):
-            with passes.nth(made):
-                losses = self._ascent_pass(
-                    model, part, num_items_in_batch, sync=self.args.amp_sync_ascent and ddp is None
-                )
-            if made == 0:
-                self._clean_losses = losses if len(part) == k else [torch.stack(losses).sum() / k] * k
-            amp.check_gradients()
-            trained = [p for group in amp.param_groups for p in group["params"] if p.requires_grad]
-            if not self.args.amp_sync_ascent:
-                share_overflow(trained)
-            elif ddp is not None:
-                average_gradients(trained, ddp.process_group)
-            made += 1
-        self._descent.enter_context(passes.nth(made))
-
-    def _ascent_pass(self, model: nn.Module, part: Sequence[Any], num_items: Any, *, sync: bool) -> list[Tensor]:
-        """The stock step on each micro-batch of a part of the window, as if that were all of it."""
-        whole = self.current_gradient_accumulation_steps
-        if num_items is not None and part is not self._window:
-            num_items = self._get_num_items_in_batch(list(part), self.args.device)
-        try:
-            self.current_gradient_accumulation_steps = len(part)
-            losses = []
-            for k, inputs in enumerate(part, 1):
-                with _gradient_sync(model, sync and k == len(part)):
-                    losses.append(super().training_step(model, inputs, num_items))
-            return losses
-        finally:
-            self.current_gradient_accumulation_steps = whole
-
-    def _end_window(self) -> None:
-        """Back to theta and to the clean pass's running statistics, if a window is open."""
-        if self._descent is not None:
-            self._descent.close()
-            self._descent = None
-        self._clean_losses = []
-        self._amp_losses = []
-        self._window = []
-
-    def _record(self, amp: AMP) -> None:
-        """What this step is worth to the log."""
-        self._means.add("amp_passes", amp.passes)
-        if not amp.perturbed:
-            return
-        amp_loss = torch.stack(self._amp_losses).sum()
-        self._means.add("amp_loss", amp_loss)
-        if self._clean_losses:
-            self._means.add("sharpness", amp_loss - torch.stack(self._clean_losses).sum())
-        for name, value in amp.statistics().items():
-            self._means.add(name, value)
-
-    def _require_clean_weights(self, action: str) -> None:
-        if self.amp is not None and self.amp.perturbed:
-            raise RuntimeError(
-                f"cannot {action} in the middle of a gradient accumulation window: the weights are perturbed there;"
-                " do it in on_step_end instead of on_substep_end"
-            )
-
-    def _refuse_inexact_hosts(self) -> None:
-        reasons = {
-            "DeepSpeed (it steps inside backward); use DDP": self.is_deepspeed_enabled,
-            "FSDP; use DDP": self.is_fsdp_enabled,
-            "XLA; use CUDA or CPU": bool(self.is_fsdp_xla_enabled) or self.args.device.type == "xla",
+    def training_for_card(self) -> dict[str, Any]:
+        """Return what the model card says of AMP and of the other settings."""
+        return {
+            "optimizer": optimizer_in_words(self.args),
+            "uses_amp": self.args.uses_amp,
+            "settings": settings_in_words(self.args),
         }
-        for reason, applies in reasons.items():
-            if applies:
-                raise ValueError(f"--optim {self.args.optim} does not work exactly with {reason}")
-
-
-class _EndOfEpoch(TrainerCallback):
-    """A stop in the middle of a window must not leave the weights perturbed for the save that follows."""
-
-    def __init__(self, trainer: AMPTrainer) -> None:
-        self._trainer = trainer
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._trainer._end_window()
-
-
-@contextmanager
-def _gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """Whether DDP's backward averages gradients over processes, whatever the caller has set."""
-    model = getattr(model, "_orig_mod", model)  # accelerate compiles around DDP
-    if not isinstance(model, DistributedDataParallel):
-        yield
-        return
-    before = model.require_backward_grad_sync
-    model.require_backward_grad_sync = enabled
-    try:
-        yield
-    finally:
-        model.require_backward_grad_sync = before

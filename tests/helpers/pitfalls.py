@@ -171,7 +171,7 @@ PITFALLS = [
     Pitfall(
         "per-process ascents are averaged after all",
         "the README of davda54/sam",
-        "trainer/trainer.py",
+        "doors/trainer.py",
         "sync and k == len(part)",
         "k == len(part)",
         "doors/test_transformers.py::test_two_processes_equal_one",
@@ -227,15 +227,15 @@ PITFALLS = [
     Pitfall(
         "with accumulation the ascent sees only one micro-batch",
         "davda54/sam#3, #62, #94",
-        "trainer/trainer.py",
-        "amp.passes_of_step(self._window, scale)",
-        "amp.passes_of_step(self._window[-1:], scale)",
+        "doors/trainer.py",
+        "model, window.batches, scale, sync",
+        "model, window.batches[-1:], scale, sync",
         "doors/test_transformers.py::test_a_window_equals_one_large_batch",
     ),
     Pitfall(
         "models that ignore num_items_in_batch give k times the gradient with k micro-batches",
         "huggingface/transformers#47688",
-        "trainer/trainer.py",
+        "doors/trainer.py",
         "            if self._loss_uses_num_items is False:\n",
         "            if self._loss_uses_num_items is None:\n",
         "doors/test_transformers.py::test_models_that_ignore_num_items_in_batch_get_the_right_scale",
@@ -251,7 +251,7 @@ PITFALLS = [
     Pitfall(
         "a stop in the middle of a window saves perturbed weights",
         "by running other implementations",
-        "trainer/trainer.py",
+        "doors/trainer.py",
         "        self.callback_handler.callbacks.insert(0, _EndOfEpoch(self))\n",
         "",
         "doors/test_transformers.py::test_a_stop_in_the_middle_of_a_window_saves_clean_weights",
@@ -259,9 +259,9 @@ PITFALLS = [
     Pitfall(
         "the logged loss is the perturbed one",
         "mosaicml/composer#1518, #1952",
-        "trainer/trainer.py",
-        "            loss = self._clean_losses[len(self._amp_losses) - 1]\n",
-        "            loss = self._amp_losses[-1]\n",
+        "doors/trainer.py",
+        "            loss = window.clean_losses[len(window.amp_losses) - 1]\n",
+        "            loss = window.amp_losses[-1]\n",
         "doors/test_transformers.py::test_a_window_equals_one_large_batch",
     ),
 ]

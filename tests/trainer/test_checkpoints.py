@@ -27,7 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from amp_plugin import AMPTrainer, AMPTrainingArguments
 from amp_plugin.trainer.checkpoints import SaveError, _clean_up
-from amp_plugin.trainer.publishing import PublishingTrainer
+from amp_plugin.trainer.publishing import PublishingMixin
 
 STEPS = 6
 
@@ -280,7 +280,7 @@ def test_a_checkpoint_is_pushed_when_it_is_complete(tmp_path: Path, monkeypatch:
     def push(self: Trainer, folder: str) -> None:
         pushed[folder] = {path.name for path in Path(folder).iterdir()}
 
-    monkeypatch.setattr(PublishingTrainer, "_push_from_checkpoint", push)
+    monkeypatch.setattr(PublishingMixin, "_push_from_checkpoint", push)
     trainer = trainer_for(tmp_path)
     trainer.args.push_to_hub = True
     trainer.train()

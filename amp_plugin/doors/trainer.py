@@ -1,0 +1,302 @@
+"""`AMPMixin`: AMP for any `transformers.Trainer`, exact over the gradient accumulation window.
+
+The Trainer's loop fetches a whole accumulation window at once (`get_batch_samples`). At the window's first micro-batch,
+all micro-batches are run at theta, which gives the ascent gradient, and the weights are perturbed. The loop's own steps
+then run at theta + delta, and after the last one the weights are theta again, before clipping and the optimizer's step.
+So k accumulation steps equal one batch that is k times larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from amp_plugin.core.find import find_amp
+from amp_plugin.core.grad_scaler import scale_of
+from amp_plugin.core.optimizer import AMP
+from amp_plugin.core.replay import ExtraPasses
+from amp_plugin.doors.attach_callback import AttachCallback, release
+from amp_plugin.doors.means import Means
+from amp_plugin.doors.num_items import uses_num_items
+from amp_plugin.doors.training_args import AMPArguments
+from amp_plugin.doors.window import ascend_over
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object  # the Trainer is the class that follows the mixin
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class _Window:
+    """The accumulation window under way."""
+
+    batches: Sequence[Any] = ()
+    clean_losses: list[Tensor] = field(default_factory=list)  # one for each micro-batch
+    amp_losses: list[Tensor] = field(default_factory=list)  # one for each micro-batch that the descent has run
+    descent: ExitStack | None = None  # closing it leads back to theta
+
+
+class AMPMixin(_Trainer):
+    """Adversarial Model Perturbation for any `transformers.Trainer`, when ``args.optim`` asks for it.
+
+    The mixin stands before the Trainer, whose own loss, data and logs it leaves as they are::
+
+        class MySFTTrainer(AMPMixin, SFTTrainer):
+            '''SFTTrainer with AMP; its args are a MySFTConfig, see AMPArguments.'''
+
+    Logs ``loss``, the loss at the clean weights (comparable with other optimizers); ``amp_loss``, at the perturbed
+    ones; ``sharpness``, their difference; ``clipped``, the fraction of tensors that the ball held back;
+    ``perturbation_norm``; and ``amp_passes``, the forward and backward passes over the batch that a step has taken.
+    Each is a mean over the steps since the last log. With an ascent policy, all but ``loss`` and ``amp_passes`` are
+    means over the steps that ascended; where the policy makes no pass at the clean weights, ``loss`` is the loss at the
+    perturbed ones, and there is no ``sharpness``.
+
+    Raises:
+        TypeError: The arguments are not :class:`amp_plugin.AMPArguments`.
+        ValueError: The host cannot run AMP exactly (DeepSpeed, FSDP, XLA, optimizers that step inside backward);
+            the message names what to use instead.
+    """
+
+    args: AMPArguments
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._amp_window = _Window()
+        self._amp_extra_passes: ExtraPasses | None = None
+        self._amp_means = Means()
+        self._loss_uses_num_items: bool | None = None
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, AMPArguments):
+            raise TypeError(
+                f"{type(self).__name__} needs AMPTrainingArguments, got {type(self.args).__name__}; to keep what is"
+                f" there: @dataclass class MyConfig({type(self.args).__name__}, AMPArguments)"
+            )
+        if self.args.uses_amp:
+            self._refuse_inexact_hosts()
+        self.remove_callback(AttachCallback)  # this callback is for a Trainer without the mixin
+        self.callback_handler.callbacks.insert(0, _EndOfEpoch(self))
+
+    @property
+    def amp(self) -> AMP | None:
+        """The AMP optimizer inside whatever accelerate wrapped around it; None when training without."""
+        return find_amp(self.optimizer)
+
+    # A class method where the Trainer has a static one: it is called alike, and `super()` reaches an override below.
+    @classmethod
+    def get_optimizer_cls_and_kwargs(cls, args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
+        """Return the Trainer's choice of the base optimizer, inside AMP if ``args.optim`` asks for it."""
+        if not isinstance(args, AMPArguments) or not args.uses_amp:
+            return super().get_optimizer_cls_and_kwargs(args, model)
+        refusal = ValueError(
+            f"--optim {args.optim}: this base optimizer takes over the parameters or the backward pass, so AMP"
+            " cannot perturb the weights around it; use e.g. amp (SGD), amp_adamw_torch or amp_adafactor"
+        )
+        if "lomo" in args.optim or args.optim.endswith("_layerwise"):
+            raise refusal  # before the Trainer asks for their packages, or hooks the parameters
+        if "8bit" in args.optim and "torch" not in args.optim:
+            raise ValueError(
+                f"--optim {args.optim}: with bitsandbytes the stock Trainer keeps the state of embeddings in 32 bits,"
+                " which it does by the optimizer's class and so not inside AMP; use e.g. amp_adamw_torch_8bit (torchao)"
+            )
+        base, kwargs = super().get_optimizer_cls_and_kwargs(args.base_arguments(), model)
+        special = {"params", "model", "optimizer_dict"} & kwargs.keys()
+        if special or not (isinstance(base, type) and issubclass(base, Optimizer)):
+            raise refusal
+        return AMP, {**kwargs, **args.optimizer_kwargs(), "base_optimizer": base}
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return all names with ``--decay_all_parameters`` (the paper's setting), else the Trainer's choice."""
+        if self.args.decay_all_parameters:
+            return [name for name, _ in model.named_parameters()]
+        return super().get_decay_parameter_names(model)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Create the Trainer's optimizer, and tell AMP the names of its parameters, for ``args.amp_parameters``."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.amp is not None and self.model is not None:
+            self.amp.name_parameters(self.model)
+        return optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as the Trainer does; whatever ends the training, the weights are the unperturbed ones."""
+        if self.model is not None:
+            release(self.model)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._end_amp_window()
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the Trainer's window of micro-batches, which is remembered for the ascent."""
+        self._end_amp_window()
+        samples, num_items = super().get_batch_samples(*args, **kwargs)
+        if num_items is not None and self._loss_uses_num_items is None:
+            self._loss_uses_num_items = uses_num_items(self, samples[0], num_items)
+            if self._loss_uses_num_items is False:
+                logger.warning(
+                    f"The loss of {type(self.model).__name__} does not use num_items_in_batch, so every micro-batch"
+                    " counts the same, however many targets it has"
+                )
+                self.model_accepts_loss_kwargs, num_items = False, None
+        self._amp_window.batches = list(samples)
+        return samples, num_items
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Make the Trainer's step at theta + delta, after the ascent at the window's first micro-batch.
+
+        Returns:
+            The loss of this micro-batch at theta, detached; or, if the ascent took only a part of the window, an equal
+            share of that part's loss.
+        """
+        amp, window = self.amp, self._amp_window
+        if amp is None and self.args.uses_amp:
+            raise RuntimeError(f"--optim {self.args.optim}, but the optimizer given to AMPTrainer is not AMP")
+        if amp is None or not amp.perturbs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        try:
+            if window.descent is None:
+                self._ascend(amp, model, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except BaseException:
+            self._end_amp_window()
+            raise
+        window.amp_losses.append(loss)
+        if window.clean_losses:
+            loss = window.clean_losses[len(window.amp_losses) - 1]
+        if len(window.amp_losses) == len(window.batches):
+            self._record_amp_step(amp)
+            self._end_amp_window()
+            if self.accelerator.scaler is not None:
+                amp.propagate_overflow()
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as the Trainer does; a training record gains ``amp_loss``, ``sharpness`` and the statistics."""
+        if "loss" in logs and self._amp_means:
+            logs.update(self._amp_means.taken(self.accelerator))
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return the Trainer's count, times the number of passes of the step under way."""
+        amp = self.amp
+        passes = amp.passes if amp is not None and amp.perturbs else 1
+        return round(passes * int(super().floating_point_ops(inputs)))
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as the Trainer does; refuse to while the weights are perturbed."""
+        self._require_clean_weights("evaluate or predict")
+        return super().evaluation_loop(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save as the Trainer does; refuse to while the weights are perturbed."""
+        self._require_clean_weights("save")
+        super().save_model(*args, **kwargs)
+
+    def _ascend(self, amp: AMP, model: nn.Module, num_items_in_batch: Tensor | int | None) -> None:
+        """Run the window at theta, perturb, and leave the weights perturbed until `_end_amp_window`."""
+        amp.zero_grad()
+        amp.total_steps = self.state.max_steps
+        scale = scale_of(self.accelerator.scaler)
+        if self._amp_extra_passes is None or self._amp_extra_passes.module is not model:
+            self._amp_extra_passes = ExtraPasses(model, batch_norm=self.args.amp_batch_norm, rng=self.args.amp_rng)  # type: ignore[arg-type]
+        passes, window = self._amp_extra_passes, self._amp_window
+        made, k = 0, len(window.batches)
+        window.descent = ExitStack()
+        window.descent.callback(amp.restore)
+        with closing(ascend_over(amp, passes, model, window.batches, scale, sync=self.args.amp_sync_ascent)) as ascent:
+            for part, sync in ascent:
+                losses = self._ascent_pass(model, part, num_items_in_batch, sync=sync)
+                if made == 0:
+                    window.clean_losses = losses if len(part) == k else [torch.stack(losses).sum() / k] * k
+                made += 1
+        window.descent.enter_context(passes.nth(made))
+
+    def _ascent_pass(self, model: nn.Module, part: Sequence[Any], num_items: Any, *, sync: bool) -> list[Tensor]:
+        """Make the Trainer's step on each micro-batch of a part of the window, as if the part were the window."""
+        whole = self.current_gradient_accumulation_steps
+        if num_items is not None and part is not self._amp_window.batches:
+            num_items = self._get_num_items_in_batch(list(part), self.args.device)
+        try:
+            self.current_gradient_accumulation_steps = len(part)
+            losses = []
+            for k, inputs in enumerate(part, 1):
+                with _gradient_sync(model, sync and k == len(part)):
+                    losses.append(super().training_step(model, inputs, num_items))
+            return losses
+        finally:
+            self.current_gradient_accumulation_steps = whole
+
+    def _end_amp_window(self) -> None:
+        """Forget the window; if the weights are perturbed, go back to theta and the clean pass's statistics."""
+        window, self._amp_window = self._amp_window, _Window()
+        if window.descent is not None:
+            window.descent.close()
+
+    def _record_amp_step(self, amp: AMP) -> None:
+        """Add this step to the means that the next log shows."""
+        self._amp_means.add("amp_passes", amp.passes)
+        if not amp.perturbed:
+            return
+        amp_loss = torch.stack(self._amp_window.amp_losses).sum()
+        self._amp_means.add("amp_loss", amp_loss)
+        if self._amp_window.clean_losses:
+            self._amp_means.add("sharpness", amp_loss - torch.stack(self._amp_window.clean_losses).sum())
+        for name, value in amp.statistics().items():
+            self._amp_means.add(name, value)
+
+    def _require_clean_weights(self, action: str) -> None:
+        if self.amp is not None and self.amp.perturbed:
+            raise RuntimeError(
+                f"cannot {action} in the middle of a gradient accumulation window: the weights are perturbed there;"
+                " do it in on_step_end instead of on_substep_end"
+            )
+
+    def _refuse_inexact_hosts(self) -> None:
+        reasons = {
+            "DeepSpeed (it steps inside backward); use DDP": self.is_deepspeed_enabled,
+            "FSDP; use DDP": self.is_fsdp_enabled,
+            "XLA; use CUDA or CPU": bool(self.is_fsdp_xla_enabled) or self.args.device.type == "xla",
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                raise ValueError(f"--optim {self.args.optim} does not work exactly with {reason}")
+
+
+class _EndOfEpoch(TrainerCallback):
+    """A stop in the middle of a window must not leave the weights perturbed for the save that follows."""
+
+    def __init__(self, trainer: AMPMixin) -> None:
+        self._trainer = trainer
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer._end_amp_window()
+
+
+@contextmanager
+def _gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Whether DDP's backward averages gradients over processes, whatever the caller has set."""
+    model = getattr(model, "_orig_mod", model)  # accelerate compiles around DDP
+    if not isinstance(model, DistributedDataParallel):
+        yield
+        return
+    before = model.require_backward_grad_sync
+    model.require_backward_grad_sync = enabled
+    try:
+        yield
+    finally:
+        model.require_backward_grad_sync = before

@@ -1,0 +1,184 @@
+"""`AMPMixin` before the Trainer of another library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments
+
+from amp_plugin import AMPArguments, AMPMixin, AMPTrainer, AMPTrainingArguments
+from amp_plugin.trainer.checkpoints import CheckpointMixin
+from amp_plugin.trainer.publishing import PublishingMixin
+
+EXAMPLES, MICRO_BATCH, EPOCHS = 22, 2, 2
+SETTINGS: dict[str, Any] = {
+    "optim": "amp_adamw_torch",
+    "amp_epsilon": 0.1,
+    "amp_inner_lr": 0.5,
+    "learning_rate": 0.01,
+    "lr_scheduler_type": "constant",
+    "per_device_train_batch_size": MICRO_BATCH,
+    "gradient_accumulation_steps": 4,  # 11 micro-batches: the last window has 3
+    "num_train_epochs": EPOCHS,
+    "logging_steps": 1,
+    "report_to": [],
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+class Net(nn.Module):
+    """A classifier of tokens without a loss of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(5, 8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, 3))
+        self.config = SimpleNamespace()
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.body(x)}
+
+
+class Shared:
+    """A loss with a temperature, and batches in order."""
+
+    args: Any
+    train_dataset: Any
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**inputs)
+        summed = F.cross_entropy(outputs["logits"] / self.args.temperature, inputs["labels"], reduction="sum")
+        loss = summed / (len(inputs["labels"]) if num_items_in_batch is None else num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+@dataclass
+class TheirConfig(TrainingArguments):
+    """Arguments of a library."""
+
+    temperature: float = field(default=2.0)
+
+
+@dataclass
+class TheirAMPConfig(TheirConfig, AMPArguments):
+    """Arguments of a library, and AMP's."""
+
+
+class TheirTrainer(Shared, Trainer):
+    """A Trainer of a library: a loss, an optimizer, a log entry of its own."""
+
+    steps = 0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.steps += 1
+        return super().training_step(*args, **kwargs)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
+        optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return optimizer, {**kwargs, "betas": (0.8, 0.9)}
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log({**logs, "steps": self.steps}, *args, **kwargs)
+
+
+class TheirAMPTrainer(AMPMixin, TheirTrainer):
+    """Their Trainer with AMP."""
+
+
+@dataclass
+class OurConfig(AMPTrainingArguments):
+    """The same options for AMPTrainer."""
+
+    temperature: float = field(default=2.0)
+
+
+class OurTrainer(Shared, AMPTrainer):
+    """AMPTrainer with the same loss."""
+
+
+def dataset() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(EXAMPLES, 5, generator=generator)
+    labels = torch.randint(3, (EXAMPLES,), generator=generator)
+    return [{"x": a, "labels": b} for a, b in zip(x, labels, strict=True)]
+
+
+def trained(kind: Any, model: Net, args: TrainingArguments) -> Any:
+    trainer = kind(model=model, args=args, train_dataset=dataset())
+    trainer.train()
+    return trainer
+
+
+def test_a_trainer_of_another_library_trains_as_amptrainer_does(tmp_path: Path) -> None:
+    a, b = Net(), Net()
+    theirs = trained(TheirAMPTrainer, a, TheirAMPConfig(str(tmp_path), **SETTINGS))
+    ours = trained(OurTrainer, b, OurConfig(str(tmp_path), adam_beta1=0.8, adam_beta2=0.9, **SETTINGS))
+    assert not torch.equal(a.body[0].weight, Net().body[0].weight)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    logged, expected = ([r for r in t.state.log_history if "amp_loss" in r] for t in (theirs, ours))
+    for key in ("loss", "amp_loss", "sharpness", "clipped", "perturbation_norm"):
+        assert [r[key] for r in logged] == [r[key] for r in expected], key
+    # Their overrides are called in the ascent's passes, too.
+    assert theirs.steps == logged[-1]["steps"] == 2 * EPOCHS * EXAMPLES // MICRO_BATCH
+
+
+def test_their_choice_of_the_base_optimizer_is_honoured(tmp_path: Path) -> None:
+    args = TheirAMPConfig(str(tmp_path), **SETTINGS)
+    trainer = TheirAMPTrainer(model=Net(), args=args, train_dataset=dataset())
+    amp = trainer.create_optimizer()
+    assert amp is trainer.amp
+    assert type(amp.base_optimizer) is torch.optim.AdamW
+    assert {group["betas"] for group in amp.param_groups} == {(0.8, 0.9)}
+    for of in (trainer, TheirAMPTrainer, AMPTrainer):  # by an instance and by a class, as the Trainer's own method
+        assert of.get_optimizer_cls_and_kwargs(args, None)[1]["base_optimizer"] is torch.optim.AdamW
+
+
+def test_without_amp_it_is_their_trainer_bit_for_bit(tmp_path: Path) -> None:
+    a, b = Net(), Net()
+    settings = {name: value for name, value in SETTINGS.items() if not name.startswith("amp_")} | {
+        "optim": "adamw_torch"
+    }
+    theirs = trained(TheirTrainer, a, TheirConfig(str(tmp_path), **settings))
+    mixed = trained(TheirAMPTrainer, b, TheirAMPConfig(str(tmp_path), **settings))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert theirs.steps == mixed.steps
+    assert "amp_passes" not in mixed.state.log_history[0]
+
+
+def test_arguments_without_amps_options_are_refused(tmp_path: Path) -> None:
+    args = TheirConfig(str(tmp_path), report_to=[], use_cpu=True)
+    with pytest.raises(TypeError, match=r"TheirAMPTrainer needs .*class MyConfig\(TheirConfig, AMPArguments\)"):
+        TheirAMPTrainer(model=Net(), args=args)
+
+
+def test_checkpoints_and_publishing_go_without_amp(tmp_path: Path) -> None:
+    """Each mixin alone before a Trainer that knows nothing of AMP."""
+
+    class Safe(CheckpointMixin, TheirTrainer):
+        pass
+
+    class Published(PublishingMixin, TheirTrainer):
+        pass
+
+    settings = {name: value for name, value in SETTINGS.items() if not name.startswith("amp_")}
+    settings |= {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 3}
+    Safe(model=Net(), args=TheirConfig(str(tmp_path / "safe"), **settings), train_dataset=dataset()).train("last")
+    assert sorted(p.name for p in (tmp_path / "safe").iterdir()) == ["checkpoint-3", "checkpoint-6"]
+    published = Published(model=Net(), args=TheirConfig(str(tmp_path / "card"), **settings), train_dataset=dataset())
+    published.create_model_card()
+    assert "AMP" not in (tmp_path / "card" / "README.md").read_text()
