@@ -48,7 +48,7 @@ class AttachCallback(TrainerCallback):
         self._attachment = attach(amp, model)
         _made_here.add(self._attachment)
         if scope > 1:
-            check = model.register_forward_pre_hook(_refuse_loss_over_window, with_kwargs=True)
+            check = model.register_forward_pre_hook(_check_loss_share, with_kwargs=True)
             self._attachment.handles.append(check)
         logger.warning(
             f"Training with Adversarial Model Perturbation, attached to {type(model).__name__}; each micro-batch is"
@@ -84,7 +84,7 @@ def release(model: nn.Module, amp: AMP | None = None) -> None:
             )
 
 
-def _refuse_loss_over_window(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_loss_share(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if model.training and kwargs.get("num_items_in_batch") is not None:
         raise ValueError(
             "the stock Trainer divides this model's loss by the number of items in the whole accumulation window (or"

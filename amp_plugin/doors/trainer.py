@@ -83,7 +83,7 @@ class AMPMixin(_Trainer):
                 f" there: @dataclass class MyConfig({type(self.args).__name__}, AMPArguments)"
             )
         if self.args.uses_amp:
-            self._refuse_inexact_hosts()
+            self._check_host()
         self.remove_callback(AttachCallback)  # this callback is for a Trainer without the mixin
         self.callback_handler.callbacks.insert(0, _EndOfEpoch(self))
 
@@ -197,12 +197,12 @@ class AMPMixin(_Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as the Trainer does; refuse to while the weights are perturbed."""
-        self._require_clean_weights("evaluate or predict")
+        self._check_clean_weights("evaluate or predict")
         return super().evaluation_loop(*args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Save as the Trainer does; refuse to while the weights are perturbed."""
-        self._require_clean_weights("save")
+        self._check_clean_weights("save")
         super().save_model(*args, **kwargs)
 
     def _ascend(self, amp: AMP, model: nn.Module, num_items_in_batch: Tensor | int | None) -> None:
@@ -257,14 +257,14 @@ class AMPMixin(_Trainer):
         for name, value in amp.statistics().items():
             self._amp_means.add(name, value)
 
-    def _require_clean_weights(self, action: str) -> None:
+    def _check_clean_weights(self, action: str) -> None:
         if self.amp is not None and self.amp.perturbed:
             raise RuntimeError(
                 f"cannot {action} in the middle of a gradient accumulation window: the weights are perturbed there;"
                 " do it in on_step_end instead of on_substep_end"
             )
 
-    def _refuse_inexact_hosts(self) -> None:
+    def _check_host(self) -> None:
         reasons = {
             "DeepSpeed (it steps inside backward); use DDP": self.is_deepspeed_enabled,
             "FSDP; use DDP": self.is_fsdp_enabled,

@@ -33,7 +33,7 @@ from amp_plugin.train.progress import EpochLine
 from amp_plugin.train.run_folder import RECORD, RecordsFile, draw_pictures, write_config
 from amp_plugin.train.tasks import make_task
 from amp_plugin.train.trainer import RecipeTrainer
-from amp_plugin.trainer.checkpoints import SaveError, explained, require_writable
+from amp_plugin.trainer.checkpoints import SaveError, check_writable, explained
 from amp_plugin.trainer.described import amp_in_words, methods_in_words
 
 _LOGGED = ("loss", "amp_loss", "perturbed_loss", "sharpness", "clipped")
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
     compared = None if args.compare_with is None else compared_run(args.compare_with, settings)
     check_trackers(args.report_to)
     if not args.dry_run:
-        require_writable(folder)
+        check_writable(folder)
     threads = set_cpu_threads(args.cpu_threads)
     set_seed(args.seed)
     if args.fast and args.device.type == "cpu":

@@ -124,7 +124,7 @@ class RecipeTrainer(AMPTrainer, ObjectiveTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.args.baseline is not None:
-            self._refuse_inexact_hosts()
+            self._check_host()
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from amp_plugin.core.deprecation import warn_renamed
 from amp_plugin.doors.training_args import SGD_ARGS, AMPArguments
-from amp_plugin.trainer.elastic import refuse_processes_without_group, rejoin
+from amp_plugin.trainer.elastic import check_process_group, rejoin
 
 
 @dataclass
@@ -51,6 +51,6 @@ class AMPTrainingArguments(AMPArguments):
         if self.base_optim == "sgd" and self.optim_args is None:
             self.optim_args = SGD_ARGS  # without AMP, too: the two are to be compared
         if not self.use_cpu:
-            refuse_processes_without_group()
+            check_process_group()
         rejoin(timedelta(seconds=self.ddp_timeout), self.ddp_backend)
         super().__post_init__()

@@ -71,7 +71,7 @@ class CheckpointMixin(_Trainer):
         """
         folder = Path(str(self.args.output_dir))
         if self.args.save_strategy != SaveStrategy.NO:
-            require_writable(folder)
+            check_writable(folder)
         if self.args.should_save:
             _clean_up(folder)
         self.accelerator.wait_for_everyone()
@@ -195,7 +195,7 @@ def explained(what: str, folder: Path) -> Iterator[None]:
         raise SaveError(f"could not save {what} in {str(folder)!r}: {_reason(error, folder)}") from error
 
 
-def require_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
     """Make the folder if need be, and require that files can be written there.
 
     Raises:
@@ -209,7 +209,7 @@ def require_writable(folder: Path) -> None:
 def _complete(folder: Path, name: str) -> None:
     """Give a written checkpoint its final name; an old checkpoint of that name is kept until the new one is there."""
     incomplete = folder / _INCOMPLETE
-    _require_whole(incomplete / name)
+    _check_whole(incomplete / name)
     _sync(incomplete / name)
     if (folder / name).exists():
         (folder / name).rename(incomplete / f"{name}{_REPLACED}")
@@ -218,7 +218,7 @@ def _complete(folder: Path, name: str) -> None:
     shutil.rmtree(incomplete, ignore_errors=True)
 
 
-def _require_whole(checkpoint: Path) -> None:
+def _check_whole(checkpoint: Path) -> None:
     """Refuse files without their end: torch 2.9 does not tell that it could not write a file's last bytes."""
     for path in (*checkpoint.glob("rng_state*.pth"), *(checkpoint / f"{n}.pt" for n in _STATES)):
         if path.exists() and not zipfile.is_zipfile(path):

@@ -36,7 +36,7 @@ def rejoin(timeout: timedelta, backend: str | None = None) -> None:
     )
 
 
-def refuse_processes_without_group() -> None:
+def check_process_group() -> None:
     """Refuse processes that were launched together but would each train alone, and save over one another.
 
     Where there is no accelerator, transformers joins the processes only if it is told ``use_cpu``; else it just warns.

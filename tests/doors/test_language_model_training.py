@@ -225,9 +225,9 @@ def test_a_refusal_names_what_to_use_instead(tmp_path: Path, sign: str, instead:
     class Elsewhere(InOrder):
         """On that host, as far as the stock Trainer's own sign tells."""
 
-        def _refuse_inexact_hosts(self) -> None:
+        def _check_host(self) -> None:
             setattr(self, sign, True)
-            super()._refuse_inexact_hosts()
+            super()._check_host()
 
     with pytest.raises(ValueError, match=f"--optim amp does not work exactly with {instead}"):
         trained(gpt2(), documents(4), tmp_path, kind=Elsewhere)

@@ -469,9 +469,9 @@ def test_hosts_that_cannot_run_amp_exactly_are_refused(tmp_path: Path, sign: str
     class Elsewhere(AMPTrainer):
         """On that host, as far as the stock Trainer's own sign tells."""
 
-        def _refuse_inexact_hosts(self) -> None:
+        def _check_host(self) -> None:
             setattr(self, sign, True)
-            super()._refuse_inexact_hosts()
+            super()._check_host()
 
     with pytest.raises(ValueError, match=f"--optim amp does not work exactly with {host}"):
         Elsewhere(model=Net(), args=arguments(tmp_path), train_dataset=Images())
