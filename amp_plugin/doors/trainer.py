@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +27,9 @@ from amp_plugin.core.replay import ExtraPasses
 from amp_plugin.doors.attach_callback import AttachCallback, release
 from amp_plugin.doors.means import Means
 from amp_plugin.doors.num_items import uses_num_items
+from amp_plugin.doors.trainer_mixin import TrainerMixin
 from amp_plugin.doors.training_args import AMPArguments
 from amp_plugin.doors.window import ascend_over
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object  # the Trainer is the class that follows the mixin
 
 logger = logging.get_logger(__name__)
 
@@ -48,7 +44,7 @@ class _Window:
     descent: ExitStack | None = None  # closing it leads back to theta
 
 
-class AMPMixin(_Trainer):
+class AMPMixin(TrainerMixin):
     """Adversarial Model Perturbation for any `transformers.Trainer`, when ``args.optim`` asks for it.
 
     The mixin stands before the Trainer, whose own loss, data and logs it leaves as they are::

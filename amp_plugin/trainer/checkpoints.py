@@ -16,7 +16,7 @@ import traceback
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,10 +24,7 @@ from torch import distributed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
 
-if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object  # the Trainer is the class that follows the mixin
+from amp_plugin.doors.trainer_mixin import TrainerMixin
 
 LAST = "last"
 # The Trainer's uploads to the Hub leave out names that begin with "_".
@@ -41,7 +38,7 @@ class SaveError(OSError):
     """A file could not be saved; the message tells why, which checkpoint is still there and what to do."""
 
 
-class CheckpointMixin(_Trainer):
+class CheckpointMixin(TrainerMixin):
     """Checkpoints of any `transformers.Trainer` that stay intact when the process is killed or the disk is full.
 
     The mixin stands before the Trainer: ``class MyTrainer(CheckpointMixin, Trainer)``. It takes the renaming of a

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
@@ -15,19 +15,15 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 from transformers.utils.import_utils import is_peft_available
 
+from amp_plugin.doors.trainer_mixin import TrainerMixin
 from amp_plugin.hub.access import require_write_access
 from amp_plugin.hub.card import PLACEHOLDER, Run, RunData, model_card, pictures_in
 from amp_plugin.hub.upload import upload, upload_later
 
-if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object  # the Trainer is the class that follows the mixin
-
 logger = logging.get_logger(__name__)
 
 
-class PublishingMixin(_Trainer):
+class PublishingMixin(TrainerMixin):
     """A ``push_to_hub`` of any `transformers.Trainer` that cannot lose a training.
 
     The mixin stands before the Trainer: ``class MyTrainer(PublishingMixin, Trainer)``. A repository that cannot be

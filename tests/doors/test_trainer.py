@@ -182,3 +182,10 @@ def test_checkpoints_and_publishing_go_without_amp(tmp_path: Path) -> None:
     published = Published(model=Net(), args=TheirConfig(str(tmp_path / "card"), **settings), train_dataset=dataset())
     published.create_model_card()
     assert "AMP" not in (tmp_path / "card" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("mixin", [AMPMixin, CheckpointMixin, PublishingMixin])
+def test_a_mixin_after_the_trainer_is_refused(mixin: type) -> None:
+    type("Before", (mixin, TheirTrainer), {})
+    with pytest.raises(TypeError, match="in After a mixin follows the Trainer and would do nothing"):
+        type("After", (TheirTrainer, mixin), {})

@@ -1,0 +1,27 @@
+"""`TrainerMixin`: the base of classes that change any `transformers.Trainer` which they stand before."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import Trainer
+
+if TYPE_CHECKING:
+    _Trainer = Trainer
+else:
+    _Trainer = object  # the Trainer is the class that follows the mixins
+
+
+class TrainerMixin(_Trainer):
+    """A base without methods, which makes sure that its subclasses come before the Trainer.
+
+    Raises:
+        TypeError: When a class is made whose bases have a Trainer before a mixin, which would then do nothing.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a Trainer before a mixin."""
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if Trainer in order and order.index(Trainer) < order.index(TrainerMixin):
+            raise TypeError(f"in {cls.__name__} a mixin follows the Trainer and would do nothing; put the mixins first")
