@@ -52,12 +52,12 @@ class AMPMixin(TrainerMixin):
         class MySFTTrainer(AMPMixin, SFTTrainer):
             '''SFTTrainer with AMP; its args are a MySFTConfig, see AMPArguments.'''
 
-    Logs ``loss``, the loss at the clean weights (comparable with other optimizers); ``amp_loss``, at the perturbed
-    ones; ``sharpness``, their difference; ``clipped``, the fraction of tensors that the ball held back;
-    ``perturbation_norm``; and ``amp_passes``, the forward and backward passes over the batch that a step has taken.
-    Each is a mean over the steps since the last log. With an ascent policy, all but ``loss`` and ``amp_passes`` are
-    means over the steps that ascended; where the policy makes no pass at the clean weights, ``loss`` is the loss at the
-    perturbed ones, and there is no ``sharpness``.
+    The mixin logs ``loss``, the loss at the clean weights (comparable with other optimizers); ``amp_loss``, the loss at
+    the perturbed weights; ``sharpness``, their difference; ``clipped``, the fraction of tensors held back;
+    ``perturbation_norm``, the length of the perturbation; and ``amp_passes``, the number of forward and backward passes
+    over the batch that a step has taken. Each is a mean over the steps since the last log. With an ascent policy, all
+    but ``loss`` and ``amp_passes`` are means over the steps that ascended; where the policy makes no pass at the clean
+    weights, ``loss`` is the loss at the perturbed weights, and there is no ``sharpness``.
 
     Raises:
         TypeError: The arguments are not :class:`amp_plugin.AMPArguments`.
@@ -85,7 +85,7 @@ class AMPMixin(TrainerMixin):
 
     @property
     def amp(self) -> AMP | None:
-        """The AMP optimizer inside whatever accelerate wrapped around it; None when training without."""
+        """The AMP optimizer inside whatever accelerate wrapped around it; None when training without AMP."""
         return find_amp(self.optimizer)
 
     # A class method where the Trainer has a static one: it is called alike, and `super()` reaches an override below.
@@ -272,7 +272,7 @@ class AMPMixin(TrainerMixin):
 
 
 class _EndOfEpoch(TrainerCallback):
-    """A stop in the middle of a window must not leave the weights perturbed for the save that follows."""
+    """Ends a window that a stop has cut short, so that the save which follows finds the unperturbed weights."""
 
     def __init__(self, trainer: AMPMixin) -> None:
         self._trainer = trainer
@@ -285,7 +285,7 @@ class _EndOfEpoch(TrainerCallback):
 
 @contextmanager
 def _gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """Whether DDP's backward averages gradients over processes, whatever the caller has set."""
+    """Let DDP's backward average gradients over processes, or not, whatever the caller has set."""
     model = getattr(model, "_orig_mod", model)  # accelerate compiles around DDP
     if not isinstance(model, DistributedDataParallel):
         yield

@@ -23,7 +23,7 @@ _PREFIX = "amp_"
 
 @dataclass
 class _AMPOptions:
-    """The options that AMP adds, and no field of `transformers.TrainingArguments`."""
+    """The options that AMP adds; no field of `transformers.TrainingArguments` is among them."""
 
     amp_epsilon: float = field(default=0.5, metadata={"help": "Radius of the ball around the weights."})
     amp_inner_lr: float = field(default=1.0, metadata={"help": "Step length of the ascent (zeta in the paper)."})
@@ -81,9 +81,9 @@ class AMPArguments(_AMPOptions, TrainingArguments):
 
         args = MySFTConfig("out", optim="amp", amp_epsilon=0.5)
 
-    The bases may stand in either order. Their defaults stay, so AMP has to be asked for: ``optim="amp"`` is AMP around
-    SGD with Nesterov momentum 0.9, and e.g. ``optim="amp_adamw_torch"`` is AMP around another stock optimizer. AMP
-    here is Adversarial Model Perturbation, not mixed precision.
+    The bases may stand in either order. All defaults of SFTConfig stay, so AMP has to be asked for: ``optim="amp"`` is
+    AMP around SGD with Nesterov momentum 0.9, and e.g. ``optim="amp_adamw_torch"`` is AMP around another stock
+    optimizer. AMP here is Adversarial Model Perturbation, not mixed precision.
 
     Raises:
         TypeError: The combined class is not decorated with ``@dataclass``.
@@ -137,7 +137,7 @@ class AMPArguments(_AMPOptions, TrainingArguments):
         return "sgd" if self.optim == "amp" else self.optim.removeprefix(_PREFIX)
 
     def stock_values(self) -> dict[str, Any]:
-        """Values, by the name of the option, that stand for ours wherever transformers reads the arguments.
+        """Return the values, by the name of the option, that stand for ours wherever transformers reads the arguments.
 
         A subclass that gives an option of transformers a value which transformers does not know adds a stand-in here.
         """

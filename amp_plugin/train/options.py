@@ -183,7 +183,7 @@ class RecipeArguments(MethodArguments):
         super().__post_init__()
 
     def stock_values(self) -> dict[str, Any]:
-        """Values that stand for ours wherever transformers reads the arguments."""
+        """Return the values that stand for ours wherever transformers reads the arguments."""
         schedule = {"lr_scheduler_type": "constant"} if self.lr_scheduler_type == "steps" else {}
         return super().stock_values() | schedule
 

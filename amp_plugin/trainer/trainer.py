@@ -21,7 +21,7 @@ class AMPTrainer(AMPMixin, CheckpointMixin, PublishingMixin, Trainer):
     mixins with that one.
 
     Raises:
-        TypeError: The arguments are not :class:`amp_plugin.AMPTrainingArguments`.
+        TypeError: The arguments are neither :class:`amp_plugin.AMPTrainingArguments` nor made of `AMPArguments`.
         ValueError: The host cannot run AMP exactly (DeepSpeed, FSDP, XLA, optimizers that step inside backward);
             the message names what to use instead.
         HubError: ``push_to_hub`` is on, but the repository cannot be written to.
