@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def ascent_passes(
     self: AMP, batches: Sequence[Any] | None = None, *, grad_scale: float | Tensor = 1.0
 ) -> Iterator[Sequence[Any]]:
-    """Yield once for each pass that comes before the descent's, and move the weights after it.
+    """Yield once for each ascent pass, which comes before the pass of the descent; move the weights after each.
 
     There are ``inner_iter`` such passes where the policy asks for them, else none::
 
@@ -31,11 +31,12 @@ def ascent_passes(
     are cleared. Leaving the loop early puts the weights back.
 
     Args:
-        batches: micro-batches of the step; default None. A policy that ascends on a part of them cannot do without.
+        batches: micro-batches of the step; default None. A policy that ascends on a part of them (``"subset(0.5)"``)
+            needs them.
         grad_scale: factor that the loss was multiplied by, see :meth:`AMP.ascend`; default 1.
 
     Yields:
-        The micro-batches to run. Their gradients add up, so they have to be divided as those of the descent are.
+        The micro-batches to run. Their gradients add up, so each loss is divided by their number, as in the descent.
 
     Raises:
         RuntimeError: a pass left no gradient, or a module is attached, which makes the passes itself.
@@ -55,9 +56,9 @@ def ascent_passes(
 def ascend(self: AMP, *, grad_scale: float | Tensor = 1.0) -> None:
     """Take one ascent step along ``.grad`` and clear the gradients; the weights are at theta + delta afterwards.
 
-    To be called ``inner_iter`` times before :meth:`AMP.step`, each time after a backward pass. With a gradient scaler
-    call :meth:`AMP.propagate_overflow` before the scaler's ``step``. Under DDP, if the backward pass was in
-    ``no_sync()`` and each process perturbs along its own gradient, first call
+    The loop calls this ``inner_iter`` times before :meth:`AMP.step`, each time after a backward pass. With a gradient
+    scaler the loop calls :meth:`AMP.propagate_overflow` before the scaler's ``step``. Under DDP, if the backward pass
+    was in ``no_sync()`` and each process perturbs along its own gradient, first call
     ``amp_plugin.core.distributed.share_overflow(parameters)`` (also in a closure): otherwise a process whose gradient
     is not finite would skip the step alone.
 
@@ -95,12 +96,12 @@ def check_gradients(self: AMP) -> None:
 
 
 def _waste_pass(self: AMP) -> None:
-    """Drop the gradient of :meth:`ascend` in a step that needs none of this batch, and do what the step does need."""
+    """Drop a gradient that the policy does not need in this step, and do what the policy does need, if anything."""
     step = self.progress
     step.begun = True
     wasted = bool(self.gradients())
     self._set_gradients({})
-    for _ in self.passes_of_step(None):
+    for _ in self.passes_of_step(None):  # moves the weights where a direction is known, and yields nothing
         pass
     if wasted:
         step.costs = [*step.costs[:-1], (step.costs[-1] if step.costs else 0.0) + 1.0]

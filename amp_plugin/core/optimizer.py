@@ -143,15 +143,15 @@ class AMP(OptimizerWrapper):
 
         Args:
             closure: function that clears the gradients, computes the loss, calls ``backward()`` and returns the loss
-                or ``(outputs, loss)``. It is called once for each ascent that has a pass of its own, and once for the
-                descent; only once where an attached module makes the passes. Gradients from before the call are kept
-                out of the ascent and given back for the descent, unless the closure clears them. Default None: the
-                passes of :meth:`ascent_passes` (or :meth:`ascend`) were made since the last step.
-            passes: guard of what the additional calls must leave alone; default None: as in the released code, every
-                call updates BatchNorm statistics and draws new dropout masks.
+                or ``(outputs, loss)``. It is called before each ascent that needs a gradient, and once more for the
+                descent; only once where an attached module makes the passes. Gradients from before the call are set
+                aside in the ascent and put back for the descent, unless the closure clears them. Default None: the
+                loop has made the passes already, by :meth:`ascent_passes`, :meth:`ascend` or an attached module.
+            passes: :class:`amp_plugin.ExtraPasses` that every call runs under; default None: as in the released code,
+                every call updates BatchNorm statistics and draws new dropout masks.
 
         Returns:
-            What the first call of the closure returned, detached: at theta, unless the policy ascends without a pass.
+            What the first call of the closure returned, detached. That call is at theta, unless the policy needs none.
 
         Raises:
             RuntimeError: no ascent was made, or a gradient is sparse. Whatever is raised, the weights are at theta.
@@ -163,9 +163,9 @@ class AMP(OptimizerWrapper):
             closure = torch.enable_grad()(closure)
         if closure is not None and not self.attached:
             result = self._passes_by_closure(closure, passes)
-        else:  # the attached module or the loop makes the passes
+        else:  # the attached module makes the passes, in this closure or before; or the loop has made them
             result = closure() if closure is not None else None
-            try:
+            try:  # before restore(), which may forget the ascents
                 trains = self._check_ascents()
             finally:
                 self.restore()
@@ -206,10 +206,10 @@ class AMP(OptimizerWrapper):
     def passes_of_step(
         self, batches: Sequence[Any] | None, grad_scale: float | Tensor = 1.0, *, prune: bool = True
     ) -> Iterator[Sequence[Any]]:
-        """Yield what each pass before the descent's has to run, and move the weights after it.
+        """Yield the micro-batches that each ascent pass has to run; move the weights after each pass.
 
-        This is :meth:`ascent_passes` for a door, which checks gradients and restores after an error by itself. With
-        ``prune`` parameters outside the ball require no gradient meanwhile, which DDP must not wait for then.
+        This is :meth:`ascent_passes` for doors, which check the gradients and restore after an error by themselves.
+        With ``prune`` parameters outside the ball require no gradient in these passes; DDP must not wait for one then.
         """
         self.progress.begun = True
         if not self.ascends:
@@ -222,7 +222,7 @@ class AMP(OptimizerWrapper):
             for _ in range(self.inner_iter):
                 with self.selection.pruned(self.param_groups if prune else []) as outside:
                     yield part
-                if outside:
+                if outside:  # reentrant checkpointing may have dropped gradients in the ball with theirs
                     inside = self.selection.within(self.param_groups)
                     self.progress.unreached = [p for p in inside if p.grad is None]
                 self._ascend(grad_scale, share)
@@ -231,13 +231,13 @@ class AMP(OptimizerWrapper):
     def _ascend(
         self, grad_scale: float | Tensor = 1.0, cost: float = 1.0, directions: Mapping[Tensor, Tensor] | None = None
     ) -> None:
-        """Move along the gradients, or else the directions, which are consumed; clear the gradients."""
+        """Move along the gradients, or the directions if there are any, and overwrite them; clear the gradients."""
         ascents = self.selection.ascents(self.param_groups, directions)
         if any(a.param.dtype in LOW_PRECISION for a in ascents):
             self._warn_once("AMP on 16-bit weights loses small displacements; use float32 and autocast")
         step = self.progress
         step.begun = True
-        if not step.moved:
+        if not step.moved:  # the first ascent from theta
             step.ascents, step.moved = 0, True
             step.costs.append(0.0)
         self.perturbation.ascend(ascents, grad_scale)
@@ -246,33 +246,33 @@ class AMP(OptimizerWrapper):
         step.costs[-1] += cost if directions is None else 0.0
 
     def _check_ascents(self) -> bool:
-        """Raise RuntimeError for a step that would train without the perturbation; return whether it trains at all."""
+        """Raise RuntimeError if the step would train without the perturbation; return False if it trains nothing."""
         step = self.progress
         if not self.ascends or step.ascents == self.inner_iter or step.descents:
             return True
         if not step.ascents and all(float(g["lr"]) == 0.0 for g in self.param_groups):
-            return False  # harmless, and how torch.distributed.checkpoint makes an optimizer build its state
+            return False  # torch.distributed.checkpoint makes such a step, so that the optimizer builds its state
         raise RuntimeError(messages.missing_ascents(self.inner_iter, step.ascents))
 
     def restore(self) -> None:
-        """Put the exact bits of theta back, if the weights are away from theta; drop the ascent."""
+        """Put back the exact bits of theta; forget the ascents, unless a gradient was taken at theta + delta."""
         self.perturbation.restore()
         self.progress.moved = False
         if self.attached or not self.gradients():
-            self.progress.ascents = 0  # no pass at theta + delta was made: a step now would be one without perturbation
+            self.progress.ascents = 0  # so that step() takes no other gradient for one of theta + delta
 
     def _descend(self, trains: bool) -> None:
-        """Let the base optimizer step at theta, unless an ascent was not finite; the policy counts if it trains."""
+        """Let the base optimizer step at theta, unless an ascent was not finite; tell the policy if the step trains."""
         step = self._end_step()
         self.perturbation.check_undisturbed()
-        if number := sum(p.grad is not None for p in step.unreached):  # found here, where all require a gradient again
+        if number := sum(p.grad is not None for p in step.unreached):  # in the descent they have one
             self._warn_once(messages.unreached(number, self.selection.parameters))
         if self.capturable:
             flags = [d.finite for d in step.descents] + ([self.perturbation.finite] if step.ascents else [])
             skipped = step_where_finite(self.base_optimizer, [flag for flag in flags if flag is not None], self)
             self._skipped = skipped + self._skipped if isinstance(self._skipped, int) else self._skipped.add_(skipped)
         elif grad_scaler.found_overflow(self, self.gradients()):
-            pass  # the scaler will lower its scale
+            pass  # no step and no warning: the scaler knows, and will lower its scale
         elif (step.ascents and not self.perturbation.was_finite()) or not all(d.was_finite() for d in step.descents):
             self._skipped += 1
             warnings.warn(messages.skipped(self.skipped_steps), RuntimeWarning, stacklevel=3)

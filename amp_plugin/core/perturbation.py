@@ -147,7 +147,8 @@ class Perturbation:
             grad_scale: factor that the loss was multiplied by, > 0; default 1. A 0-d tensor costs no synchronisation.
 
         Raises:
-            RuntimeError: a gradient is sparse, or a parameter a pending sum over processes; no parameter has moved.
+            RuntimeError: a gradient is sparse, or a parameter is a sum over processes that is still pending; no
+                parameter has moved.
         """
         again = self.active
         if not again:
@@ -157,9 +158,9 @@ class Perturbation:
         if not buckets:
             return
 
-        # delta + inner_lr * grad. In the first ascent delta is 0: the gradient stands for it, and its factor is left to
-        # the multiplication that projects. The quotient of inner_lr comes first, so that a grad_scale that is a power
-        # of two changes no bit of the result.
+        # 1. The steps: delta + inner_lr * grad / grad_scale. In the first ascent delta is 0, so the bare gradients stay
+        # in b.deltas, and `factors` waits for the one multiplication in 3. The division by grad_scale comes last: so a
+        # grad_scale that is a power of two changes no bit of the result.
         divisors = [_on_device(grad_scale, b) for b in buckets]
         factors: list[Any] = [b.inner_lr / d for b, d in zip(buckets, divisors, strict=True)]  # floats or 0-d tensors
         in_radii: list[Any] = [abs(b.inner_lr) / b.epsilon / d for b, d in zip(buckets, divisors, strict=True)]
@@ -170,7 +171,7 @@ class Perturbation:
                 torch._foreach_sub_(b.deltas, b.backups)
             factors, in_radii = [1.0 for _ in buckets], [1.0 / b.epsilon for b in buckets]
 
-        # ||delta|| / epsilon: how many radii each step is long. A NaN or an infinity anywhere makes a length so.
+        # 2. Their lengths in radii: ||delta|| / epsilon, NaN or infinite where an entry of the tensor is.
         for b in buckets:
             self._weigh(b.deltas, b.backups)
         norms = [global_norms(norms_of(b.deltas), b.split) for b in buckets]
@@ -179,7 +180,7 @@ class Perturbation:
         if again and self._finite is not None:
             finite = finite & self._finite
 
-        # delta * min(1, epsilon / ||delta||), or 0 where something was not finite, and there go the weights.
+        # 3. Project, delta * min(1, epsilon / ||delta||), and move the weights; by 0 if anything was not finite.
         overall = overall_norm(ratios) if self.norm == "global" else None
         for b, factor, ratio in zip(buckets, factors, ratios, strict=True):
             shrink = self._share(ratio if overall is None else overall.to(ratio.device)).mul_(factor)
@@ -290,11 +291,14 @@ class Perturbation:
         return {"perturbation_norm": torch.where(moved, norm, 0.0), "clipped": torch.where(moved, clipped, 0.0)}
 
     def _share(self, length: Tensor) -> Tensor:
-        """Return the factor that a step of this length, in radii, is shrunk by; a new tensor of the same shape."""
+        """Return min(1, 1 / length), which brings a step of this length, in radii, into the ball; a new tensor."""
         return length.reciprocal().clamp_(max=1.0)
 
     def _weigh(self, deltas: list[Tensor], theta: list[Tensor]) -> None:
-        """Multiply the steps, before and after they are measured, in a ball whose axes are not all alike (ASAM's)."""
+        """Do nothing; a subclass whose ball is an ellipsoid (ASAM) multiplies the steps by its axes here.
+
+        This is called twice in an ascent: before the steps are measured, and after they are projected.
+        """
 
     def _buckets(self, ascents: Iterable[Ascent]) -> list[_Bucket]:
         """Back up parameters that are not displaced yet; group all by device, dtype, hyper-parameters and sharding."""

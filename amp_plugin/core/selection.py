@@ -20,7 +20,7 @@ Groups = list[dict[str, Any]]
 
 
 class ParameterSelection:
-    """The parameters in the groups of an optimizer that the ball is for.
+    """The choice of parameters, in the groups of an optimizer, that are perturbed: those that are in the ball.
 
     Args:
         parameters: choice by name, see :func:`select_parameters`; None for all parameters.
@@ -31,7 +31,7 @@ class ParameterSelection:
         self._chosen: set[Tensor] | None = None  # None until the names are known
 
     def choose(self, groups: Groups, named: Iterable[tuple[str, Tensor]]) -> None:
-        """Choose by these names, unless a choice was made for these parameters; ValueError if none is chosen."""
+        """Choose by these names, unless there is a choice for these groups; ValueError if no parameter is chosen."""
         if self.parameters is None:
             return
         own = _ids(groups)
@@ -40,7 +40,7 @@ class ParameterSelection:
         self._chosen = select_parameters(self.parameters, {name: p for name, p in named if id(p) in own})
 
     def choose_anew(self, groups: Groups) -> None:
-        """Choose by the names in the groups, which have changed, if they were made of named parameters."""
+        """Choose again, because the groups have changed: by the names in them, or else at the next `choose`."""
         self._chosen = None
         if all("param_names" in group for group in groups):
             self.choose(groups, [pair for g in groups for pair in zip(g["param_names"], g["params"], strict=True)])
@@ -89,12 +89,12 @@ class ParameterSelection:
         return list(ascents.values())
 
     def prunes(self, groups: Groups) -> bool:
-        """Return whether :meth:`pruned` leaves any parameter out; FSDP would not notice, so it never does there."""
+        """Return whether :meth:`pruned` may leave parameters out; never under FSDP, which would not notice."""
         return self.parameters is not None and not any(is_distributed(p) for g in groups for p in g["params"])
 
     @contextmanager
     def pruned(self, groups: Groups) -> Iterator[list[Tensor]]:
-        """Let no gradient be computed for parameters outside; yield those that would have had one."""
+        """Switch off the gradients of the parameters outside the ball; yield these parameters."""
         outside: list[Tensor] = []
         if self.prunes(groups):
             inside = set(self.within(groups))
@@ -117,7 +117,7 @@ class ParameterSelection:
 
 
 def select_parameters(parameters: Parameters, named: Mapping[str, Tensor]) -> set[Tensor]:
-    """Return the parameters that the ball is for.
+    """Return the parameters that are to be perturbed.
 
     Args:
         parameters: ``"norm"`` for the weight and bias of every layer whose weight has one dimension, as a

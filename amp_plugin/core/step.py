@@ -13,25 +13,27 @@ from amp_plugin.core.perturbation import Displacement
 class Step:
     """One training step. A `Step` is never saved; a new one takes its place when the base optimizer has stepped.
 
-    =====================  =============  ===================================================================
-    what is set            weights        what may come next
-    =====================  =============  ===================================================================
-    nothing                theta          an ascent; ``step()`` is an error if the policy wants an ascent
-    ``moved``              theta + delta  the next ascent, or the backward pass of the descent
-    ``ascents``            theta          ``step()``, with the gradient that was taken at theta + delta
-    ``descents``           theta          ``step()``, with the gradients of an attached module's descents
-    ``plain``              theta          ``step()``, which is the base optimizer's
-    =====================  =============  ===================================================================
+    Where the weights are and what may come next follow from what is set:
+
+    ===========================  =============  =============================================================
+    what is set                  weights        what may come next
+    ===========================  =============  =============================================================
+    nothing                      theta          an ascent; ``step()`` is an error if the policy wants one
+    ``moved``, ``ascents``       theta + delta  the next ascent, or the backward pass of the descent
+    ``ascents`` without `moved`  theta          ``step()``, with the gradient that was taken at theta + delta
+    ``descents``                 theta          ``step()``, with the gradients of an attached module
+    ``plain``                    theta          ``step()``, which is the base optimizer's
+    ===========================  =============  =============================================================
 
     Attributes:
         begun: whether a door has asked for a pass of this step.
         moved: whether the weights are away from theta, between the first ascent and ``restore()``.
-        ascents: number of ascents that the gradient at theta + delta belongs to.
+        ascents: number of ascents between theta and the theta + delta that the gradient of the descent is taken at.
         plain: whether the policy was asked and wants no ascent in this step.
-        descents: displacements at which an attached module has finished a backward pass.
-        costs: price of each ascent, in forward and backward passes over the batch; there are several where each
-            micro-batch is perturbed for itself.
-        unreached: parameters of the ball that had no gradient in a pass in which others required none.
+        descents: points theta + delta at which an attached module has finished a backward pass, one a micro-batch.
+        costs: price of going from theta to each theta + delta, in forward and backward passes over the batch; there
+            are several where each micro-batch is perturbed for itself.
+        unreached: parameters in the ball that got no gradient in an ascent pass, while those outside required none.
         set_aside: gradients from before ``step(closure)``, while the closure runs; None while no closure runs.
     """
 
@@ -55,7 +57,7 @@ class Step:
         return self.set_aside is not None
 
     def drop_gradients(self) -> None:
-        """Forget the gradients that are cleared, and the ascents that the gradient of the descent belonged to."""
+        """Forget what ``zero_grad()`` clears: gradients set aside, and ascents whose descent has no gradient now."""
         if self.set_aside is not None:
             self.set_aside = {}
         self.descents = []

@@ -84,7 +84,8 @@ def amp_backward(
     amp.name_parameters(model)
 
     def run(window: Sequence[Any], sync: bool = True) -> Tensor:
-        share = accelerator.gradient_accumulation_steps / len(window)  # accelerator.backward() divides by the former
+        # accelerator.backward() divides by gradient_accumulation_steps, but the mean is over this window.
+        share = accelerator.gradient_accumulation_steps / len(window)
         losses = []
         for k, batch in enumerate(window, 1):
             with nullcontext() if sync and k == len(window) else accelerator.no_sync(model):
@@ -133,7 +134,7 @@ def _check(accelerator: Accelerator, amp: AMP, batches: Sequence[Any]) -> None:
 
 
 def watch_accelerate() -> None:
-    """Let accelerate refuse to drop a closure of AMP's, which it would do without a word."""
+    """Let accelerate raise an error where it would silently drop a closure that was meant for AMP."""
     when_imported("accelerate.optimizer")(_refuse_dropped_closures)
 
 

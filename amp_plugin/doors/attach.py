@@ -30,7 +30,7 @@ from amp_plugin.doors.window import ascend_over
 
 # The attachment, in this thread, whose module is between the begin and the end of its perturbed forward pass.
 _running: ContextVar[Attachment | None] = ContextVar("running", default=None)
-# A generator of the passes of an ascent, which yields the arguments of a call of the module and is sent its output.
+# A generator that yields the arguments of each call of the module in an ascent, and is sent the output of the call.
 _Passes = Generator[tuple[tuple[Any, ...], dict[str, Any]], Any, int]
 
 
@@ -88,14 +88,14 @@ def detach(module: nn.Module) -> None:
 
 
 class Attachment:
-    """The tie between a module and an optimizer. A copy of the module, copied or unpickled, is not attached.
+    """The tie between a module and an optimizer. A copy of the module, by `copy` or by `pickle`, is not attached.
 
     Attributes:
         loss: loss of the last training pass at theta, 0-d; None before the first pass, and where the ascent policy
             makes no pass at theta.
         amp_loss: loss of the last training pass at theta + delta, 0-d; None where the step does not ascend.
-        grad_scale: upstream gradient of the last loss, rounded down to a power of two, 0-d: it is the loss scale, which
-            the ascent needs in fp16 too. None before the first backward pass.
+        grad_scale: upstream gradient of the last loss, rounded down to a power of two, 0-d. With a gradient scaler that
+            is the loss scale, which the ascent needs too. None before the first backward pass.
         handles: handles of the hooks that :meth:`detach` removes.
     """
 
@@ -103,18 +103,18 @@ class Attachment:
         self.loss: Tensor | None = None
         self.amp_loss: Tensor | None = None
         self.amp, self.module, self.passes, self._sync_ascent = amp, module, passes, sync
-        self._ascending = False
-        self._forward: ExitStack | None = None
+        self._ascending = False  # whether the hooks see a pass of the ascent, which they leave alone
+        self._forward: ExitStack | None = None  # the guard of the descent's forward pass, while that runs
         self.grad_scale: Tensor | None = None
         if amp is None or module is None:
             return
         amp.attached = True
         self._sharded = _is_fully_sharded(module)
-        # torch runs the forward hook after a pass that fails, but not after one that is interrupted, so the call is
-        # guarded as well. Copies of the module do not keep this attribute.
+        # torch runs the forward hook after a pass that fails, but not after a KeyboardInterrupt, so the call is guarded
+        # as well. Copies of the module do not keep the attribute `_compiled_call_impl`.
         self._call = module._compiled_call_impl or module._call_impl
         module._compiled_call_impl = self.guarded_call
-        # The hooks surround everything that a host hooks on the module: FSDP gathers the weights in a hook of its own.
+        # The hooks surround all others on the module: FSDP gathers the weights in a hook of its own, after the ascent.
         self.handles = [
             module.register_forward_pre_hook(self.before, prepend=True, with_kwargs=True),
             module.register_forward_hook(self.after, with_kwargs=True, always_call=True),
@@ -145,6 +145,7 @@ class Attachment:
             raise
 
     def _abandon(self) -> None:
+        """Go back to theta after a forward pass that has failed, and forget the pass."""
         if self.amp is not None:
             self.amp.restore()
         if _running.get() is self:
@@ -157,7 +158,8 @@ class Attachment:
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Make the ascent, as a forward pre-hook.
 
-        This frame calls the module, compiled or not: torch.compile would not compile a call from a generator.
+        The generator of the ascent only says what to call; the call is here, because torch.compile would not compile a
+        call from a generator.
         """
         passes = self._ascent(module, args, kwargs)
         call = _advance(passes)
@@ -171,7 +173,7 @@ class Attachment:
 
     @not_compiled
     def _ascent(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Passes:
-        """Make what comes before the forward pass of the descent; return how many passes that were."""
+        """Check the call, make the ascent, prepare the forward pass of the descent; return the number of passes."""
         amp, passes = self.amp, self.passes
         if amp is None or passes is None or self._ascending or not (module.training and torch.is_grad_enabled()):
             return 0
@@ -190,7 +192,10 @@ class Attachment:
 
     @not_compiled
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Go back to theta after a forward pass, as a forward hook, and tie the loss to its backward pass."""
+        """Go back to theta after the forward pass of the descent; let the backward pass of the loss return there.
+
+        This is the forward hook, so what it returns takes the place of the module's output.
+        """
         amp = self.amp
         if amp is None or self._forward is None or self._ascending:
             return None
@@ -230,7 +235,7 @@ class Attachment:
             _check_held(self.amp, module)
 
     def _passes(self, amp: AMP, passes: ExtraPasses, module: nn.Module, args: Any, kwargs: Any) -> _Passes:
-        """Make the passes before the last one; return how many. The gradients of the loop are put aside meanwhile."""
+        """Make the ascent; return the number of its passes. The gradients of the loop are set aside meanwhile."""
         made, self.loss = 0, None
         params = list(dict.fromkeys([*module.parameters(), *(p for g in amp.param_groups for p in g["params"])]))
         grads = [p.grad for p in params]
@@ -299,7 +304,7 @@ def attachments(module: nn.Module) -> Iterator[Attachment]:
 def _check_held(amp: AMP, module: nn.Module) -> None:
     held = set(module.parameters())
     params = [p for group in amp.param_groups for p in group["params"]]
-    missing = [p for p in params if p not in held and not is_distributed(p)]  # FSDP shows gathered ones for a while
+    missing = [p for p in params if p not in held and not is_distributed(p)]  # FSDP swaps in gathered ones at times
     if missing:
         raise ValueError(
             f"{len(missing)} of the optimizer's parameters (the first of shape {tuple(missing[0].shape)}) are not in"

@@ -21,7 +21,7 @@ class PerturbedBackward:
 
     Args:
         amp: optimizer whose weights move.
-        passes: guard of the module's state in passes beyond the first.
+        passes: guard of the module's buffers, which a backward pass with checkpointing writes to again.
         displacement: theta + delta of the forward pass.
         seen: buffers as the forward pass has left them.
         note_scale: function that is told the upstream gradient of the loss, rounded down to a power of two.
@@ -36,6 +36,7 @@ class PerturbedBackward:
         note_scale: Callable[[Tensor], None],
     ) -> None:
         self.amp, self.passes, self.seen, self.note_scale = amp, passes, seen, note_scale
+        # The copies of the moved weights are apart, because autograd keeps and frees them: see AtDisplacement.
         self.moved = displacement.moved
         self.displacement = displacement._replace(moved=[])
 
@@ -69,10 +70,13 @@ class PerturbedBackward:
 
 
 class _BackwardEnd:
-    """A callback for the end of a backward pass. The engine only deletes it, with its other records, when one fails."""
+    """The callback that leads back to theta at the end of a backward pass.
+
+    When the backward pass fails, the engine does not call it but deletes it, so its deletion leads back as well.
+    """
 
     def __init__(self, amp: AMP, displacement: Displacement, buffers: AbstractContextManager[None]) -> None:
-        self._there = ExitStack()
+        self._there = ExitStack()  # open while the weights are at theta + delta
         self._amp, self._displacement = amp, displacement
         self._there.callback(amp.restore)
         self._there.enter_context(buffers)
@@ -92,11 +96,11 @@ class _BackwardEnd:
 
 
 class AtDisplacement(Function):
-    """An autograd function with the value of the clean loss and the gradient of the perturbed one."""
+    """The autograd function that gives the loss its value at theta and its gradient at theta + delta."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, loss: Tensor, clean: Tensor, descent: PerturbedBackward) -> Tensor:
-        """Return the clean loss, in the type of the perturbed one."""
+        """Return the loss at theta, in the dtype of the loss at theta + delta."""
         ctx.descent = descent  # type: ignore[attr-defined]
         ctx.save_for_backward(*descent.moved)  # autograd frees them after the backward pass
         descent.moved = []
@@ -104,7 +108,7 @@ class AtDisplacement(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Pass the gradient on to the perturbed loss, with the weights there."""
+        """Move the weights to theta + delta, and pass the gradient on to the loss there."""
         return ctx.descent.begin(ctx.saved_tensors, grads[0]), None, None
 
 

@@ -1,7 +1,7 @@
 """AMP in timm's optimizer factory: ``--opt amp``, ``create_optimizer_v2(model, opt="amp", ...)``.
 
-No underscore in the names: the factory looks up only what follows the last one (``amp_adamw`` would silently be
-plain AdamW), and keeps ``lookahead_`` as a prefix of its own.
+The names have no underscore, because the factory looks up only what follows the last underscore: ``amp_adamw`` would
+silently be plain AdamW. ``lookahead_`` is a prefix of the factory's own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from amp_plugin.core.perturbation import Norm
 
 
 class _AdamFamily(AMP):
-    """AMP around a base optimizer with `betas` and `eps`, which are spelt out because timm reads the signature."""
+    """AMP around a base optimizer with `betas` and `eps`, which stand in the signature because timm reads it."""
 
     base: str
 

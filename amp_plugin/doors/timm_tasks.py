@@ -35,7 +35,7 @@ def _on_registration(module: nn.Module, name: str, submodule: nn.Module | None) 
 @not_compiled_itself
 def _attach_when_training(task: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if (attachment := _attachment_of(task)) is not None:
-        attachment.before(task, args, kwargs)  # its hook comes too late for the pass that is beginning
+        attachment.before(task, args, kwargs)  # torch will call the new hook only from the next pass on
 
 
 @not_compiled
@@ -47,7 +47,7 @@ def _attachment_of(task: nn.Module) -> Attachment | None:
     for handle, hook in list(task._forward_pre_hooks.items()):
         if hook is _attach_when_training:
             del task._forward_pre_hooks[handle], task._forward_pre_hooks_with_kwargs[handle]
-    # A warning, because the loop may have left AMP behind for another optimizer, and would not know.
+    # This is a warning, because the loop may train with another optimizer by now and not know that AMP is still there.
     described, _, _groups = repr(amp).partition(" (\n")  # with layer-wise decay there are dozens of groups
     _logger.warning("Adversarial Model Perturbation is attached to %s: %s", type(task).__name__, described)
     return attachment

@@ -25,15 +25,14 @@ def ascend_over(
     within_forward: bool = False,
     culprit: str | None = None,
 ) -> Generator[tuple[Sequence[Any], bool], None, None]:
-    """Yield for each pass before the descent's; after it the processes agree, and the weights move.
+    """Yield the micro-batches of each ascent pass; after each pass let the processes agree, then move the weights.
 
-    The generator is to be closed (`contextlib.closing`), also after an exception in a pass.
-
-    A pass runs all micro-batches that it is given, so that their gradients add up to that of their mean loss.
+    The caller runs all of them forward and backward, so that the gradients add up to that of their mean loss, and holds
+    the generator in `contextlib.closing`: only then does it clean up after an exception in a pass.
 
     Args:
         amp: optimizer whose weights move.
-        passes: guard of the module's state and random numbers. The descent's pass is to be run under it too.
+        passes: guard of the module's state and random numbers; the caller runs the pass of the descent under it too.
         model: module that is trained, perhaps with DDP around it.
         window: micro-batches of one step.
         grad_scale: factor that the loss is multiplied by; default 1.
@@ -51,7 +50,8 @@ def ascend_over(
         RuntimeError: a pass has changed the batch in place, or has left no gradient.
     """
     ddp = data_parallel(model)
-    # DDP would wait for gradients that a restricted ball does not need; they are then averaged here.
+    # DDP cannot average within a forward pass, and waits for gradients that a restricted ball switches off: in both
+    # cases they are averaged here, after the pass.
     by_hand = within_forward or amp.selection.prunes(amp.param_groups)
     tensors = tensors_in(window) if culprit is not None else []
     versions = [t._version for t in tensors]
@@ -64,6 +64,7 @@ def ascend_over(
             amp.check_gradients()
         if sync and by_hand and ddp is not None:
             average_gradients(_trained(amp), ddp.process_group)
+        # An attached module without DDP belongs to this process alone, and must not wait for the others.
         elif not sync and (ddp is not None or not within_forward):
             share_overflow(_trained(amp), None if ddp is None else ddp.process_group)
 

@@ -68,7 +68,7 @@ class Combined(AscentPolicy):
         """Return whether all policies ascend.
 
         Raises:
-            ValueError: a policy cannot tell, or no step of a window is one of every k.
+            ValueError: a policy cannot tell, or no step of the `window` is one in which `every` ascends.
         """
         of = {type(p): p for p in self.policies}
         window, every = of.get(Window), of.get(Every)
