@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from launch import Finished, run_scripts
 from repository import ROOT
 
 SCRIPT = ROOT / "recipes" / "train.py"
@@ -17,12 +18,25 @@ QUICK = [
     *("--train_images", "60", "--per_device_train_batch_size", "20", "--num_train_epochs", "2"),
     *("--model_kwargs", '{"width": 4, "layers": [1, 1, 1, 1]}', "--use_cpu", "true", "--cpu_threads", "1"),
 ]
+_VARIABLES = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def train(folder: Path, *arguments: str) -> Finished:
+    """Run the main job in a folder."""
+    (finished,) = run_scripts(SCRIPT, list(arguments), folder, [_VARIABLES])
+    return finished
 
 
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    """Run a command in a folder, as a user does: with an interpreter that imports everything."""
     return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        command,
+        cwd=folder,
+        env={**os.environ, **_VARIABLES},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 
