@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,14 @@ def _accelerate_starts_afresh() -> None:
     """Whether it is in the middle of an accumulation window is one state for the whole process."""
     if "accelerate.state" in sys.modules:
         sys.modules["accelerate.state"].GradientState._reset_state()
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT is a KeyboardInterrupt, also where the tests run in the background and a shell has had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -121,6 +121,7 @@ def test_an_interrupt_at_any_moment_in_the_package_and_in_torch_leaves_the_weigh
     interrupt_everywhere(door, (PACKAGE, TORCH), once=False)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("at_call", [1, 2, 3])
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_real_ctrl_c_finds_clean_weights_at_once_and_training_goes_on(where: str, at_call: int) -> None:

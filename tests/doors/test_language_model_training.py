@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +23,8 @@ from language_problems import (
     trained,
 )
 from language_reference import Objective
+from launch import run_processes
 from problems import assert_same_parameters, max_relative_difference, parameters_of
-from repository import HELPERS, ROOT
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -119,13 +117,9 @@ def test_torch_compile_changes_nothing(tmp_path: Path, mode: str) -> None:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What language_processes.py found under torchrun, DDP over gloo."""
+    """What language_processes.py found in two processes, DDP over gloo."""
     folder = tmp_path_factory.mktemp("two_processes")
-    program = [str(HELPERS / "language_processes.py"), str(folder)]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    root = ROOT
-    paths = os.pathsep.join([str(root), str(HELPERS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    subprocess.run([sys.executable, *torchrun, *program], check=True, env={**os.environ, "PYTHONPATH": paths})
+    run_processes(2, "language_processes.py", folder)
     results: dict[str, Any] = torch.load(folder / "results.pt", weights_only=True)
     return results
 

@@ -2,10 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from repository import HELPERS, ROOT
+from launch import run_processes
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -568,12 +565,8 @@ def test_every_ascent_but_the_first_is_an_additional_pass(tmp_path: Path) -> Non
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """DDP over gloo; without amp_sync_ascent they differ from one, but the replicas stay equal."""
-    program = [str(HELPERS / "two_processes.py"), str(tmp_path)]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    root = ROOT
-    paths = os.pathsep.join([str(root), str(HELPERS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    for launcher in ([], torchrun):
-        subprocess.run([sys.executable, *launcher, *program], check=True, env={**os.environ, "PYTHONPATH": paths})
+    for processes in (1, 2):
+        run_processes(processes, "two_processes.py", tmp_path)
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
     for case, (weights, replicas_equal) in two.items():
         assert replicas_equal, case

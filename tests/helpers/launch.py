@@ -57,9 +57,7 @@ def _become(script: str, arguments: list[str], folder: Path, variables: dict[str
     runpy.run_path(script, run_name="__main__")
 
 
-def run_scripts(
-    script: Path, arguments: list[str], folder: Path, variables: list[Mapping[str, str]]
-) -> list[Finished]:
+def run_scripts(script: Path, arguments: list[str], folder: Path, variables: list[Mapping[str, str]]) -> list[Finished]:
     """Run a script in several processes at once; the first one that fails ends the others.
 
     Args:

@@ -100,6 +100,7 @@ def test_a_run_that_outlives_its_sweep_keeps_its_cell(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupted_sweep_continues_to_the_same_ledger(tmp_path: Path) -> None:
     """Ctrl-C in the middle of the first runs ends all processes; the same command makes what was left."""
     scale = written(tmp_path, options={**TINY["options"], "num_train_epochs": 40})

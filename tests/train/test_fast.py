@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from main_job import QUICK, SCRIPT, metrics_of, run
+from main_job import QUICK, metrics_of, train
 from problems import SGD_ARGS
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -61,7 +60,7 @@ def test_the_ledger_holds_what_it_chose(native: bool) -> None:
 
 
 def test_channels_last_is_the_same_trajectory() -> None:
-    def train(memory_format: torch.memory_format) -> list[torch.Tensor]:
+    def end(memory_format: torch.memory_format) -> list[torch.Tensor]:
         torch.manual_seed(0)
         model = timm.create_model("preactresnet18", width=4, layers=[1, 1, 1, 1], num_classes=10).double()
         model = model.to(memory_format=memory_format)
@@ -75,7 +74,7 @@ def test_channels_last_is_the_same_trajectory() -> None:
             optimizer.zero_grad()
         return [p.detach() for p in model.parameters()]
 
-    first, last = train(torch.contiguous_format), train(torch.channels_last)
+    first, last = end(torch.contiguous_format), end(torch.channels_last)
     assert any(p.stride() != q.stride() for p, q in zip(first, last, strict=True))
     for p, q in zip(first, last, strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-10)
@@ -85,15 +84,15 @@ def test_a_fast_run_resumes_to_the_same_bits_and_saves_an_ordinary_model(tmp_pat
     # The rate is constant, for the steps of the schedule depend on the length of the run.
     common = [*QUICK, "--fast", "--save_strategy", "epoch", "--bf16", "true", "--lr_scheduler_type", "constant"]
 
-    def train(folder: str, *more: str) -> dict[str, Any]:
-        done = run(tmp_path, sys.executable, str(SCRIPT), *common, "--output_dir", folder, *more)
+    def trained(folder: str, *more: str) -> dict[str, Any]:
+        done = train(tmp_path, *common, "--output_dir", folder, *more)
         assert done.returncode == 0, done.stderr
         assert "cpu, 1 thread(s), channels-last, bf16; results in" in done.stdout
         return metrics_of(tmp_path / folder)
 
-    whole = train("whole")
-    train("parts", "--max_steps", "3")
-    parts = train("parts", "--resume_from_checkpoint", "last")
+    whole = trained("whole")
+    trained("parts", "--max_steps", "3")
+    parts = trained("parts", "--resume_from_checkpoint", "last")
     names = ("eval_loss", "eval_nll", "loss", "amp_loss")
     assert [parts[n] for n in names] == [whole[n] for n in names]
     weights, resumed = (load_file(tmp_path / f / "model.safetensors") for f in ("whole", "parts"))

@@ -6,7 +6,6 @@ import csv
 import json
 import re
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import bert_checkpoint, reviews, timm_checkpoint, vit_checkpoint
-from main_job import SCRIPT, metrics_of, run
+from main_job import SCRIPT, metrics_of, train
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
@@ -71,7 +70,7 @@ def timm_run(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     """Run the job in a process of its own, around SGD, with a learning rate of 0."""
     root = tmp_path_factory.mktemp("timm_run")
     command = ["--pretrained", str(folders["timm"]), "--image_size", "64", "--optim", "amp", "--learning_rate", "0"]
-    done = run(root, sys.executable, str(SCRIPT), *command, *IMAGES, "--output_dir", "out", "--ledger", "ledger.jsonl")
+    done = train(root, *command, *IMAGES, "--output_dir", "out", "--ledger", "ledger.jsonl")
     assert done.returncode == 0, done.stderr
     return root, done.stdout
 

@@ -11,17 +11,26 @@ from typing import Any
 import pytest
 import timm
 import torch
-from main_job import QUICK, RECIPES, SCRIPT, launcher, metrics_of, run
+from main_job import QUICK, RECIPES, SCRIPT, launcher, metrics_of, run, train
 from PIL import Image
 
 from amp_plugin.train import job, options
 from amp_plugin.train.trainer import RecipeTrainer
 
 
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run."""
+    folder = tmp_path_factory.mktemp("run")
+    done = train(folder, *QUICK, "--output_dir", "out")
+    assert done.returncode == 0, done.stderr
+    return folder / "out"
+
+
 @pytest.mark.parametrize("optim", ["amp", "sgd"])
 def test_the_main_job(tmp_path: Path, optim: str) -> None:
     pytest.importorskip("matplotlib", reason="draws the training curves")
-    done = run(tmp_path, sys.executable, str(SCRIPT), "--optim", optim, *QUICK, "--ledger", "ledger.jsonl")
+    done = train(tmp_path, "--optim", optim, *QUICK, "--ledger", "ledger.jsonl")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / f"cifar10_sample-preactresnet18-{optim}-seed42"
     assert f"cpu, 1 thread(s); results in runs/{folder.name}" in done.stdout
@@ -41,17 +50,15 @@ def test_the_main_job(tmp_path: Path, optim: str) -> None:
 
 
 def test_a_run_without_logs_reports_the_mean_loss(tmp_path: Path) -> None:
-    done = run(tmp_path, sys.executable, str(SCRIPT), *QUICK, "--logging_strategy", "no", "--output_dir", "out")
+    done = train(tmp_path, *QUICK, "--logging_strategy", "no", "--output_dir", "out")
     assert done.returncode == 0, done.stderr
     metrics = metrics_of(tmp_path / "out")
     assert metrics["loss"] == metrics["train_loss"] > 0.0
 
 
-def test_a_saved_run_opens_in_a_fresh_process_with_the_same_logits(tmp_path: Path) -> None:
-    done = run(tmp_path, sys.executable, str(SCRIPT), *QUICK, "--output_dir", "out")
-    assert done.returncode == 0, done.stderr
+def test_a_saved_run_opens_in_a_fresh_process_with_the_same_logits(finished_run: Path) -> None:
     reopened = run(
-        tmp_path,
+        finished_run.parent,
         sys.executable,
         "-c",
         """
@@ -80,16 +87,15 @@ print("error", error.item())
     assert reopened.returncode == 0, reopened.stderr
     assert float(re.search(r"inputs differ by (\S+)", reopened.stdout)[1]) < 1e-5  # type: ignore[index]
     error = float(re.search(r"error (\S+)", reopened.stdout)[1])  # type: ignore[index]
-    assert error == pytest.approx(metrics_of(tmp_path / "out")["eval_error"], abs=1e-3)
+    assert error == pytest.approx(metrics_of(finished_run)["eval_error"], abs=1e-3)
 
 
-def test_launchers_of_one_process_give_the_same_run(tmp_path: Path) -> None:
+def test_launchers_of_one_process_give_the_same_run(tmp_path: Path, finished_run: Path) -> None:
     commands = {
-        "python": [sys.executable],
         "accelerate": [*launcher("accelerate"), "launch", "--cpu", "--num_processes", "1"],
         "torchrun": [*launcher("torchrun"), "--standalone", "--nproc_per_node", "1"],
     }
-    errors = {}
+    errors = {"python": metrics_of(finished_run)["eval_nll"]}
     for name, command in commands.items():
         done = run(tmp_path, *command, str(SCRIPT), *QUICK, "--output_dir", name)
         assert done.returncode == 0, done.stderr
@@ -111,14 +117,14 @@ def test_two_processes_report_once(tmp_path: Path) -> None:
 
 
 def test_a_killed_run_continues_from_its_checkpoint(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), *QUICK, "--save_strategy", "epoch", "--output_dir"]
-    assert run(tmp_path, *command, "whole").returncode == 0
-    assert run(tmp_path, *command, "part", "--save_total_limit", "2").returncode == 0
+    command = [*QUICK, "--save_strategy", "epoch", "--output_dir"]
+    assert train(tmp_path, *command, "whole").returncode == 0
+    assert train(tmp_path, *command, "part", "--save_total_limit", "2").returncode == 0
     # What is left is what a kill after the first epoch would leave.
     for path in [*(tmp_path / "part").glob("checkpoint-6/*"), *(tmp_path / "part").glob("*.*")]:
         path.unlink()
     (tmp_path / "part" / "checkpoint-6").rmdir()
-    resumed = run(tmp_path, *command, "part", "--resume_from_checkpoint", "true")
+    resumed = train(tmp_path, *command, "part", "--resume_from_checkpoint", "true")
     assert resumed.returncode == 0, resumed.stderr
     assert metrics_of(tmp_path / "part")["eval_nll"] == metrics_of(tmp_path / "whole")["eval_nll"]
 
