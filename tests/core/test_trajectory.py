@@ -33,7 +33,7 @@ def problem(dtype: torch.dtype) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]
     those changes the gradient by a finite amount, whatever the optimizer does.
     """
     torch.manual_seed(0)
-    model = timm.create_model("preactresnet18", width=8, layers=(1, 1, 1, 1)).double()
+    model = timm.create_model("preactresnet18", width=4, layers=(1, 1, 1, 1)).double()
     if dtype == torch.float32:
         for block in list(model.modules()):
             for name, child in block.named_children():
