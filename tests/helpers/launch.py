@@ -36,7 +36,8 @@ class Finished(NamedTuple):
     stderr: str
 
 
-def _context() -> Any:
+def forking() -> Any:
+    """The context of `multiprocessing` that starts processes from the server."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -66,7 +67,7 @@ def run_scripts(script: Path, arguments: list[str], folder: Path, variables: lis
         folder: the working directory.
         variables: for each process the environment variables that are added to those of this process.
     """
-    context = _context()
+    context = forking()
     with tempfile.TemporaryDirectory() as kept:
         logs = [[Path(kept, f"{i}.{name}") for name in ("out", "err")] for i in range(len(variables))]
         processes = [
@@ -89,14 +90,28 @@ def run_scripts(script: Path, arguments: list[str], folder: Path, variables: lis
         ]
 
 
-def run_processes(processes: int, script: str, *arguments: object) -> None:
+def run_processes(
+    processes: int,
+    script: str,
+    *arguments: object,
+    folder: Path | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> None:
     """Run a script of this folder in some number of processes on this machine, as torchrun does.
+
+    Args:
+        processes: how many; with one there is no process group.
+        script: the name of the file.
+        arguments: the words after the name on a command line.
+        folder: the working directory. Default: that of this process.
+        variables: environment variables that are added to those of this process.
 
     Raises:
         subprocess.CalledProcessError: it failed; what all processes wrote to standard error is told.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a port that is free
     common = {
+        **(variables or {}),
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
@@ -106,7 +121,8 @@ def run_processes(processes: int, script: str, *arguments: object) -> None:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     of_ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-    done = run_scripts(HELPERS / script, list(map(str, arguments)), Path.cwd(), of_ranks if processes > 1 else [{}])
+    of_ranks = of_ranks if processes > 1 else [variables or {}]
+    done = run_scripts(HELPERS / script, list(map(str, arguments)), folder or Path.cwd(), of_ranks)
     for finished in done:
         sys.stderr.write(finished.stderr)
     if code := next((finished.returncode for finished in done if finished.returncode), 0):

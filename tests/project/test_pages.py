@@ -106,7 +106,7 @@ def readme_namespace(folder: Path, *, transformers: bool) -> dict[str, Any]:
         "images": images,
         "labels": labels,
         "criterion": nn.CrossEntropyLoss(),
-        "loader": DataLoader(TensorDataset(images, labels), batch_size=2),
+        "loader": DataLoader(TensorDataset(images, labels), batch_size=4),
         "dataset": [{"pixel_values": x, "labels": y} for x, y in zip(images, labels, strict=True)],
         "image": Image.fromarray(np.zeros((32, 32, 3), dtype=np.uint8)),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import sys
@@ -21,6 +22,7 @@ from benchmarks import counts, recipe, step
 from benchmarks.memory import peak_memory
 from benchmarks.rows import counted, draw, markdown, timed
 from benchmarks.turns import Turn, take_turns
+from launch import forking
 from PIL import Image
 from torch import nn
 
@@ -79,11 +81,20 @@ def test_a_loop_that_fails_or_ends_ends_the_benchmark() -> None:
         take_turns({"short": lambda turn: turn()}, **TURNS)
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that measures need not import everything again."""
+    context = forking()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
+
+
+@pytest.mark.usefixtures("forked")
 def test_each_has_a_peak_memory_of_its_own() -> None:
     small, large = (peak_memory(partial(allocate, megabytes=n), threads=1).process for n in (1, 257))
     assert abs(large - small - 2**28) < 2**26
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that gives the memory back")
 def test_fast_keeps_the_memory_that_a_step_frees() -> None:
     given_back, kept = (
