@@ -49,6 +49,12 @@ def data_root() -> Path:
 
 
 @pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main job draws none, as where matplotlib is missing: that takes longer than its training."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+
+@pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """The figures that were saved, to ask them what they show."""
     figure_module = pytest.importorskip("matplotlib.figure", reason="draws pictures")

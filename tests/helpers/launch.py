@@ -47,18 +47,32 @@ def forking() -> Any:
     return context
 
 
-def _become(script: str, arguments: list[str], folder: Path, variables: dict[str, str], printed: list[Path]) -> None:
+def _become(
+    script: str,
+    arguments: list[str],
+    folder: Path,
+    variables: dict[str, str],
+    missing: tuple[str, ...],
+    printed: list[Path],
+) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)
     for descriptor, path in enumerate(printed, start=1):
         with path.open("wb") as file:
             os.dup2(file.fileno(), descriptor)
+    sys.modules.update(dict.fromkeys(missing))  # type: ignore[arg-type]
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
 
 
-def run_scripts(script: Path, arguments: list[str], folder: Path, variables: list[Mapping[str, str]]) -> list[Finished]:
+def run_scripts(
+    script: Path,
+    arguments: list[str],
+    folder: Path,
+    variables: list[Mapping[str, str]],
+    missing: tuple[str, ...] = (),
+) -> list[Finished]:
     """Run a script in several processes at once; the first one that fails ends the others.
 
     Args:
@@ -66,12 +80,13 @@ def run_scripts(script: Path, arguments: list[str], folder: Path, variables: lis
         arguments: the words after its name on a command line.
         folder: the working directory.
         variables: for each process the environment variables that are added to those of this process.
+        missing: modules that cannot be imported. Default: none.
     """
     context = forking()
     with tempfile.TemporaryDirectory() as kept:
         logs = [[Path(kept, f"{i}.{name}") for name in ("out", "err")] for i in range(len(variables))]
         processes = [
-            context.Process(target=_become, args=(str(script), arguments, folder, {**os.environ, **own}, log))
+            context.Process(target=_become, args=(str(script), arguments, folder, {**os.environ, **own}, missing, log))
             for own, log in zip(variables, logs, strict=True)
         ]
         for process in processes:

@@ -21,9 +21,12 @@ QUICK = [
 _VARIABLES = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
-def train(folder: Path, *arguments: str) -> Finished:
+PICTURES = ("matplotlib.figure",)  # without it the main job draws none, which takes longer than its training
+
+
+def train(folder: Path, *arguments: str, pictures: bool = False) -> Finished:
     """Run the main job in a folder."""
-    (finished,) = run_scripts(SCRIPT, list(arguments), folder, [_VARIABLES])
+    (finished,) = run_scripts(SCRIPT, list(arguments), folder, [_VARIABLES], () if pictures else PICTURES)
     return finished
 
 

@@ -96,6 +96,7 @@ def test_the_ledger_names_the_checkpoint_and_no_folder(timm_run: tuple[Path, str
     assert "/" not in json.dumps(record["settings"])
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("kind", ["timm", "vit"])
 def test_a_saved_image_model_predicts_the_same(
     kind: str, folders: dict[str, Path], timm_run: tuple[Path, str], tmp_path: Path
@@ -119,6 +120,7 @@ def test_a_saved_image_model_predicts_the_same(
     assert AutoModelForImageClassification.from_pretrained(folder).config.id2label[9] == "truck"
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_frozen_backbone_stays_as_it_is(folders: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
     command = ["--pretrained", str(folders["timm"]), "--image_size", "64", "--optim", "amp", "--freeze_backbone"]
     job.main([*command, *IMAGES, "--learning_rate", "1", "--output_dir", str(tmp_path)])
@@ -131,6 +133,7 @@ def test_a_frozen_backbone_stays_as_it_is(folders: dict[str, Path], tmp_path: Pa
     assert after["fc.bias"].abs().max() > 0.0, "and trained"
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_texts(folders: dict[str, Path], tmp_path: Path) -> None:
     command = ["--pretrained", str(folders["bert"]), "--dataset", str(folders["reviews"]), *TEXTS]
     for optim in ("amp_adamw_torch", "adamw_torch"):

@@ -442,6 +442,7 @@ def test_runs_with_another_loss_are_told_apart() -> None:
     assert optimizer_in_words({**erm, "optim": "rmp", "rmp_epsilon": 0.1}) == "RMP around SGD, without AMP"
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("words", "shown"),
     {

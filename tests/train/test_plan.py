@@ -19,6 +19,7 @@ from amp_plugin import AMP
 from amp_plugin.train import costs, job, options
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     "more",
     [

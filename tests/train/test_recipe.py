@@ -30,7 +30,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("optim", ["amp", "sgd"])
 def test_the_main_job(tmp_path: Path, optim: str) -> None:
     pytest.importorskip("matplotlib", reason="draws the training curves")
-    done = train(tmp_path, "--optim", optim, *QUICK, "--ledger", "ledger.jsonl")
+    done = train(tmp_path, "--optim", optim, *QUICK, "--ledger", "ledger.jsonl", pictures=True)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / f"cifar10_sample-preactresnet18-{optim}-seed42"
     assert f"cpu, 1 thread(s); results in runs/{folder.name}" in done.stdout

@@ -81,6 +81,7 @@ def test_tensorboard_has_every_figure_at_its_step(whole: tuple[Path, str]) -> No
         assert expected
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_config_makes_the_same_run_again(whole: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = whole
     config = str(folder / "config.yaml")
@@ -104,6 +105,7 @@ def test_the_config_tells_what_cannot_be_an_option(tmp_path: Path, monkeypatch: 
     assert options.parse([str(tmp_path / "config.yaml")])[2].lr_scheduler_type == "cosine"
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_that_is_broken_off_keeps_its_records_and_continues_them(
     whole: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +129,7 @@ def test_a_run_that_is_broken_off_keeps_its_records_and_continues_them(
     assert sorted(p.name for p in (tmp_path / "part").glob("*metrics*")) == ["metrics.jsonl"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_without_tests_is_tested_and_logged_once(tmp_path: Path) -> None:
     run(*SETTINGS, "--max_steps", "1", "--eval_strategy", "no", "--save_strategy", "no", "--output_dir", str(tmp_path))
     (record,) = (r for r in records_of(tmp_path) if "eval_error" in r)
