@@ -1,4 +1,4 @@
-"""What every test shares: no network, one thread, fixed seeds, and the real data where it is present."""
+"""What every test shares: all cores, no network, one thread, fixed seeds, and the real data where it is present."""
 
 from __future__ import annotations
 
@@ -16,6 +16,19 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at its options
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Share the files out between the cores, unless a single file is asked for: what its tests share is made once."""
+    option = config.option
+    if "PYTEST_XDIST_WORKER" in os.environ or not hasattr(option, "numprocesses"):  # a core of those; -p no:xdist
+        return
+    alone = len(config.args) == 1 and Path(config.args[0].partition("::")[0]).is_file()
+    if option.numprocesses is None and not (alone or option.usepdb):
+        option.numprocesses = min(len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1, 8)
+    if option.numprocesses and option.dist == "no":
+        option.dist = "loadfile"
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ def test_without_the_guard_the_test_fails(pitfall: Pitfall, tmp_path: Path) -> N
     file = tmp_path / "amp_plugin" / pitfall.file
     file.write_text(file.read_text().replace(pitfall.guard, pitfall.without))
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", f"tests/{pitfall.test}"],
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{pitfall.test}"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,

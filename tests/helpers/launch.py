@@ -22,7 +22,7 @@ from unittest import mock
 from repository import HELPERS, ROOT
 from torch.distributed import TCPStore
 
-# No third-party module here may start a thread when it is imported, for a thread does not survive a fork.
+# What these start when they are imported has to survive a fork: a thread does not, unless (pyarrow) it knows of forks.
 IMPORTED = ["torch", "torchvision", "timm", "transformers.trainer", "transformers.modeling_outputs", "accelerate"]
 IMPORTED += ["torch._dynamo", "torch.distributed.fsdp", "datasets", "evaluate", "matplotlib.figure", "sklearn.metrics"]
 _AT_FIRST = dict(os.environ)  # no test has changed a variable yet
