@@ -7,6 +7,7 @@ process imports everything for itself.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -55,6 +56,7 @@ def _become(
     missing: tuple[str, ...],
     printed: list[Path],
 ) -> None:
+    gc.freeze()  # what was imported is no garbage
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)

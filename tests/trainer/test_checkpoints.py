@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import hashlib
 import json
 import os
@@ -30,14 +29,6 @@ from amp_plugin.trainer.checkpoints import SaveError, _clean_up
 from amp_plugin.trainer.publishing import PublishingMixin
 
 STEPS = 6
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_garbage_collection() -> Iterator[None]:
-    """The Trainer collects garbage as it starts, which takes long when much was imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class Net(nn.Module):
