@@ -1,4 +1,4 @@
-"""Trains a small net in raw accelerate loops, for hosts/test_accelerate.py; run by torchrun.
+"""Trains a small net in raw accelerate loops, for hosts/test_accelerate.py; started as torchrun does.
 
 Every process writes what it saw to `<folder>/<rank>.pt`. The data, and the groups of micro-batches that share a
 perturbation, are here as well, for the reference that the weights are compared with.

@@ -1,4 +1,4 @@
-"""Trains with ascent policies in two processes, for test_ascent_processes.py; run by torchrun.
+"""Trains with ascent policies in two processes, for test_ascent_processes.py; started as torchrun does.
 
 Every process writes `<folder>/<rank>.pt`: by case what it has after each step.
 """

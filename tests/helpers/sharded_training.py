@@ -1,4 +1,4 @@
-"""Trains a small net whose parameters are spread over processes, for test_fsdp.py; run by torchrun.
+"""Trains a small net whose parameters are spread over processes, for test_fsdp.py; started as torchrun does.
 
 Every process writes what it saw to `<folder>/<rank>.pt`. How many processes there are decides which cases run.
 """
