@@ -1,4 +1,4 @@
-"""Trains a small net with `DistributedDataParallel` through every door of AMP, for test_ddp.py; started as torchrun does.
+"""Trains a small net with `DistributedDataParallel` through every door of AMP, for test_ddp.py, as torchrun starts it.
 
 Every process writes what it saw to `<folder>/<rank>.pt`. The data, and the groups of micro-batches that share a
 perturbation, are here as well, for the reference that the weights are compared with.

@@ -1,4 +1,4 @@
-"""Trains the problem of the exactness table in every host, for test_exactness.py; started in two processes as torchrun does.
+"""Trains the problem of the exactness table in every host, for test_exactness.py, in two processes as torchrun does.
 
 python -m torch.distributed.run --nproc_per_node 2 tests/helpers/exactness_cells.py FOLDER no|inductor
 
