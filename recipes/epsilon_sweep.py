@@ -54,13 +54,7 @@ SGD = Setting(0.0, 0.0)
 
 
 def read(ledger: Path, dataset: str = BUNDLED) -> Sweep:
-    """Return the runs of the sweep on a data set in a ledger, by setting.
-
-    Raises:
-        FileNotFoundError: there is no such ledger.
-        ValueError: the ledger has no such runs, or one of them twice; or the runs differ in more than AMP's two
-            settings and the seed, so that they cannot be compared.
-    """
+    """Return the runs of the sweep on a data set in a ledger, by setting; they must be comparable and there once."""
     runs = [run for run in read_ledger(ledger) if is_trial(run) and run["settings"]["dataset"] == dataset]
     if not runs:
         raise ValueError(f"{ledger} has no runs on {dataset} with validation_images")

@@ -125,12 +125,8 @@ def show(
     render: Callable[[T], str],
     draw: Callable[[T, Path], object] | None = None,
 ) -> None:
-    """Print what was found and put it, with its picture if it has one, between the marks of a page.
-
-    Raises:
-        ValueError: nothing was found, and a page that has something shall keep it.
-    """
-    if not found:
+    """Print what was found and put it, with its picture if it has one, between the marks of a page."""
+    if not found:  # a page that has something shall keep it
         raise ValueError(f"{args.ledger} has no runs of these cells; run them first, or name their --ledger")
     mark, text = f"{what}-{scale.name}", render(found)
     page: Path = args.page or args.output_dir / f"{mark}.md"

@@ -19,17 +19,11 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Peak(NamedTuple):
-    """What the steps after the first ones took.
+    """What the steps after the first ones took."""
 
-    Attributes:
-        process: resident set of the process, in bytes.
-        allocator: memory of torch's allocator on the accelerator, in bytes; 0 without one.
-        faults: number of pages that the system had to provide in a step.
-    """
-
-    process: int
-    allocator: int
-    faults: float
+    process: int  # resident set of the process, in bytes
+    allocator: int  # memory of torch's allocator on the accelerator, in bytes; 0 without one
+    faults: float  # pages that the system had to provide in a step
 
 
 class _Over(BaseException):

@@ -20,33 +20,19 @@ _STYLES: list[dict[str, Any]] = [
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One line of the table."""
 
-    Attributes:
-        section: subject that the figure belongs to.
-        case: setting, equal for a figure and its baseline.
-        name: what was measured.
-        baseline: what the ratio compares with.
-        value: median of what was measured, in `unit`.
-        baseline_value: median of the baseline, in `unit`.
-        unit: unit of both, of a rate or of a duration.
-        ratio: median of the ratios of the single rounds; 0 where the baseline is 0.
-        low: lower quartile of the ratios.
-        high: upper quartile of the ratios.
-        rounds: number of rounds; 1 for what is counted, not timed.
-    """
-
-    section: str
-    case: str
-    name: str
-    baseline: str
-    value: float
-    baseline_value: float
-    unit: str
-    ratio: float
-    low: float
-    high: float
-    rounds: int
+    section: str  # subject that the figure belongs to
+    case: str  # setting, equal for a figure and its baseline
+    name: str  # what was measured
+    baseline: str  # what the ratio compares with
+    value: float  # median of what was measured, in `unit`
+    baseline_value: float  # median of the baseline, in `unit`
+    unit: str  # unit of both, of a rate or of a duration
+    ratio: float  # median of the ratios of the single rounds; 0 where the baseline is 0
+    low: float  # lower quartile of the ratios
+    high: float  # upper quartile of the ratios
+    rounds: int  # 1 for what is counted, not timed
 
 
 def timed(

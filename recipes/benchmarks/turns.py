@@ -41,15 +41,9 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Run rounds in which every loop makes one step, in an order that rotates; return each loop's seconds by round.
 
-    Args:
-        loops: loops by name. Each runs up to its first turn, in this order, before any loop makes a step.
-        rounds: least and largest number of measured rounds.
-        seconds: duration of the measured rounds, in seconds, after which only the least number is made up; default 0.
-        warm_up: number of rounds before the measured ones, default 1.
-        prepare: function that is called before each step and not timed, default: nothing is done.
-
-    Raises:
-        RuntimeError: a loop ended. What a loop raises comes through.
+    Each loop runs up to its first turn before any loop makes a step, and `warm_up` rounds go unmeasured. `rounds` are
+    the least and the largest number of measured rounds, of which only the least is made once `seconds` are over.
+    `prepare` is called before each step and not timed. What a loop raises comes through; a loop that ends is an error.
     """
     hub = getcurrent()
     running = {name: greenlet(loop, hub) for name, loop in loops.items()}
@@ -77,15 +71,9 @@ def take_turns(
 
 
 def compare(section: str, case: str, ways: Ways, unit: str, amount: float = 1.0, **settings: Any) -> list[Row]:
-    """Let loops take turns and return a row for each that has a baseline.
+    """Let loops take turns, with the settings of `take_turns`, and return a row for each that has a baseline.
 
-    Args:
-        section: section of the rows.
-        case: case of the rows.
-        ways: loops and the names of their baselines, by name.
-        unit: unit of the figures; "ms" and "s" are durations, others rates.
-        amount: how much of what is measured, e.g. how many images, one step of a loop does, default 1.
-        **settings: further arguments of `take_turns`.
+    The units "ms" and "s" are of durations, others of rates; `amount` is what a step of a loop does, e.g. its images.
     """
     scale = {"ms": 1e3, "s": 1.0}.get(unit)
     times = take_turns({name: loop for name, (loop, _) in ways.items()}, **settings)

@@ -13,29 +13,17 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def read_part(page: Path, mark: str) -> str:
-    """Return what stands between the marks of a page, without the empty lines beside them.
-
-    Raises:
-        ValueError: the page does not have these marks once each.
-    """
+    """Return what stands between the marks of a page, without the empty lines beside them."""
     return _split(page, page.read_text(), mark)[1].strip("\n")
 
 
 def write_part(
     page: Path, mark: str, text: str, draw: Callable[[Path], object] | None = None, picture: str = "", alt: str = ""
 ) -> None:
-    """Put a text between the marks of a page. A page that does not exist yet is made of the marked part alone.
+    """Put a text between the marks of a page, below a picture if `draw` draws one into the file `picture` beside it.
 
-    Args:
-        page: Markdown file.
-        mark: name of the part.
-        text: content of the part.
-        draw: function that draws the picture, default: no picture. If the function fails, the page stays as it was.
-        picture: file name of the picture, which goes beside the page.
-        alt: description of the picture for those who do not see it.
-
-    Raises:
-        ValueError: the page does not have these marks once each; nothing has been drawn or written.
+    A page that does not exist yet is made of the marked part alone. A page without these marks, or whose picture
+    cannot be drawn, stays as it was.
     """
     now = page.read_text() if page.exists() else f"<!-- {mark}: begin -->\n<!-- {mark}: end -->\n"
     before, _, after = _split(page, now, mark)

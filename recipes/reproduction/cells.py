@@ -15,21 +15,13 @@ from reproduction.scale import Scale
 
 @dataclass(frozen=True)
 class Cell:
-    """One run.
-
-    Attributes:
-        setting: model, augmentation and data set.
-        method: name of the method in methods.yaml.
-        seed: seed of the run.
-        values: hyper-parameters beyond the method's and the scale's own.
-        trial: whether the run is one of the trials that choose hyper-parameters, on held-out training images.
-    """
+    """One run."""
 
     setting: Setting
-    method: str
+    method: str  # name in methods.yaml
     seed: int
-    values: dict[str, Any] = field(default_factory=dict)
-    trial: bool = False
+    values: dict[str, Any] = field(default_factory=dict)  # hyper-parameters beyond the method's and the scale's own
+    trial: bool = False  # whether the run helps to choose hyper-parameters, on held-out training images
 
     def options(self, scale: Scale) -> dict[str, Any]:
         """Return all that train.py is told about the training, by option."""
@@ -61,11 +53,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which cells of a scale are meant; None is all that the scale has.
-
-    Raises:
-        ValueError: the scale does not have what was chosen.
-    """
+    """Which cells of a scale are meant; None is all that the scale has."""
 
     scale: Scale
     models: Sequence[str] | None = None
@@ -100,11 +88,7 @@ class Selection:
         return [name for name in methods() if name in wanted]
 
     def runs(self) -> list[Cell]:
-        """Return the runs that are reported: seed by seed, method by method.
-
-        Raises:
-            ValueError: hyper-parameters have not been chosen yet.
-        """
+        """Return the runs that are reported: seed by seed, method by method."""
         settings = self.settings()
         cells = {
             (seed, method, setting): _values(self.scale, setting, method)
@@ -122,11 +106,7 @@ class Selection:
         return [Cell(setting, method, seed, values or {}) for (seed, method, setting), values in cells.items()]
 
     def trials(self) -> list[Cell]:
-        """Return the runs that choose hyper-parameters, method by method.
-
-        Raises:
-            ValueError: the scale has none.
-        """
+        """Return the runs that choose hyper-parameters, method by method."""
         tuning = self.scale.tuning
         if tuning is None:
             raise ValueError(f"the scale {self.scale.name} takes the published hyper-parameters; it has no trials")

@@ -30,11 +30,7 @@ class Choice(NamedTuple):
 
 
 def choose(scale: Scale, trials: Sequence[Cell], ledger: list[records.Record]) -> Choice:
-    """Choose the best trial of each method whose trials are all in the ledger; what was chosen for others stays.
-
-    Raises:
-        ValueError: the scale has no trials.
-    """
+    """Choose the best trial of each method whose trials are all in the ledger; what was chosen for others stays."""
     tuning = scale.tuning
     if tuning is None:
         raise ValueError(f"the scale {scale.name} has no trials to choose from")

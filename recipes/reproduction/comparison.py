@@ -27,17 +27,11 @@ class Interval(NamedTuple):
 
 @dataclass
 class Row:
-    """The runs of one method with the same hyper-parameters, on the test images.
+    """The runs of one method with the same hyper-parameters, on the test images."""
 
-    Attributes:
-        method: name of the method in methods.yaml.
-        values: hyper-parameters in which runs of the method may differ, by option.
-        runs: runs by seed.
-    """
-
-    method: str
-    values: dict[str, Any]
-    runs: dict[int, Record] = field(default_factory=dict)
+    method: str  # name in methods.yaml
+    values: dict[str, Any]  # hyper-parameters in which runs of the method may differ, by option
+    runs: dict[int, Record] = field(default_factory=dict)  # by seed
 
     def measured(self, name: str) -> dict[int, float]:
         """Return one metric by seed."""
@@ -82,11 +76,7 @@ def reference_of(rows: Sequence[Row], method: str = REFERENCE) -> Row | None:
 
 
 def rows_of(chosen: Selection, ledger: Sequence[Record]) -> dict[Setting, list[Row]]:
-    """Return the rows of ERM and the chosen methods that have runs, by setting, in the order of methods.yaml.
-
-    Raises:
-        ValueError: a run is in the ledger twice.
-    """
+    """Return the rows of ERM and the chosen methods that have runs, by setting, in the order of methods.yaml."""
     found: dict[Setting, list[Row]] = {}
     runs = [
         (run["settings"]["seed"], comparable(run["settings"]), run)

@@ -44,11 +44,7 @@ class Price(NamedTuple):
 
 
 def price(cell: Cell, scale: Scale) -> Price:
-    """Count what a run takes, on tensors without contents.
-
-    Raises:
-        ValueError: the options cannot be meant.
-    """
+    """Count what a run takes, on tensors without contents."""
     _, model_args, args = parse(train_argv(cell, scale))
     dataset = published().datasets[cell.setting.dataset]
     images = cell.options(scale).get("train_images", dataset["images"])

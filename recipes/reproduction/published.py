@@ -38,33 +38,20 @@ class Figure(NamedTuple):
 
 
 class Published(NamedTuple):
-    """What published.yaml says.
+    """What published.yaml says."""
 
-    Attributes:
-        models: networks by the paper's names.
-        datasets: number of training images and of classes, by data set.
-        perturbation: AMP's options of train.py, by model and augmentation.
-        results: test errors by setting and method.
-    """
-
-    models: dict[str, Model]
-    datasets: dict[str, dict[str, int]]
-    perturbation: dict[str, dict[str, dict[str, float]]]
-    results: dict[Setting, dict[str, Figure]]
+    models: dict[str, Model]  # by the paper's names
+    datasets: dict[str, dict[str, int]]  # number of training images and of classes, by data set
+    perturbation: dict[str, dict[str, dict[str, float]]]  # AMP's options of train.py, by model and augmentation
+    results: dict[Setting, dict[str, Figure]]  # test errors by setting and method
 
 
 class Method(NamedTuple):
-    """A way to train.
+    """A way to train."""
 
-    Attributes:
-        label: name in the tables.
-        options: options of train.py, or "dropout" or "epochs_times" (see methods.yaml).
-        tuned_as: method whose chosen values this one takes; None for its own.
-    """
-
-    label: str
-    options: dict[str, Any]
-    tuned_as: str | None = None
+    label: str  # name in the tables
+    options: dict[str, Any]  # of train.py, or "dropout" or "epochs_times" (see methods.yaml)
+    tuned_as: str | None = None  # method whose chosen values this one takes; None for its own
 
     @property
     def ascent(self) -> str | None:

@@ -17,52 +17,34 @@ PAPER = "paper"  # the scale at which the published figures are comparable
 
 @dataclass(frozen=True)
 class Tuning:
-    """How hyper-parameters are chosen.
+    """How hyper-parameters are chosen."""
 
-    Attributes:
-        validation_images: number of training images that are held out, and decide.
-        seed: seed of the trials.
-        trials: values to try, by method; as many for each.
-        carried: data sets without trials, and for each the data set whose chosen values it takes.
-    """
-
-    validation_images: int
-    seed: int
-    trials: dict[str, list[dict[str, Any]]]
-    carried: dict[str, str] = field(default_factory=dict)
+    validation_images: int  # number of training images that are held out, and decide
+    seed: int  # seed of the trials
+    trials: dict[str, list[dict[str, Any]]]  # values to try, by method; as many for each
+    carried: dict[str, str] = field(default_factory=dict)  # data sets without trials, and whose chosen values they take
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What all cells of a sweep have in common.
+    """What all cells of a sweep have in common."""
 
-    Attributes:
-        name: name of the file, without its ending.
-        path: the file.
-        models: arguments of each network, by the paper's names of them.
-        datasets: data sets to train on.
-        augmentations: augmentations, as train.py calls them.
-        seeds: seeds of the runs that are reported.
-        options: options of train.py.
-        launch: arguments of ``accelerate launch``.
-        methods: methods to compare; None for those that are published for a cell.
-        tuning: how hyper-parameters are chosen; None if the published ones are taken.
-        chosen: hyper-parameters by setting and method, from `chosen_path`.
-        train_args: further arguments of train.py, from the command line.
-    """
+    path: Path  # the YAML file, whose name without its ending is that of the scale
+    models: dict[str, dict[str, Any]]  # arguments of each network, by the paper's names of them
+    datasets: list[str]  # data sets to train on
+    augmentations: list[str]  # as train.py calls them
+    seeds: list[int]  # seeds of the runs that are reported
+    options: dict[str, Any]  # options of train.py
+    launch: list[str]  # arguments of ``accelerate launch``
+    methods: list[str] | None = None  # methods to compare; None for those that are published for a cell
+    tuning: Tuning | None = None  # None if the published hyper-parameters are taken
+    chosen: dict[Setting, dict[str, dict[str, Any]]] = field(default_factory=dict)  # from `chosen_path`, by method
+    train_args: list[str] = field(default_factory=list)  # further arguments of train.py, from the command line
 
-    name: str
-    path: Path
-    models: dict[str, dict[str, Any]]
-    datasets: list[str]
-    augmentations: list[str]
-    seeds: list[int]
-    options: dict[str, Any]
-    launch: list[str]
-    methods: list[str] | None = None
-    tuning: Tuning | None = None
-    chosen: dict[Setting, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    train_args: list[str] = field(default_factory=list)
+    @property
+    def name(self) -> str:
+        """The name of the file, without its ending."""
+        return self.path.stem
 
     @property
     def chosen_path(self) -> Path:
@@ -71,21 +53,17 @@ class Scale:
 
 
 def read_scale(name: str) -> Scale:
-    """Read a scale that comes with the recipes, or a YAML file, and what was chosen for it.
-
-    Raises:
-        ValueError: there is no such scale, or something in it cannot be meant.
-    """
+    """Read a scale that comes with the recipes, or a YAML file, and what was chosen for it."""
     path = HERE / f"{name}.yaml" if (HERE / f"{name}.yaml").is_file() else Path(name)
     if not path.is_file():
         raise ValueError(f"--scale {name!r} is neither paper nor cpu nor a YAML file")
     data = yaml.safe_load(path.read_text())
-    known = {f.name for f in fields(Scale)} - {"name", "path", "chosen", "train_args"}
+    known = {f.name for f in fields(Scale)} - {"path", "chosen", "train_args"}
     needed = known - {"methods", "tuning"}
     if not isinstance(data, dict) or not needed <= data.keys() <= known:
         raise ValueError(f"{path}: a scale names {', '.join(sorted(needed))}, and methods and tuning if it likes")
     tuning = data.pop("tuning", None)
-    scale = Scale(name=path.stem, path=path, tuning=None if tuning is None else Tuning(**tuning), **data)
+    scale = Scale(path=path, tuning=None if tuning is None else Tuning(**tuning), **data)
     _check(scale)
     if scale.chosen_path.is_file():
         scale.chosen.update(by_setting(yaml.safe_load(scale.chosen_path.read_text()), itemgetter("values")))

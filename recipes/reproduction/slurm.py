@@ -42,11 +42,7 @@ def write_script(folder: Path, tasks: Sequence[int], argv: Sequence[str]) -> Pat
 
 
 def submit(script: Path, sbatch_args: Sequence[str]) -> str:
-    """Hand a script to sbatch and return what sbatch said.
-
-    Raises:
-        ValueError: there is no sbatch here, or it refused.
-    """
+    """Hand a script to sbatch and return what sbatch said."""
     command = ["sbatch", *sbatch_args, str(script)]
     if shutil.which("sbatch") is None:
         raise ValueError(f"there is no sbatch here; on the cluster's login node: {shlex.join(command)}")

@@ -59,24 +59,15 @@ class Sweep:
 
     Every cell has a folder with a lock, which its process inherits: whoever finds it taken, even after the sweep that
     took it was killed and left the process behind, leaves that cell alone.
-
-    Attributes:
-        scale: scale of the cells.
-        ledger: file to which train.py appends finished runs.
-        folder: folder of the cells' folders.
-        data_root: argument of train.py, default None: the Hub.
-        jobs: number of cells that run at the same time, default 1.
-        failures: cells that could not be run.
-        elsewhere: cells that another sweep is running.
     """
 
     scale: Scale
-    ledger: Path
-    folder: Path
-    data_root: str | None = None
-    jobs: int = 1
-    failures: list[Failure] = field(default_factory=list)
-    elsewhere: list[Cell] = field(default_factory=list)
+    ledger: Path  # file to which train.py appends finished runs
+    folder: Path  # folder of the cells' folders
+    data_root: str | None = None  # argument of train.py; None for the Hub
+    jobs: int = 1  # number of cells that run at the same time
+    failures: list[Failure] = field(default_factory=list)  # cells that could not be run
+    elsewhere: list[Cell] = field(default_factory=list)  # cells that another sweep is running
 
     def run(self, cells: Sequence[Cell]) -> None:
         """Run the cells in this order; whatever ends this function ends the processes that it has started."""

@@ -20,7 +20,7 @@ _MEASURES = {  # by metric: heading and digits
     "eval_nll": ("NLL", 3),
     "eval_ece": ("ECE", 3),
 }
-_DIGITS = {"eval_error": 2, "eval_nll": 3}  # of the differences
+DIGITS = {"eval_error": 2, "eval_nll": 3}  # of the differences
 _PANELS = {"eval_error": "test error %, last epoch", "eval_nll": "test NLL"}
 _SEED: dict[str, Any] = {"markersize": 4, "markeredgewidth": 0.8, "zorder": 3}
 _LIBRARIES = ("torch", "transformers")
@@ -53,7 +53,7 @@ def _table(rows: Sequence[Row], paper: Mapping[str, Figure]) -> str:
         cells += [spread(row.numbers(name), digits) for name, (_, digits) in _MEASURES.items()]
         cells.append(" to ".join(f"{n:g}" for n in sorted(set(row.numbers("passes")))) or "-")
         cells += _figure(paper.get(row.method)) if paper else []
-        lines.append([*cells, *differences(others.values(), row, _DIGITS)])
+        lines.append([*cells, *differences(others.values(), row, DIGITS)])
     return table(heads, lines)
 
 

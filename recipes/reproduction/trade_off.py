@@ -13,11 +13,10 @@ from guides.page import table
 from amp_plugin.report.style import AMBER, BLUE, GREEN, PINK, SKY, VERMILION, legend_below, picture
 from reproduction.comparison import AMP, REFERENCE, Row, paired, reference_of
 from reproduction.published import Method, Setting, methods
-from reproduction.table import differences, spread
+from reproduction.table import DIGITS, differences, spread
 
 SECTION = "Ascent policies"  # section of the benchmark
 _MEASURES = {"eval_error": "test error %", "eval_nll": "test NLL"}
-_DIGITS = {"eval_error": 2, "eval_nll": 3}
 # Okabe and Ito's have fewer colours than there are modes; the second round has another mark.
 _STYLES = [(colour, mark) for mark in "sDv" for colour in (VERMILION, BLUE, GREEN, PINK, AMBER, SKY)]
 _NOTE = """\
@@ -41,11 +40,7 @@ class Mode(NamedTuple):
 
 
 def seconds_of(benchmark: Path) -> dict[str, float]:
-    """Return the ratios of `benchmark.py --only ascents` by policy, from the JSON Lines that it wrote.
-
-    Raises:
-        ValueError: the file does not have one network and batch size.
-    """
+    """Return the ratios of `benchmark.py --only ascents` by policy, from the JSON Lines that it wrote."""
     rows = [json.loads(text) for text in benchmark.read_text().splitlines()] if benchmark.is_file() else []
     rows = [row for row in rows if row.get("section") == SECTION]
     if len({row["case"] for row in rows}) != 1:
@@ -57,11 +52,7 @@ def seconds_of(benchmark: Path) -> dict[str, float]:
 
 
 def modes_of(rows: Sequence[Row], seconds: Mapping[str, float]) -> list[Mode]:
-    """Return ERM, ERM for longer, and AMP with each policy, where they ran with the hyper-parameters they share.
-
-    Raises:
-        ValueError: a mode's seconds were not measured.
-    """
+    """Return ERM, ERM for longer, and AMP with each policy, where they ran with the hyper-parameters they share."""
     reference, amp = reference_of(rows), reference_of(rows, AMP)
     if reference is None:
         return []
@@ -96,8 +87,8 @@ def markdown(tables: Mapping[Setting, Sequence[Mode]]) -> str:
         reference, amp = reference_of(rows), reference_of(rows, AMP)
         for mode in modes:
             cells = [mode.method().label, f"{mode.passes:.2f}", f"{mode.seconds:.2f}", str(len(mode.row.runs))]
-            cells += [spread(mode.row.numbers(name), digits) for name, digits in _DIGITS.items()]
-            cells += differences((reference, amp), mode.row, _DIGITS)
+            cells += [spread(mode.row.numbers(name), digits) for name, digits in DIGITS.items()]
+            cells += differences((reference, amp), mode.row, DIGITS)
             shares = [kept(reference, amp, mode.row, name) for name in _MEASURES]
             lines.append([*cells, *("-" if share is None else f"{share:.0%}" for share in shares)])
         parts.append(f"### {setting.dataset}, {setting.model}\n\n{table(heads, lines)}")
