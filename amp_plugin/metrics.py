@@ -111,17 +111,11 @@ def classification_scores(logits: Any, labels: Any, *, n_bins: int = 15) -> dict
 
 @dataclass(frozen=True)
 class CalibrationBins:
-    """Predictions by their confidence, in bins of equal width: (0, 1/n] to (1 - 1/n, 1].
+    """Predictions by their confidence, in n bins of equal width: (0, 1/n] to (1 - 1/n, 1]."""
 
-    Attributes:
-        counts: (n,) number of predictions in each bin.
-        accuracy: (n,) fraction of right predictions in each bin; NaN in an empty bin.
-        confidence: (n,) mean confidence in each bin, a fraction; NaN in an empty bin.
-    """
-
-    counts: npt.NDArray[np.int64]
-    accuracy: npt.NDArray[np.float64]
-    confidence: npt.NDArray[np.float64]
+    counts: npt.NDArray[np.int64]  # number of predictions in each bin
+    accuracy: npt.NDArray[np.float64]  # fraction of right predictions in each bin; NaN in an empty bin
+    confidence: npt.NDArray[np.float64]  # mean confidence in each bin, a fraction; NaN in an empty bin
 
     @property
     def ece(self) -> float:

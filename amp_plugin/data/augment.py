@@ -28,18 +28,10 @@ DRAWS = 10
 
 
 class Augmenter:
-    """Turn uint8 images into normalised float32 batches.
+    """Turn uint8 images of one size (H, W) into normalised float32 batches, resized (bicubic) to ``output_size``.
 
-    Args:
-        settings: settings of the data set.
-        augment: "none"; "plain" (crop and flip); "cutout" (plain and Cutout); "autoaugment" (plain,
-            AutoAugment and Cutout, as in the AMP paper; no crop where the settings say so).
-        image_size: (H, W) of the images.
-        output_size: (H, W) to which the augmented images are resized (bicubic), by default ``image_size``.
-        channels_last: whether batches have that memory format.
-
-    Raises:
-        ValueError: ``augment`` is unknown, or torchvision does not have the policy.
+    ``augment`` is "none"; "plain" (crop and flip); "cutout" (plain and Cutout); or "autoaugment" (plain, AutoAugment
+    and Cutout, as in the AMP paper; no crop where the settings say so).
     """
 
     def __init__(
@@ -60,20 +52,15 @@ class Augmenter:
             self._autoaugment = BatchAutoAugment(settings.autoaugment, image_size, settings.fill)
         self._crop = settings.pad > 0 and (augment != "autoaugment" or settings.autoaugment_crop)
         self._cutout = augment in ("cutout", "autoaugment")
-        self._output_size = None if output_size == image_size else output_size
+        self._output_size = output_size
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         mean, std = (torch.tensor(value).view(3, 1, 1) for value in (settings.mean, settings.std))
         self._scale, self._shift = 1 / (255 * std), -mean / std
 
     def __call__(self, images: Images, draws: Draws) -> Tensor:
-        """Augment and normalise a batch.
+        """Augment and normalise a batch, from uint8 (B, H, W, 3) to float32 (B, 3, H, W) of the output size.
 
-        Args:
-            images: uint8 (B, H, W, 3).
-            draws: (B, DRAWS) independent and uniform in [0, 1); ignored when ``augment`` is "none".
-
-        Returns:
-            float32 (B, 3, H, W), of the output size.
+        Draws (B, DRAWS) are independent and uniform in [0, 1), and ignored when ``augment`` is "none".
         """
         planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
         if self.augment != "none":

@@ -23,15 +23,9 @@ Operation = tuple[str, float]  # torchvision's name, and the magnitude with its 
 
 
 class BatchAutoAugment:
-    """Apply one of torchvision's AutoAugment policies to batches of one image size.
+    """Apply one of torchvision's AutoAugment policies, cifar10, svhn or imagenet, to batches of one image size (H, W).
 
-    Args:
-        policy: name of the policy: cifar10, svhn or imagenet.
-        image_size: (H, W) of the images.
-        fill: grey level of the pixels that move into the image, by default 128, as in the classic implementations.
-
-    Raises:
-        ValueError: torchvision has no such policy.
+    Pixels that move into the image have the grey level ``fill``, by default 128, as in the classic implementations.
     """
 
     def __init__(self, policy: str, image_size: tuple[int, int], fill: int = 128) -> None:
@@ -71,16 +65,11 @@ class BatchAutoAugment:
         probs: npt.NDArray[np.float64],
         signs: npt.NDArray[np.int64],
     ) -> Tensor:
-        """Augment a batch, with the random numbers of `torchvision.transforms.AutoAugment.get_params`.
+        """Augment uint8 (B, 3, H, W) into a new tensor, with the random numbers of torchvision's `get_params`.
 
-        Args:
-            images: uint8 (B, 3, H, W).
-            policy_ids: (B,) indices of sub-policies, each of which is two operations in order.
-            probs: (B, 2) uniform in [0, 1); an operation runs where its probability is larger.
-            signs: (B, 2) of 0 (negative magnitude, where the operation has a sign) and 1.
-
-        Returns:
-            uint8 (B, 3, H, W), a new tensor.
+        A sub-policy, of which ``policy_ids`` (B,) are the indices, is two operations in order. An operation runs where
+        its probability is larger than ``probs`` (B, 2), which are uniform in [0, 1). Its magnitude is negative, where
+        it has a sign, if ``signs`` (B, 2) are 0 and not 1.
         """
         images = images.clone()
         for step in range(2):

@@ -30,20 +30,10 @@ _CRC_BYTES = 4
 def decoded_images(
     dataset: datasets.Dataset, column: str, *, where: str, image_size: int | None, cache_dir: Path
 ) -> Images:
-    """Return the images of a column, from the cache if they are there.
+    """Return the images of a column, uint8 (N, H, W, 3), RGB, read-only, from the cache if they are there.
 
-    Args:
-        dataset: one split, not empty.
-        column: column of `datasets.Image`.
-        where: name of the data set and the split, for messages.
-        image_size: height and width to resize to (bicubic, ignoring the aspect ratio); None for no resizing.
-        cache_dir: folder of the cache; it is made when absent.
-
-    Returns:
-        uint8 (N, H, W, 3), RGB, read-only.
-
-    Raises:
-        DatasetError: an image cannot be decoded or has another size, or the cache cannot be written.
+    Height and width become ``image_size`` (bicubic, ignoring the aspect ratio), unless it is None. ``where`` names the
+    data set and the split in messages.
     """
     key = hashlib.sha256(repr((dataset._fingerprint, column, image_size)).encode()).hexdigest()[:32]
     path = cache_dir / f"{key}.npy"

@@ -16,11 +16,7 @@ SELECTION_STREAM = _MAX_KEY  # a stream that no epoch reaches
 def uniform_draws(seed: int, stream: int, samples: int, columns: int) -> npt.NDArray[np.float64]:
     """Draw ``columns`` numbers for each sample; the row of sample i does not depend on ``samples``.
 
-    Returns:
-        (samples, columns) multiples of 2**-32 in [0, 1), so that ``floor(n * draw)`` is exact for every n < 2**21.
-
-    Raises:
-        ValueError: seed or stream lies outside [0, 2**64).
+    The numbers are multiples of 2**-32 in [0, 1), so that ``floor(n * draw)`` is exact for every n < 2**21.
     """
     for name, value in (("seed", seed), ("stream", stream)):
         if not 0 <= value <= _MAX_KEY:

@@ -27,11 +27,7 @@ class Rows:
     where: str
 
     def feature(self, column: str, argument: str) -> Any:
-        """Return the type of a column.
-
-        Raises:
-            DatasetError: there is no such column; the message says which argument names it.
-        """
+        """Return the type of a column; where there is none, the message says which argument names it."""
         if column not in self.dataset.column_names:
             raise DatasetError(
                 f"{self.where} has no column {column!r}, only {', '.join(self.dataset.column_names)}; name the"
@@ -40,11 +36,7 @@ class Rows:
         return self.dataset.features[column]
 
     def values(self, column: str, kind: str) -> npt.NDArray[Any]:
-        """Return the values of a column, which the message calls ``kind``.
-
-        Raises:
-            DatasetError: a value is missing.
-        """
+        """Return the values of a column; where one is missing, the message calls them ``kind``."""
         values = self.dataset.select_columns([column]).with_format("arrow")[:].column(column)
         if values.null_count:
             raise DatasetError(
@@ -63,22 +55,10 @@ def fetch(
     data_root: str | os.PathLike[str] | None,
     cache: Path,
 ) -> list[Rows]:
-    """Load some splits of a data set, with one message for whatever goes wrong.
+    """Load some splits of a data set, none of them empty; a `DatasetError` says whatever goes wrong.
 
-    Args:
-        name: name of the data set in messages.
-        path: id on the Hub, or a folder.
-        config: configuration of the data set, where it has several.
-        splits: names of the splits.
-        data_root: local mirror of the Hub to load from; an absolute path, as the sample's is, ignores it.
-        cache: folder for the Arrow files.
-
-    Returns:
-        The splits, none of them empty.
-
-    Raises:
-        DatasetError: the folder is missing, the Hub is out of reach, the files cannot be loaded, or a split is
-            missing or empty.
+    The path is an id on the Hub, of which ``data_root`` may be a local mirror, or a folder. The Arrow files go to the
+    folder ``cache``.
     """
     import datasets
 

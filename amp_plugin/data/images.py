@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -124,13 +124,8 @@ def load_images(
 def _source(name: str, image: str | None, label: str | None, config: str | None) -> DatasetSource:
     """Look the data set up; the caller's columns and configuration overrule those of the table."""
     if name in SOURCES:
-        known = SOURCES[name]
-        return replace(
-            known,
-            config_name=config or known.config_name,
-            image_column=image or known.image_column,
-            label_column=label or known.label_column,
-        )
+        given: dict[str, Any] = {"config_name": config, "image_column": image, "label_column": label}
+        return replace(SOURCES[name], **{argument: value for argument, value in given.items() if value})
     if image is None or label is None:
         raise DatasetError(
             f"data set {name!r} is unknown{did_you_mean(name, SOURCES)}; known are {', '.join(SOURCES)}; for any other"

@@ -15,19 +15,10 @@ Labels = npt.NDArray[np.int64]
 
 
 def class_labels(splits: Sequence[Rows], column: str) -> tuple[list[Labels], tuple[str, ...]]:
-    """Number the labels of some splits.
+    """Return the class indices, int64 (N,), of some splits, first the one to train on, and the names of the classes.
 
-    Args:
-        splits: splits of one data set, first the one to train on.
-        column: column of `datasets.ClassLabel`, of integers 0 to K - 1 that all occur in training, or of strings,
-            whose classes are the training labels in alphabetical order.
-
-    Returns:
-        Class indices, int64 (N,), of each split, and the names of the classes, which are their indices where the
-        column has no names.
-
-    Raises:
-        DatasetError: the column is missing or holds something else, or a label is missing or unknown.
+    The column is one of `datasets.ClassLabel`, of integers 0 to K - 1 that all occur in training and are their own
+    names, or of strings, whose classes are the training labels in alphabetical order.
     """
     import datasets
 

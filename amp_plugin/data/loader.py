@@ -50,10 +50,8 @@ class ImageBatches(Dataset[Batch]):
         self.settings = settings
         self.seed = seed
         height, width = split.images.shape[1:3]
-        output_size = (height, width) if image_size is None else (image_size, image_size)
-        self._augmenter = Augmenter(
-            settings, augment, (height, width), output_size=output_size, channels_last=channels_last
-        )
+        size = None if image_size is None or image_size == height == width else (image_size, image_size)
+        self._augmenter = Augmenter(settings, augment, (height, width), output_size=size, channels_last=channels_last)
         # The epoch lies in shared memory, so that persistent workers see it change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._drawn_epoch = 0

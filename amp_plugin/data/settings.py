@@ -71,9 +71,6 @@ def measured_settings(images: npt.NDArray[np.uint8]) -> DatasetSettings:
 
     The training images (N, H, W, 3) give the statistics, and Cutout's square is half the shorter side, as on CIFAR-10.
     All other settings are the defaults.
-
-    Raises:
-        ValueError: a channel has one value throughout.
     """
     total, squares = np.zeros(3), np.zeros(3)
     for start in range(0, len(images), 1024):

@@ -20,14 +20,10 @@ class LabelledSplit:
     """Labelled examples, of which a class-balanced part can be taken.
 
     A subclass is a dataclass whose fields are arrays of one row per example.
-
-    Attributes:
-        kind: word for the examples, in the plural.
-        labels: int64 (N,).
     """
 
-    kind: ClassVar[str]
-    labels: npt.NDArray[np.int64]
+    kind: ClassVar[str]  # word for the examples, in the plural
+    labels: npt.NDArray[np.int64]  # (N,)
 
     def __len__(self) -> int:
         return len(self.labels)

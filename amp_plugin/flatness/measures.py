@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -49,44 +49,27 @@ class MeasureSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """Measures of one model; None for a measure that was not asked for.
+    """Measures of one model; None for a measure that was not asked for."""
 
-    Attributes:
-        evaluation: loss and error at the weights.
-        weight_norm: L2 norm of the weights, the scale that sharpness and curvature depend on.
-        sharpness: sharpness in the ball.
-        eigenvalues: largest eigenvalues of the Hessian.
-        trace: trace of the Hessian.
-        line: landscape along one direction.
-        plane: landscape of two directions.
-    """
-
-    evaluation: Evaluation
-    weight_norm: float
+    evaluation: Evaluation  # loss and error at the weights
+    weight_norm: float  # L2 norm of the weights, the scale that sharpness and curvature depend on
     sharpness: Sharpness | None = None
     eigenvalues: Eigenvalues | None = None
     trace: Trace | None = None
-    line: Landscape | None = None
-    plane: Landscape | None = None
+    line: Landscape | None = None  # along one direction
+    plane: Landscape | None = None  # of two directions
 
     def as_dict(self) -> dict[str, Any]:
         """Convert the measures for JSON, with None for numbers that are not finite."""
-        values = {name: value for name, value in vars(self).items() if value is not None}
-        values["evaluation"] = self.evaluation._asdict()
-        found: dict[str, Any] = {n: _plain(v if isinstance(v, float | dict) else asdict(v)) for n, v in values.items()}
+        values = asdict(self) | {"evaluation": self.evaluation._asdict()}
         if self.sharpness is not None:
-            found["sharpness"] |= {"sharpness": self.sharpness.sharpness, "worst_loss": self.sharpness.worst_loss}
-        return found
+            values["sharpness"] |= {"sharpness": self.sharpness.sharpness, "worst_loss": self.sharpness.worst_loss}
+        text = json.dumps({n: v for n, v in values.items() if v is not None}, default=np.ndarray.tolist)
+        return dict(json.loads(text, parse_constant=lambda _: None))
 
 
 def measure(objective: Objective, settings: MeasureSettings, which: tuple[str, ...] = MEASURES) -> Measures:
-    """Measure one model.
-
-    Args:
-        objective: loss of the model.
-        settings: arguments of the measures; the plane's second direction is drawn with the next seed.
-        which: names of measures, out of `MEASURES`.
-    """
+    """Make some of the `MEASURES` of one model; the plane's second direction is drawn with the next seed."""
     found: dict[str, Any] = {}
     seed = settings.seed
     if "sharpness" in which:
@@ -105,12 +88,7 @@ def measure(objective: Objective, settings: MeasureSettings, which: tuple[str, .
 
 
 def measures_table(measured: Mapping[str, Measures], more: Mapping[str, Mapping[str, str]]) -> str:
-    """Put models side by side, as a Markdown table.
-
-    Args:
-        measured: measures by the name of the model.
-        more: further rows by their title, each with the cells of the models by name.
-    """
+    """Put models side by side, as a Markdown table with further rows: by their title, the cells of the models."""
     rows: dict[str, dict[str, str]] = {}
 
     def tell(row: str, model: str, cell: str) -> None:
@@ -134,13 +112,3 @@ def measures_table(measured: Mapping[str, Measures], more: Mapping[str, Mapping[
     lines = [["", *names], ["---"] + ["---:"] * len(names)]
     lines += [[row, *(cells.get(name, "") for name in names)] for row, cells in {**rows, **more}.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(v) for name, v in value.items()}
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from amp_plugin.flatness.landscape import Array, Landscape
-from amp_plugin.report.style import AMBER, BLUE, GREEN, PINK, SKY, VERMILION, picture
+from amp_plugin.report.style import AMBER, BLUE, GREEN, PINK, SKY, VERMILION, legend_below, picture
 
 _LINES = tuple(
     zip((BLUE, VERMILION, GREEN, PINK, SKY, AMBER), ("-", "--", "-.", ":", "-", "--"), "os^vDX", strict=True)
@@ -70,8 +70,7 @@ def _draw_lines(landscapes: Mapping[str, Landscape], path: Path, title: str, pan
                 axes.set_yscale("log")
             elif _finite(values).min() >= 0:
                 axes.set_ylim(bottom=0)
-        handles, names = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 3), frameon=False)
+        legend_below(figure, 3)
 
 
 def _draw_planes(landscapes: Mapping[str, Landscape], path: Path, title: str, panels: _Panels) -> None:

@@ -18,19 +18,10 @@ class PretrainedError(ValueError):
 
 
 def pretrained_classifier(auto_class: Any, name: str, class_names: Sequence[str]) -> tuple[PreTrainedModel, list[str]]:
-    """Load a checkpoint with a head for other classes; the head is drawn anew unless its shape is the checkpoint's.
+    """Load a checkpoint with a head for other classes, which is drawn anew unless its shape is the checkpoint's.
 
-    Args:
-        auto_class: class that opens the checkpoint, e.g. `transformers.AutoModelForImageClassification`.
-        name: id on the Hugging Face Hub, or a folder that ``save_pretrained`` or timm's ``save_for_hf`` wrote.
-        class_names: names of the classes, in the order of the labels.
-
-    Returns:
-        The model, and the names of the parameters that the checkpoint did not have.
-
-    Raises:
-        PretrainedError: the checkpoint is out of reach, ``auto_class`` does not have its architecture, or its weights
-            belong to another network.
+    The checkpoint is an id on the Hugging Face Hub, or a folder that ``save_pretrained`` or timm's ``save_for_hf``
+    wrote. With the model come the names of the parameters that the checkpoint did not have.
     """
     config = checkpoint_config(auto_class, name)
     if isinstance(config, TimmWrapperConfig):  # the wrapper adds num_classes itself
@@ -55,11 +46,7 @@ def pretrained_classifier(auto_class: Any, name: str, class_names: Sequence[str]
 
 
 def checkpoint_config(auto_class: Any, name: str) -> Any:
-    """Return the configuration of a checkpoint that ``auto_class`` can open.
-
-    Raises:
-        PretrainedError: the checkpoint is out of reach, or ``auto_class`` does not have its architecture.
-    """
+    """Return the configuration of a checkpoint that ``auto_class`` can open."""
     with explained(name):
         config = AutoConfig.from_pretrained(name)
     if type(config) not in auto_class._model_mapping:
@@ -80,11 +67,7 @@ def head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
 
 
 def freeze_backbone(model: PreTrainedModel) -> None:
-    """Train the head alone: the backbone gets no gradient, and its BatchNorm keeps the checkpoint's statistics.
-
-    Raises:
-        ValueError: the model has no head of its own.
-    """
+    """Train the head alone: the backbone gets no gradient, and its BatchNorm keeps the checkpoint's statistics."""
     head = set(head_parameters(model))
     if not head:
         raise ValueError(f"{type(model).__name__} has no head apart from its backbone, so freezing it leaves nothing")

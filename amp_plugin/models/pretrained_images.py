@@ -18,30 +18,17 @@ from amp_plugin.models.pretrained import PretrainedError, accepts, checkpoint_co
 
 @dataclass(frozen=True)
 class ImageCheckpoint:
-    """A checkpoint and the images it takes: squares of one size, resized (bicubic) and normalised.
+    """A checkpoint and the images it takes: squares of one size, resized (bicubic) and normalised."""
 
-    Attributes:
-        name: id on the Hub, or a folder.
-        image_size: side of the images, in pixels.
-        mean: means of the channels, of pixels in [0, 1].
-        std: standard deviations of the channels, of pixels in [0, 1].
-        processor: image processor to save beside the model; None for a timm model.
-        timm_settings: ``pretrained_cfg`` for the configuration of a timm model; None for another model.
-    """
-
-    name: str
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    processor: Any = None
-    timm_settings: dict[str, Any] | None = None
+    name: str  # id on the Hub, or a folder
+    image_size: int  # side of the images, in pixels
+    mean: tuple[float, float, float]  # means of the channels, of pixels in [0, 1]
+    std: tuple[float, float, float]  # standard deviations of the channels, of pixels in [0, 1]
+    processor: Any = None  # image processor to save beside the model; None for a timm model
+    timm_settings: dict[str, Any] | None = None  # `pretrained_cfg` for the configuration of a timm model
 
     def classifier(self, class_names: Sequence[str]) -> tuple[PreTrainedModel, list[str]]:
-        """Load the model, as `pretrained_classifier` does.
-
-        Raises:
-            PretrainedError: `pretrained_classifier` fails, or the model cannot take images of this size.
-        """
+        """Load the model, as `pretrained_classifier` does, and try it on an image of this size."""
         model, new = pretrained_classifier(AutoModelForImageClassification, self.name, class_names)
         refusal = accepts(model, {"pixel_values": torch.zeros(1, 3, self.image_size, self.image_size)})
         if refusal is not None:
@@ -55,16 +42,11 @@ class ImageCheckpoint:
 
 
 def image_checkpoint(name: str, image_size: int | None = None) -> ImageCheckpoint:
-    """Look up which images a checkpoint takes.
+    """Look up which images a checkpoint takes; an image size, in pixels, overrules the checkpoint's own.
 
-    Args:
-        name: timm model with pretrained weights (``resnet18.a1_in1k``, ``timm/resnet18.a1_in1k``, ``hf-hub:...``),
-            any image classifier on the Hugging Face Hub, or a folder.
-        image_size: side of the images in pixels, by default the checkpoint's own.
-
-    Raises:
-        PretrainedError: the checkpoint is out of reach, has no image processor, or has one that does more than
-            resize, crop and normalise.
+    The checkpoint is a timm model with pretrained weights (``resnet18.a1_in1k``, ``timm/resnet18.a1_in1k``,
+    ``hf-hub:...``), any image classifier on the Hugging Face Hub, or a folder. Its image processor must do no more than
+    resize, crop and normalise.
     """
     name = _full_name(name)
     checkpoint_config(AutoModelForImageClassification, name)

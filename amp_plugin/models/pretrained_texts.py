@@ -16,31 +16,18 @@ _USUAL_LENGTH = 512
 
 @dataclass(frozen=True)
 class TextCheckpoint:
-    """A text classifier to fine-tune.
+    """A text classifier to fine-tune."""
 
-    Attributes:
-        model: model with a head for the classes.
-        new: names of the parameters that the checkpoint did not have.
-        tokenizer: tokenizer of the checkpoint, able to pad.
-        max_length: largest number of tokens of an example.
-    """
-
-    model: PreTrainedModel
-    new: list[str]
-    tokenizer: Any
-    max_length: int
+    model: PreTrainedModel  # with a head for the classes
+    new: list[str]  # names of the parameters that the checkpoint did not have
+    tokenizer: Any  # tokenizer of the checkpoint, able to pad
+    max_length: int  # largest number of tokens of an example
 
 
 def text_checkpoint(name: str, class_names: Sequence[str], max_length: int | None = None) -> TextCheckpoint:
-    """Load a checkpoint and its tokenizer.
+    """Load a checkpoint, an id on the Hugging Face Hub or a folder, and its tokenizer.
 
-    Args:
-        name: id on the Hugging Face Hub, or a folder.
-        class_names: names of the classes, in the order of the labels.
-        max_length: largest number of tokens of an example, by default the checkpoint's own limit, or 512 without one.
-
-    Raises:
-        PretrainedError: the checkpoint is out of reach, is no text model, has no tokenizer, or takes fewer tokens.
+    An example has at most ``max_length`` tokens, by default the checkpoint's own limit, or 512 without one.
     """
     model, new = pretrained_classifier(AutoModelForSequenceClassification, name, class_names)
     with explained(name):

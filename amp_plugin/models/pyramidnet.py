@@ -20,12 +20,7 @@ __all__ = ["PyramidBasicBlock", "PyramidBottleneck", "PyramidNet"]
 
 
 class PyramidShortcut(nn.Module):
-    """A shortcut without parameters: `(B, C, H, W)`, halved by average pooling if striding, zero-padded in C.
-
-    Args:
-        new_chs: Number of zero channels to append.
-        stride: Stride, 1 or 2.
-    """
+    """A shortcut without parameters: `(B, C, H, W)`, halved by average pooling at stride 2, with new zero channels."""
 
     def __init__(self, new_chs: int, stride: int) -> None:
         super().__init__()

@@ -16,30 +16,16 @@ class ResidualBlock(nn.Module):
     """Convolutions, each after BatchNorm and ReLU, beside a shortcut: `(B, in_chs, H, W)` to `(B, out_chs, H', W')`.
 
     The layers are `bn1`, `conv1`, `bn2`, `conv2` and so on; all but the last convolution have `out_chs // expansion`
-    channels.
-
-    Args:
-        in_chs: Input channels.
-        out_chs: Output channels.
-        stride: Stride of the block, 1 or 2.
-        drop_path_rate: Probability of dropping the residual branch.
-        bias: Whether the convolutions have biases.
-        conv_drop_rate: Dropout rate before the last convolution.
-        **dd: Device and dtype of the parameters.
-
-    Attributes:
-        expansion: Ratio of the output channels to the inner channels.
-        kernels: Kernel sizes of the convolutions.
-        strided: Index of the convolution that has the stride.
-        first_act: Whether a ReLU follows the first BatchNorm; the shortcut starts there if so, else at the input.
-        last_norm: Whether a BatchNorm follows the last convolution.
+    channels. Dropout comes before the last convolution, and stochastic depth drops the whole residual branch.
     """
 
-    expansion = 1
-    kernels: tuple[int, ...] = (3, 3)
-    strided = 0
-    first_act = True
-    last_norm = False
+    expansion = 1  # ratio of the output channels to the inner channels
+    kernels: tuple[int, ...] = (3, 3)  # kernel sizes of the convolutions
+    strided = 0  # index of the convolution that has the stride
+    first_act = True  # whether a ReLU follows the first BatchNorm; the shortcut starts there if so, else at the input
+    last_norm = False  # whether a BatchNorm follows the last convolution
+    bn1: nn.Module
+    conv1: nn.Module
 
     def __init__(
         self,
@@ -74,24 +60,20 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Add the residual to the shortcut."""
-        preact = self._layer("bn", 1)(x)
+        preact = self.bn1(x)
         if self.first_act:
             preact = self.act(preact)
         shortcut = x if self.shortcut is None else self.shortcut(preact if self.first_act else x)
-        x = self._layer("conv", 1)(preact)
+        x = self.conv1(preact)
         for number in range(2, len(self.kernels) + 1):
-            x = self.act(self._layer("bn", number)(x))
+            x = self.act(getattr(self, f"bn{number}")(x))
             if number == len(self.kernels):
                 x = self.drop(x)
-            x = self._layer("conv", number)(x)
+            x = getattr(self, f"conv{number}")(x)
         if self.last_norm:
-            x = self._layer("bn", len(self.kernels) + 1)(x)
+            x = getattr(self, f"bn{len(self.kernels) + 1}")(x)
         x = self.drop_path(x)
         return x + shortcut
-
-    def _layer(self, kind: str, number: int) -> nn.Module:
-        layer: nn.Module = getattr(self, f"{kind}{number}")
-        return layer
 
 
 class ResidualNet(StagedNet):

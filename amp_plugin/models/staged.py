@@ -18,11 +18,8 @@ def register_variants(
 ) -> None:
     """Register variants of an architecture with timm, for 32x32 images normalised like CIFAR-10, and ten classes.
 
-    Args:
-        architecture: Class of the models. Its module gets timm's `default_cfgs` and one function for each variant.
-        variants: Arguments of the class, by the name of the variant.
-        pool_size: Height and width of the features of a 32x32 image.
-        first_conv: Name of the first convolution.
+    Its module gets timm's `default_cfgs` and a function for each variant, whose arguments of the class are given by
+    name. Features of a 32x32 image have the height and width `pool_size`.
     """
     cfg = {
         "input_size": (3, 32, 32),

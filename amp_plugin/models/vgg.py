@@ -29,14 +29,7 @@ def _conv_bn_relu(in_chs: int, out_chs: int, conv_drop_rate: float, **dd: Any) -
 
 
 class PreLogits(nn.Module):
-    """VGG's two fully connected layers, at every position: `(B, C, H, W)` to `(B, hidden_features, H, W)`.
-
-    Args:
-        in_features: Input channels.
-        hidden_features: Width of both layers.
-        drop_rate: Dropout rate between them.
-        **dd: Device and dtype of the parameters.
-    """
+    """VGG's two fully connected layers, at every position: `(B, C, H, W)` to `(B, hidden_features, H, W)`."""
 
     def __init__(self, in_features: int, hidden_features: int, drop_rate: float, **dd: Any) -> None:
         super().__init__()

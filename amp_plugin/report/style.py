@@ -28,16 +28,9 @@ _STYLE = {
 
 @contextmanager
 def picture(path: Path, title: str, size: tuple[float, float], figures: str = "") -> Iterator[Figure]:
-    """Yield a figure to draw on, and save it as a PNG at the end.
+    """Yield a figure to draw on, of so many inches of 120 pixels, and save it as a PNG at the end.
 
-    Args:
-        path: PNG to write.
-        title: text above the picture.
-        size: width and height in inches, of 120 pixels each.
-        figures: text with the figures that are drawn, which `shows` looks for; default: none.
-
-    Raises:
-        ImportError: matplotlib is missing (``pip install "amp-plugin[plots]"``).
+    The text ``figures`` lists the numbers that are drawn, by which `shows` knows the picture; by default there is none.
     """
     from matplotlib import style
     from matplotlib.figure import Figure  # the object interface: no global state, no display
@@ -50,12 +43,7 @@ def picture(path: Path, title: str, size: tuple[float, float], figures: str = ""
 
 
 def legend_below(figure: Figure, columns: int = 0) -> None:
-    """Put one legend for all panels below them; a label that several panels have stands there once.
-
-    Args:
-        figure: figure with its panels drawn.
-        columns: number of columns of the legend, default 0: one for each label.
-    """
+    """Put one legend for all panels, drawn before, below them; by default each label has a column, and stands once."""
     handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     columns = columns or len(handles)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
