@@ -92,19 +92,16 @@ def loss_landscape(
     steps = grid_steps(span, points)
     shape = (points,) * len(directions)
     loss, error = np.empty(shape), np.empty(shape)
-    classifies = True
     indices = list(itertools.product(range(points), repeat=len(directions)))
     weights = [p.clone() for p in objective.parameters]
     try:
         for index in progress_bar(objective, indices, f"loss landscape, {len(directions)}-D"):
             for p, theta, *moves in zip(objective.parameters, weights, *directions, strict=True):
                 p.copy_(sum((float(steps[i]) * move for i, move in zip(index, moves, strict=True)), theta))
-            loss[index], wrong = objective.evaluate()
-            classifies = classifies and wrong is not None
-            error[index] = np.nan if wrong is None else wrong
+            loss[index], error[index] = objective.evaluate()  # no error is NaN
     finally:
         torch._foreach_copy_(objective.parameters, weights)
-    return Landscape(steps, loss, error if classifies else None)
+    return Landscape(steps, loss, None if np.isnan(error).any() else error)
 
 
 def grid_steps(span: float, points: int) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -99,14 +100,11 @@ class Objective:
     def evaluate(self) -> Evaluation:
         """Return loss and error at the present weights, by one forward pass over all batches."""
         loss, error = 0.0, 0.0
-        classifies = True
         with self._undisturbed():
             for share, batch_loss, scores, targets in self._forward():
                 loss += share * float(batch_loss)
-                wrong = _wrong(scores, targets)
-                classifies = classifies and wrong is not None
-                error += share * 100 * (wrong or 0.0)
-        return Evaluation(loss, error if classifies else None)
+                error += share * 100 * _wrong(scores, targets)
+        return Evaluation(loss, None if math.isnan(error) else error)
 
     def gradient(self) -> tuple[float, list[Tensor | None]]:
         """Return the loss and its gradient at the present weights; None for a parameter without influence on it."""
@@ -189,10 +187,10 @@ def _scores(output: Any) -> Any:
     return output
 
 
-def _wrong(scores: Any, targets: Any) -> float | None:
-    """Return the fraction of wrong predictions; None unless these are scores (n, K) and classes (n,)."""
+def _wrong(scores: Any, targets: Any) -> float:
+    """Return the fraction of wrong predictions; NaN unless these are scores (n, K) and classes (n,)."""
     if not (isinstance(scores, Tensor) and isinstance(targets, Tensor)):
-        return None
+        return math.nan
     if scores.ndim != 2 or targets.shape != scores.shape[:1] or targets.is_floating_point():
-        return None
+        return math.nan
     return float((scores.argmax(dim=1) != targets).float().mean())

@@ -51,7 +51,6 @@ def calls() -> list[Row]:
     for name, count in counts.items():
         kernels = count.kernels - 2 * one_pass, base.kernels - one_pass
         rows.append(counted("Operators", "PreActResNet18, beyond the passes", name, "SGD", *kernels, "calls"))
-    for name, count in counts.items():
         syncs = sum(count.syncs.values()), sum(base.syncs.values())
         rows.append(counted("Host synchronisations", "PreActResNet18, in one step", name, "SGD", *syncs, "calls"))
     return rows

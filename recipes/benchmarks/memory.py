@@ -5,14 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import resource
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from amp_plugin.train.defaults import keep_freed_memory
-from benchmarks.turns import Loop
+from benchmarks.turns import Loop, take_turns
 
 _WARM_UP = 2  # steps in which buffers and allocators grow
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -26,10 +26,6 @@ class Peak(NamedTuple):
     faults: float  # pages that the system had to provide in a step
 
 
-class _Over(BaseException):
-    """Ends a loop that never returns."""
-
-
 def peak_memory(loop: Loop, threads: int, steps: int = 2, *, keep_freed: bool = False) -> Peak:
     """Run the loop, which must be picklable, in a fresh process; measure `steps` steps after the first two."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -40,22 +36,18 @@ def _measure(loop: Loop, threads: int, steps: int, keep_freed: bool) -> Peak:
     torch.set_num_threads(threads)
     if keep_freed:
         keep_freed_memory()
-    accelerated, turns, faults = torch.accelerator.is_available(), 0, 0
+    accelerated, steps_begun, faults = torch.accelerator.is_available(), count(), 0
 
-    def turn() -> None:
-        nonlocal turns, faults
-        if turns == _WARM_UP:
+    def prepare() -> None:
+        nonlocal faults
+        if next(steps_begun) == _WARM_UP:
             if _CLEAR.exists():
                 _CLEAR.write_text("5")  # the peak counts from here
             if accelerated:
                 torch.accelerator.reset_peak_memory_stats()
             faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        if turns == _WARM_UP + steps:
-            raise _Over
-        turns += 1
 
-    with suppress(_Over):
-        loop(turn)
+    take_turns({"": loop}, (steps, steps), warm_up=_WARM_UP, prepare=prepare)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []
     kibibytes = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), usage.ru_maxrss)

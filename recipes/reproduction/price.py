@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -55,23 +56,18 @@ def price(cell: Cell, scale: Scale) -> Price:
     return Price(cell, count.images / images, count.images * _flops(*architecture))
 
 
-def table(prices: Iterable[Price], gpu: Gpu) -> str:
+def table(prices: Sequence[Price], gpu: Gpu) -> str:
     """Render the prices in Markdown, one row for the seeds of a cell, with the sum of all."""
-    grouped: dict[tuple[str, ...], list[Price]] = {}
-    for one in prices:
-        setting = one.cell.setting
-        grouped.setdefault((setting.model, setting.augment, setting.dataset, one.cell.method), []).append(one)
+    seeds = Counter((*cell.setting, cell.method, passes, flops) for cell, passes, flops in prices)
     rows = [
-        [*names, str(len(some)), f"{passes:g}", f"{flops:.2e}", f"{gpu.hours(flops):.1f}"]
-        for names, some in grouped.items()
-        for _, passes, flops in some[:1]
+        [*names, str(n), f"{passes:g}", f"{flops:.2e}", f"{gpu.hours(flops):.1f}"]
+        for (*names, passes, flops), n in seeds.items()
     ]
-    runs = [one for some in grouped.values() for one in some]
-    total = sum(one.flops for one in runs)
+    total = sum(one.flops for one in prices)
     return (
         f"Computed, not run: counted FLOPs at an assumed {gpu.utilisation:.0%} of the {gpu.peak / 1e12:g} TFLOP/s of"
         f" one {gpu.name}; tests and loading are not counted.\n\n{markdown_table(_HEADS, rows)}\n\n"
-        f"All {len(runs)} runs: {total:.2e} FLOPs, {gpu.hours(total):,.0f} GPU hours."
+        f"All {len(prices)} runs: {total:.2e} FLOPs, {gpu.hours(total):,.0f} GPU hours."
     )
 
 
