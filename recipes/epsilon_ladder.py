@@ -66,7 +66,7 @@ def rungs() -> dict[str, tuple[Scale, dict[float, Cell]]]:
 
 
 def found_in(ledger: Path) -> Found:
-    """Return the figures of the rungs that have runs in a ledger, which must be some."""
+    """Return the figures of the rungs that have runs in a ledger, of which there must be one."""
     runs = records.read(ledger)
     figures = {
         name: {s: run["metrics"] for s, cell in cells.items() if (run := records.find(cell, scale, runs))}

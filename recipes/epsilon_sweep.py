@@ -54,7 +54,7 @@ SGD = Setting(0.0, 0.0)
 
 
 def read(ledger: Path, dataset: str = BUNDLED) -> Sweep:
-    """Return the runs of the sweep on a data set in a ledger, by setting; they must be comparable and there once."""
+    """Return the runs of the sweep on a data set in a ledger, by setting; all must be comparable, each there once."""
     runs = [run for run in read_ledger(ledger) if is_trial(run) and run["settings"]["dataset"] == dataset]
     if not runs:
         raise ValueError(f"{ledger} has no runs on {dataset} with validation_images")

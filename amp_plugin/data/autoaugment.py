@@ -68,8 +68,8 @@ class BatchAutoAugment:
         """Augment uint8 (B, 3, H, W) into a new tensor, with the random numbers of torchvision's `get_params`.
 
         A sub-policy, of which ``policy_ids`` (B,) are the indices, is two operations in order. An operation runs where
-        its probability is larger than ``probs`` (B, 2), which are uniform in [0, 1). Its magnitude is negative, where
-        it has a sign, if ``signs`` (B, 2) are 0 and not 1.
+        its probability is larger than ``probs`` (B, 2), which are uniform in [0, 1). A magnitude that has a sign is
+        negative where ``signs`` (B, 2) are 0 and not 1.
         """
         images = images.clone()
         for step in range(2):

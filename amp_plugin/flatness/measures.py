@@ -88,7 +88,7 @@ def measure(objective: Objective, settings: MeasureSettings, which: tuple[str, .
 
 
 def measures_table(measured: Mapping[str, Measures], more: Mapping[str, Mapping[str, str]]) -> str:
-    """Put models side by side, as a Markdown table with further rows: by their title, the cells of the models."""
+    """Put models side by side, as a Markdown table; ``more`` has further rows by title, with the models' cells."""
     rows: dict[str, dict[str, str]] = {}
 
     def tell(row: str, model: str, cell: str) -> None:

@@ -18,8 +18,8 @@ def register_variants(
 ) -> None:
     """Register variants of an architecture with timm, for 32x32 images normalised like CIFAR-10, and ten classes.
 
-    Its module gets timm's `default_cfgs` and a function for each variant, whose arguments of the class are given by
-    name. Features of a 32x32 image have the height and width `pool_size`.
+    The architecture's module gets timm's `default_cfgs` and one function for each variant. `variants` are arguments of
+    the architecture by name, and `pool_size` is the height and width of the features of a 32x32 image.
     """
     cfg = {
         "input_size": (3, 32, 32),

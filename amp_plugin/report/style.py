@@ -28,9 +28,9 @@ _STYLE = {
 
 @contextmanager
 def picture(path: Path, title: str, size: tuple[float, float], figures: str = "") -> Iterator[Figure]:
-    """Yield a figure to draw on, of so many inches of 120 pixels, and save it as a PNG at the end.
+    """Yield a figure to draw on, whose width and height are in inches of 120 pixels, and save it as a PNG at the end.
 
-    The text ``figures`` lists the numbers that are drawn, by which `shows` knows the picture; by default there is none.
+    The text ``figures`` lists the numbers that are drawn, by which `shows` knows the picture.
     """
     from matplotlib import style
     from matplotlib.figure import Figure  # the object interface: no global state, no display
@@ -43,7 +43,7 @@ def picture(path: Path, title: str, size: tuple[float, float], figures: str = ""
 
 
 def legend_below(figure: Figure, columns: int = 0) -> None:
-    """Put one legend for all panels, drawn before, below them; by default each label has a column, and stands once."""
+    """Put one legend below all panels, which are drawn already; a label that several panels have stands there once."""
     handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     columns = columns or len(handles)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)

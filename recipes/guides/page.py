@@ -20,10 +20,10 @@ def read_part(page: Path, mark: str) -> str:
 def write_part(
     page: Path, mark: str, text: str, draw: Callable[[Path], object] | None = None, picture: str = "", alt: str = ""
 ) -> None:
-    """Put a text between the marks of a page, below a picture if `draw` draws one into the file `picture` beside it.
+    """Put a text between the marks of a page, below a picture if `draw` draws one into a file beside the page.
 
     A page that does not exist yet is made of the marked part alone. A page without these marks, or whose picture
-    cannot be drawn, stays as it was.
+    cannot be drawn, stays as it was. `alt` describes the picture for those who do not see it.
     """
     now = page.read_text() if page.exists() else f"<!-- {mark}: begin -->\n<!-- {mark}: end -->\n"
     before, _, after = _split(page, now, mark)

@@ -22,7 +22,7 @@ class Tuning:
     validation_images: int  # number of training images that are held out, and decide
     seed: int  # seed of the trials
     trials: dict[str, list[dict[str, Any]]]  # values to try, by method; as many for each
-    carried: dict[str, str] = field(default_factory=dict)  # data sets without trials, and whose chosen values they take
+    carried: dict[str, str] = field(default_factory=dict)  # by data set without trials, the one whose values it takes
 
 
 @dataclass(frozen=True)
