@@ -56,11 +56,9 @@ class ObjectiveTrainer(Trainer):
         """Make the stock step; with a flood level, find the gradient of ``|L - b| + b`` for the window's loss L.
 
         That gradient is the gradient of L, with its sign turned round where L is below the level b. So accumulation and
-        several processes make no difference. Source: Ishida et al., "Do We Need Zero Training Loss After Achieving Zero
-        Training Error?", ICML 2020, https://arxiv.org/abs/2002.08709.
-
-        Returns:
-            The loss, not the flooded loss, which would not be comparable.
+        several processes make no difference. The loss that is returned is not flooded, to be comparable. Source: Ishida
+        et al., "Do We Need Zero Training Loss After Achieving Zero Training Error?", ICML 2020,
+        https://arxiv.org/abs/2002.08709.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.args.flood_level is not None:
@@ -122,6 +120,7 @@ class RecipeTrainer(AMPTrainer, ObjectiveTrainer):
     args: RecipeArguments
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.card_details: dict[str, Any] = {}  # what the Trainer does not know
         super().__init__(*args, **kwargs)
         if self.args.baseline is not None:
             self._check_host()
@@ -144,6 +143,10 @@ class RecipeTrainer(AMPTrainer, ObjectiveTrainer):
             scheduler: Any = torch.optim.lr_scheduler.MultiStepLR(scheduled, milestones, self.args.lr_gamma)
             self.lr_scheduler = scheduler
         return self.lr_scheduler
+
+    def training_for_card(self) -> dict[str, Any]:
+        """Return what the model card says of the training, with `card_details`."""
+        return {**super().training_for_card(), **self.card_details}
 
     def final_test(self) -> PredictionOutput:
         """Return predictions, labels and metrics (``eval_...``) of the evaluation data at the final weights.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+import torch
+from torch import distributed
 from transformers import TrainingArguments
 
 from amp_plugin.core.deprecation import warn_renamed
 from amp_plugin.doors.training_args import SGD_ARGS, AMPArguments
-from amp_plugin.trainer.elastic import check_process_group, rejoin
 
 
 @dataclass
@@ -51,6 +53,45 @@ class AMPTrainingArguments(AMPArguments):
         if self.base_optim == "sgd" and self.optim_args is None:
             self.optim_args = SGD_ARGS  # without AMP, too: the two are to be compared
         if not self.use_cpu:
-            check_process_group()
-        rejoin(timedelta(seconds=self.ddp_timeout), self.ddp_backend)
+            _check_process_group()
+        _rejoin(timedelta(seconds=self.ddp_timeout), self.ddp_backend)
         super().__post_init__()
+
+
+def _rejoin(timeout: timedelta, backend: str | None) -> None:
+    """Make the process group, if torchrun has restarted this process after a failure; else do nothing.
+
+    torchrun keeps the store in which the processes find one another, with the addresses of the processes that died: the
+    new processes then wait for them (https://github.com/pytorch/pytorch/issues/135712). The new group therefore goes
+    by names of its own in the store. Several nodes count their restarts apart, so they need torchrun's own way out:
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment.
+    """
+    env = os.environ
+    restarts = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+    shared = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and env.get("GROUP_WORLD_SIZE") == "1"
+    if restarts == "0" or not shared or distributed.is_initialized():
+        return
+    store = distributed.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout=timeout)  # type: ignore[attr-defined]
+    distributed.init_process_group(
+        backend,
+        store=distributed.PrefixStore(f"restart {restarts}", store),  # type: ignore[attr-defined]
+        rank=int(env["RANK"]),
+        world_size=int(env["WORLD_SIZE"]),
+        timeout=timeout,
+    )
+
+
+def _check_process_group() -> None:
+    """Refuse processes that were launched together but would each train alone, and save over one another.
+
+    Where there is no accelerator, transformers joins the processes only if it is told ``use_cpu``; else it just warns.
+    """
+    env = os.environ
+    launched = int(env.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in env else 1
+    device = torch.accelerator.current_accelerator(check_available=True)
+    on_cpu = env.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")  # set by accelerate launch --cpu
+    if launched > 1 and not on_cpu and (device is None or device.type == "mps"):
+        raise ValueError(
+            f"{launched} processes were launched on a machine without accelerators, and each would train alone; to"
+            " train together on CPUs, add --use_cpu true (use_cpu=True)"
+        )

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from torch import distributed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
 
@@ -29,7 +29,6 @@ from amp_plugin.doors.trainer_mixin import TrainerMixin
 LAST = "last"
 # The Trainer's uploads to the Hub leave out names that begin with "_".
 _INCOMPLETE = "_incomplete"
-_STATES = ("optimizer", "scheduler", "scaler")  # torch.save writes these files, and those of the random numbers
 _REPLACED = ".replaced"
 _MEBIBYTE = 2**20
 
@@ -49,9 +48,7 @@ class CheckpointMixin(TrainerMixin):
             process, one process could not write its share of a checkpoint. All earlier checkpoints are complete.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._write_errors: list[Exception] | None = None  # a list while a checkpoint is being written
-        super().__init__(*args, **kwargs)
+    _write_errors: list[Exception] | None = None  # a list while a checkpoint is being written
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Clean up after a killed run, then train as the Trainer does.
@@ -110,7 +107,7 @@ class CheckpointMixin(TrainerMixin):
         with self._together(folder, name):
             if self.args.should_save:
                 _complete(folder, name)
-                self._rotate(folder, self.args.save_total_limit)
+                self._rotate(folder)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder / name))
 
@@ -132,14 +129,13 @@ class CheckpointMixin(TrainerMixin):
         if self.args.should_save:
             self.state.save_to_json(str(folder / _INCOMPLETE / name / TRAINER_STATE_NAME))
 
-    def _rotate(self, folder: Path, limit: int | None) -> None:
+    def _rotate(self, folder: Path) -> None:
         """Delete the oldest checkpoints beyond the limit, but neither the newest nor the best checkpoint."""
-        if limit is None or limit <= 0:
-            return
-        best = self.state.best_model_checkpoint
-        checkpoints = sort_checkpoints(str(folder), use_mtime=True, best_model_checkpoint=best)
-        protected = {checkpoints[-1], *([] if best is None else [str(Path(best))])}
-        _discard(folder, checkpoints[: -max(limit, len(protected))])
+        limit, best = self.args.save_total_limit or 0, self.state.best_model_checkpoint
+        if limit > 0:
+            checkpoints = sort_checkpoints(str(folder), use_mtime=True, best_model_checkpoint=best)
+            protected = {checkpoints[-1], *([] if best is None else [str(Path(best))])}
+            _discard(folder, checkpoints[: -max(limit, len(protected))])
 
     @contextlib.contextmanager
     def _together(self, folder: Path, name: str) -> Iterator[list[Exception]]:
@@ -151,20 +147,18 @@ class CheckpointMixin(TrainerMixin):
             if not (errors or _is_write_error(error)):
                 raise
             errors.append(error)
-        reasons = [_reason(errors[0], folder) if errors else None]
+        reasons = [_reason(error, folder) for error in errors]
         if self.args.world_size > 1:
-            mine, reasons = reasons[0], [None] * self.args.world_size
-            distributed.all_gather_object(reasons, mine)
-        reason = next((r for r in reasons if r is not None), None)
-        if reason is None:
+            reasons = gather_object(reasons)
+        if not reasons:
             return
         if self.args.should_save:
             _clean_up(folder)
         last = last_checkpoint(folder)
         left = "There is no complete checkpoint yet" if last is None else f"The last complete checkpoint is {last!r}"
         raise SaveError(
-            f"could not save {name} in {str(folder)!r}: {reason}. {left}; mend this (if the disk is full: make room, or"
-            f' lower save_total_limit), then continue with resume_from_checkpoint="{LAST}"'
+            f"could not save {name} in {str(folder)!r}: {reasons[0]}. {left}; mend this (if the disk is full: make"
+            f' room, or lower save_total_limit), then continue with resume_from_checkpoint="{LAST}"'
         ) from (errors[0] if errors else None)
 
 
@@ -175,7 +169,7 @@ def last_checkpoint(folder: Path) -> str | None:
     """
     states = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
     steps = [state.parent.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for state in states]
-    last = max((int(step) for step in steps if step.isdigit()), default=None)
+    last = max(filter(str.isdigit, steps), key=int, default=None)
     return None if last is None else os.path.join(folder, f"{PREFIX_CHECKPOINT_DIR}-{last}")
 
 
@@ -193,33 +187,24 @@ def explained(what: str, folder: Path) -> Iterator[None]:
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder if need be, and require that files can be written there.
-
-    Raises:
-        SaveError: Files cannot be written there.
-    """
-    problem = _write_problem(folder)
-    if problem is not None:
+    """Make the folder if need be, and raise a `SaveError` unless files can be written there."""
+    if problem := _write_problem(folder):
         raise SaveError(f"cannot write to {str(folder)!r}: {problem}; choose another output_dir")
 
 
 def _complete(folder: Path, name: str) -> None:
     """Give a written checkpoint its final name; an old checkpoint of that name is kept until the new one is there."""
-    incomplete = folder / _INCOMPLETE
-    _check_whole(incomplete / name)
-    _sync(incomplete / name)
-    if (folder / name).exists():
-        (folder / name).rename(incomplete / f"{name}{_REPLACED}")
-    (incomplete / name).rename(folder / name)
-    _sync(folder, deep=False)
-    shutil.rmtree(incomplete, ignore_errors=True)
-
-
-def _check_whole(checkpoint: Path) -> None:
-    """Refuse files without their end: torch 2.9 does not tell that it could not write a file's last bytes."""
-    for path in (*checkpoint.glob("rng_state*.pth"), *(checkpoint / f"{n}.pt" for n in _STATES)):
-        if path.exists() and not zipfile.is_zipfile(path):
+    written, final = folder / _INCOMPLETE / name, folder / name
+    for path in (*written.rglob("*"), written):
+        # A file may lack its end: torch 2.9 does not tell that it could not write the last bytes.
+        if path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
             raise OSError(f"{path.name} could not be written whole")
+        _sync(path)
+    if final.exists():
+        final.rename(written.with_name(f"{name}{_REPLACED}"))
+    written.rename(final)
+    _sync(folder)
+    _clean_up(folder)
 
 
 def _clean_up(folder: Path) -> None:
@@ -234,26 +219,24 @@ def _clean_up(folder: Path) -> None:
 
 def _discard(folder: Path, checkpoints: list[str]) -> None:
     """Delete checkpoints so that no checkpoint is ever there in part."""
-    incomplete = folder / _INCOMPLETE
     for checkpoint in checkpoints:
-        incomplete.mkdir(exist_ok=True)
-        Path(checkpoint).rename(incomplete / Path(checkpoint).name)
-    shutil.rmtree(incomplete, ignore_errors=True)
+        (folder / _INCOMPLETE).mkdir(exist_ok=True)
+        Path(checkpoint).rename(folder / _INCOMPLETE / Path(checkpoint).name)
+    _clean_up(folder)
 
 
-def _sync(folder: Path, *, deep: bool = True) -> None:
-    """Write files to the disk, so that a power failure after the rename does not lose them and late errors show."""
+def _sync(path: Path) -> None:
+    """Write a file to the disk, so that a power failure after the rename does not lose it and late errors show."""
     if os.name != "posix":
         return
-    for path in (*(folder.rglob("*") if deep else ()), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError:
-            if not path.is_dir():  # some file systems cannot sync folders
-                raise
-        finally:
-            os.close(descriptor)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some file systems cannot sync folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _is_write_error(error: Exception) -> bool:
@@ -280,7 +263,6 @@ def _write_problem(folder: Path) -> str | None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(bytes(_MEBIBYTE))
-            probe.flush()
     except FileExistsError:
         return "it is a file, not a folder"
     except OSError as error:

@@ -1,6 +1,6 @@
 """Turn the settings of a training into words: for the model card, the first line of a run and the dry run.
 
-Settings are arguments, or their recorded values by name. The options of the main job count where a training has them.
+Settings are arguments by name, perhaps recorded ones. The options of the main job count where a training has them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ _NAMES = {"amp": "SGD", "sgd": "SGD", "adamw_torch": "AdamW", "adamw_torch_fused
 _ONE_BALL = {"tensor": "one ball per parameter tensor", "global": "one ball for all parameters"}
 
 
-def optimizer_in_words(args: AMPArguments | Settings) -> str:
+def optimizer_in_words(settings: Settings) -> str:
     """Name the optimizer and the methods beside it: "AMP around SGD", or "SAM around SGD, without AMP, with mixup"."""
-    settings = args if isinstance(args, Mapping) else vars(args)
     methods = added_methods(settings)
     return _optimizer(settings) + (f", with {' and '.join(methods)}" if methods else "")
 

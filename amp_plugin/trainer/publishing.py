@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
-from transformers.modelcard import TASK_MAPPING, TrainingSummary
+from transformers.modelcard import TASK_MAPPING, TrainingSummary, _get_mapping_values
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
@@ -32,19 +32,12 @@ class PublishingMixin(TrainerMixin):
     ``hub_strategy`` ``checkpoint`` or ``all_checkpoints`` the training's state, which PyTorch pickles, is pushed too.
     A push during the training that fails is logged; a push at the end that fails raises.
 
-    Attributes:
-        card_details: Fields of :class:`amp_plugin.hub.Run` that the card shows instead of what the Trainer knows.
-
     Raises:
         HubError: ``push_to_hub`` is on, but the repository cannot be written to.
     """
 
     hub_model_id: Any
     push_in_progress: Any
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.card_details: dict[str, Any] = {}
-        super().__init__(*args, **kwargs)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository if need be, and require that it can be written to."""
@@ -54,7 +47,7 @@ class PublishingMixin(TrainerMixin):
                 token=token or self.args.hub_token,
                 private=self.args.hub_private_repo if private is None else private,
             )
-            self.push_in_progress = None
+            self.push_in_progress = PushInProgress()
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -67,13 +60,8 @@ class PublishingMixin(TrainerMixin):
     ) -> CommitInfo | Future[CommitInfo | None] | None:
         """Save the model, write its card and push the output folder; every process has to call this method.
 
-        Args:
-            commit_message: message of the commit.
-            blocking: whether to wait until the push is done.
-            token: token with write permission; default: the arguments' token, or the one that is logged in.
-            revision: branch; default: the arguments' branch, or ``main``.
-            private: whether a repository that has to be made is private.
-            **kwargs: arguments of `create_model_card`.
+        The arguments are those of the stock Trainer, whose further ones go to `create_model_card`. `private` is whether
+        a repository that has to be made is private.
 
         Returns:
             The commit; with ``blocking=False`` a future of the commit; None in all processes but the first.
@@ -118,36 +106,36 @@ class PublishingMixin(TrainerMixin):
         repo_id = self.hub_model_id or self.args.hub_model_id
         base = finetuned_from or _base_model(self.model)
         name = model_name or (repo_id or folder.absolute().name).split("/")[-1]
-        data = _first(dataset) or _first(dataset_tags)
+        tag, config = _first(dataset_tags), _first(dataset_args)
+        data = _first(dataset) or tag
         run = Run(
             **_described(self.model),
             name=name,
             repo_id=repo_id if repo_id and "/" in repo_id else PLACEHOLDER,
             task=_first(tasks) or _task(self.model),
-            data=_data(data, _first(dataset_tags), _first(dataset_args)) if data else None,
+            data=RunData(name=data, id=tag or data, on_hub=tag is not None, config=config) if data else None,
             metrics=_last_metrics(self.state.log_history),
             base_model=base,
             license=TrainingSummary(model_name=name, license=license, finetuned_from=base).license,
             language=language,
             tags=[tags] if isinstance(tags, str) else tags or [],
             pictures=pictures_in(folder),
-            **self.training_for_card(),
         )
         folder.mkdir(parents=True, exist_ok=True)
-        model_card(dataclasses.replace(run, **self.card_details)).save(folder / "README.md")
+        model_card(dataclasses.replace(run, **self.training_for_card())).save(folder / "README.md")
 
     def training_for_card(self) -> dict[str, Any]:
-        """Return the fields of :class:`amp_plugin.hub.Run` that say how the model was trained; empty if unknown.
+        """Return fields of :class:`amp_plugin.hub.Run` that the card shows instead of what the Trainer knows.
 
         A Trainer that knows its optimizer overrides this method to return ``optimizer``, ``uses_amp`` and ``settings``.
         """
         return {}
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        strategy, ongoing = self.args.hub_strategy, self.push_in_progress
+        strategy = self.args.hub_strategy
         if not self.is_world_process_zero() or strategy == HubStrategy.END:
             return
-        if ongoing is not None and not ongoing.is_done() and not self.args.hub_always_push:
+        if not (self.push_in_progress.is_done() or self.args.hub_always_push):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         folder = Path(checkpoint_folder)
@@ -158,8 +146,7 @@ class PublishingMixin(TrainerMixin):
             pushes.append({"commit_message": f"{message}, checkpoint", "path_in_repo": where, "complete": True})
         target = {"token": self.args.hub_token, "revision": self.args.hub_revision}
         jobs = [upload_later(folder, str(self.hub_model_id), _go_on, **target, **push) for push in pushes]
-        unfinished = [] if ongoing is None else [job for job in ongoing.jobs if not job.done()]
-        self.push_in_progress = PushInProgress([*unfinished, *jobs])  # type: ignore[arg-type]
+        self.push_in_progress.jobs = [job for job in [*self.push_in_progress.jobs, *jobs] if not job.done()]
 
 
 def _go_on(problem: str) -> None:
@@ -186,25 +173,16 @@ def _base_model(model: Any) -> str | None:
     return None if name in ("", "None") or Path(name).exists() else name
 
 
-def _data(name: str, hub_id: str | None, config: str | None) -> RunData:
-    return RunData(name=name, id=hub_id or name, on_hub=hub_id is not None, config=config)
-
-
 def _task(model: Any) -> str | None:
-    name = type(model).__name__
-    mappings: dict[str, Any] = dict(TASK_MAPPING)
-    for task, classes in mappings.items():
-        if any(name == c or (isinstance(c, tuple) and name in c) for c in classes.values()):
-            return task
-    return None
+    tasks = (task for task, names in TASK_MAPPING.items() if type(model).__name__ in _get_mapping_values(names))
+    return next(tasks, None)
 
 
 def _last_metrics(records: list[dict[str, Any]]) -> dict[str, float]:
     """Return the metrics of the last evaluation, without the prefix ``eval_``."""
     last: dict[str, Any] = next((r for r in reversed(records) if "eval_loss" in r), {})
-    metrics = {key.removeprefix("eval_"): value for key, value in last.items() if key.startswith("eval_")}
-    beside = ("runtime", "samples_per_second", "steps_per_second")
-    return {key: value for key, value in metrics.items() if key not in beside and isinstance(value, (int, float))}
+    numbers = {k: v for k, v in last.items() if k.startswith("eval_") and isinstance(v, (int, float))}
+    return {k.removeprefix("eval_"): v for k, v in numbers.items() if not k.endswith(("_runtime", "_per_second"))}
 
 
 def _first(value: str | list[str] | None) -> str | None:

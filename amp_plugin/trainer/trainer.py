@@ -30,7 +30,7 @@ class AMPTrainer(AMPMixin, CheckpointMixin, PublishingMixin, Trainer):
     def training_for_card(self) -> dict[str, Any]:
         """Return what the model card says of AMP and of the other settings."""
         return {
-            "optimizer": optimizer_in_words(self.args),
+            "optimizer": optimizer_in_words(vars(self.args)),
             "uses_amp": self.args.uses_amp,
             "settings": settings_in_words(self.args),
         }
