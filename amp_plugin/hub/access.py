@@ -54,7 +54,12 @@ def require_write_access(repo_id: str, *, token: str | None = None, private: boo
             raise HubError(f"the token of {who['name']!r} may only read: {_LOG_IN}")
         full = repo_id if "/" in repo_id else f"{who['name']}/{repo_id}"
         if not api.repo_exists(full):
-            _check_other_kinds(api, full)
+            for kind in ("dataset", "space"):  # the Hub would let a model share the name, but that is mostly a slip
+                if api.repo_exists(full, repo_type=kind):
+                    raise HubError(
+                        f"it is a {kind}; give the model a name of its own (--hub_model_id), or, if it shall share that"
+                        f" one, make the repository first: hf repo create {full}"
+                    )
             full = api.create_repo(full, private=private, exist_ok=True).repo_id
         api.auth_check(full, write=True)
         return full
@@ -86,13 +91,3 @@ def reason(error: Exception) -> str:
     if isinstance(error.__cause__, Exception):  # the client says which file, and its cause why
         return reason(error.__cause__)
     return str(error).strip().replace("\n", " ") or type(error).__name__
-
-
-def _check_other_kinds(api: HfApi, repo_id: str) -> None:
-    """Refuse the name of a data set or Space: the Hub would let a model share it, but that is mostly a slip."""
-    for kind in ("dataset", "space"):
-        if api.repo_exists(repo_id, repo_type=kind):
-            raise HubError(
-                f"it is a {kind}; give the model a name of its own (--hub_model_id), or, if it shall share that one,"
-                f" make the repository first: hf repo create {repo_id}"
-            )

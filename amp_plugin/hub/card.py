@@ -105,9 +105,8 @@ class Run:
     @property
     def needs_plugin(self) -> bool:
         """Tell whether the architecture is this package's, which must be imported before the model is opened."""
-        if self.library != "timm" or not timm.is_model(self.architecture):
-            return False
-        return timm.model_entrypoint(self.architecture).__module__.startswith("amp_plugin.")
+        known = self.library == "timm" and timm.is_model(self.architecture)
+        return known and timm.model_entrypoint(self.architecture).__module__.startswith("amp_plugin.")
 
 
 def model_card(run: Run) -> ModelCard:
@@ -189,10 +188,7 @@ def _results(run: Run) -> list[list[str]]:
         return []
     shown = {key: _METRICS.get(key, (key, key.replace("_", " "), "{:.4g}")) for key in run.metrics}
     rows = {f"**this model{f' ({run.optimizer})' if run.optimizer else ''}**": run.metrics, **run.compared}
-    return [
-        ["", *(name for _, name, _ in shown.values())],
-        *(
-            [label, *(form.format(row[key]) if key in row else "" for key, (_, _, form) in shown.items())]
-            for label, row in rows.items()
-        ),
-    ]
+    table = [["", *(name for _, name, _ in shown.values())]]
+    for label, row in rows.items():
+        table.append([label, *(form.format(row[key]) if key in row else "" for key, (_, _, form) in shown.items())])
+    return table

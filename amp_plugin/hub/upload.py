@@ -23,7 +23,8 @@ from amp_plugin.hub.card import PLACEHOLDER, Run, model_card, with_later_picture
 
 WEIGHTS = "model.safetensors"
 _CARD = "README.md"
-_WRAPPER_PREFIX = "timm_model."  # transformers' wrapper of timm models adds it to the parameters' names
+# transformers' wrapper of timm models adds it to the parameters' names, but reads the names without it too.
+_WRAPPER_PREFIX = "timm_model."
 # Pickles run code when they are opened. Folders of checkpoints and what begins with "_" are the Trainer's own.
 _PICKLES = ("*.bin", "*.ckpt", "*.pickle", "*.pkl", "*.pt", "*.pth")
 _LEFT_OUT = ("_*", ".*", "*/.*", "checkpoint-*", "*/checkpoint-*", *_PICKLES)
@@ -58,9 +59,20 @@ def push_folder(
         FileNotFoundError: there is nothing to push.
         HubError: the folder cannot be pushed; the message names the command that repeats the push.
     """
-    _check_weights(Path(folder))
+    folder = Path(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(
+            f"there is no model to push in {str(folder)!r}: no {WEIGHTS}. Give the output folder of a finished run, or"
+            " one that save_pretrained wrote"
+        )
+    for path in files:
+        try:
+            safe_open(path, "pt")
+        except SafetensorError as error:
+            raise HubError(f"{str(path)!r} is not whole ({error}); train or save again. Nothing was pushed") from error
     repo_id = require_write_access(repo_id, token=token, private=private)
-    return upload(Path(folder), repo_id, token=token, revision=revision, commit_message=commit_message)
+    return upload(folder, repo_id, token=token, revision=revision, commit_message=commit_message)
 
 
 def push(
@@ -124,10 +136,7 @@ def upload(
 ) -> CommitInfo:
     """Upload a folder, as `push_folder` does, to a repository that is there and writable.
 
-    Args:
-        path_in_repo: folder of the repository to put the files in, default the top.
-        complete: whether to upload pickles too, for a checkpoint to resume from.
-        lasting: whether the folder will still be there after a failure.
+    A `complete` upload has the pickles too, for a checkpoint to resume from; a `lasting` folder outlives a failure.
     """
     repeat = f"python -m amp_plugin.hub {shlex.quote(str(folder))} {repo_id}"
     then = f". Nothing is lost: everything is in {str(folder)!r}; push it with: {repeat}" if lasting else ""
@@ -147,11 +156,7 @@ def upload_later(
 ) -> Future[CommitInfo | None]:
     """Upload a copy of the folder as it is now, in the background; `failed` gets the reason if that cannot be done."""
     copied = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    try:
-        shutil.copytree(folder, copied.name, dirs_exist_ok=True)
-    except BaseException:
-        copied.cleanup()
-        raise
+    shutil.copytree(folder, copied.name, dirs_exist_ok=True)
 
     def work() -> CommitInfo | None:
         with copied:
@@ -164,34 +169,16 @@ def upload_later(
     return hub_api(settings["token"]).run_as_future(work)
 
 
-def _check_weights(folder: Path) -> None:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(
-            f"there is no model to push in {str(folder)!r}: no {WEIGHTS}. Give the output folder of a finished run, or"
-            " one that save_pretrained wrote"
-        )
-    for path in files:
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except SafetensorError as error:
-            raise HubError(f"{str(path)!r} is not whole ({error}); train or save again. Nothing was pushed") from error
-
-
 def _content(path: Path, repo_id: str, temporary: Path) -> Path | bytes:
     """Return what to upload: the file, but timm's names for weights, and the card with repository and pictures."""
     if path.name == _CARD:
         card = path.read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id)
         return with_later_pictures(card, path.parent).encode()
-    if path.name == WEIGHTS and _is_wrapped(path):
-        weights = {name.removeprefix(_WRAPPER_PREFIX): tensor for name, tensor in load_file(path).items()}
-        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
-        return temporary / WEIGHTS
+    if path.name == WEIGHTS:
+        with safe_open(path, "pt") as file:
+            wrapped = all(name.startswith(_WRAPPER_PREFIX) for name in file.keys())  # noqa: SIM118
+        if wrapped:
+            weights = {name.removeprefix(_WRAPPER_PREFIX): tensor for name, tensor in load_file(path).items()}
+            save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+            return temporary / WEIGHTS
     return path
-
-
-def _is_wrapped(weights: Path) -> bool:
-    """Tell whether all names are those of transformers' wrapper of timm models; transformers reads either kind."""
-    with safe_open(weights, "pt") as file:
-        return all(name.startswith(_WRAPPER_PREFIX) for name in file.keys())  # noqa: SIM118
