@@ -13,27 +13,20 @@ from amp_plugin.data.settings import BUNDLED, SOURCES
 from amp_plugin.hub.card import RunData
 from amp_plugin.report import read_ledger
 from amp_plugin.train.method_options import OBJECTIVES
-from amp_plugin.train.options import ELSEWHERE, DataArguments, RecipeArguments
+from amp_plugin.train.options import DataArguments, RecipeArguments, decides_outcome
 from amp_plugin.train.run_folder import RECORD
 from amp_plugin.train.tasks import Task
 from amp_plugin.trainer.described import BALLS, optimizer_in_words, settings_in_words
 
 _SHOWN = ("accuracy", "error", "nll", "ece")
 _PRETTY = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN", BUNDLED: "a sample of CIFAR-10"}
-# Further options that begin so do not decide the outcome; some hold a token, or folders of the machine.
-_PRIVATE = ("hub", "push_to_hub", "output_dir", "logging_dir", "run_name", "disable_tqdm")
 _LINE = 100
 
 
 def compared_run(path: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record, as `amp_plugin.provenance.run_record` made it, of the run to compare with.
 
-    Args:
-        path: output folder of that run; or a ledger, for its last run with these settings and another optimizer.
-        settings: settings of the run that is compared.
-
-    Raises:
-        ValueError: there is no such run.
+    `path` is the output folder of that run; or a ledger, for its last run with these settings and another optimizer.
     """
     file = Path(path) / RECORD if Path(path).is_dir() else Path(path)
     if not file.is_file():
@@ -43,17 +36,17 @@ def compared_run(path: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         )
     try:
         records = read_ledger(file)
-        if file.name == RECORD:
-            return dict(records[-1])
-        others = [r for r in records if r["settings"]["optim"] != settings["optim"]]
-        return dict(next(r for r in reversed(others) if not differences(r["settings"], settings)))
-    except StopIteration:
+        if file.name != RECORD:
+            others = [r for r in records if r["settings"]["optim"] != settings["optim"]]
+            records = [r for r in others if not differences(r["settings"], settings)]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"--compare_with {path!r}: {str(file)!r} is not a record of runs ({error!r})") from error
+    if not records:
         raise ValueError(
             f"--compare_with {path!r}: no run in it has the settings of this one and another optimizer; give the"
             " output folder of a run to compare with it whatever else differs"
-        ) from None
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"--compare_with {path!r}: {str(file)!r} is not a record of runs ({error!r})") from error
+        )
+    return records[-1]
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -77,10 +70,7 @@ def card_details(
     record: Mapping[str, Any],
     compared: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return fields of `amp_plugin.hub.Run` for a finished run.
-
-    `argv` holds the job's options, with those of its recipe; `compared` is the record of another run, if any.
-    """
+    """Return fields of `amp_plugin.hub.Run` for a finished run; `compared` is the record of another run, if any."""
     rows, note = _comparison(record, compared)
     layout = {"memory format": "channels-last"} if training.channels_last else {}
     return {
@@ -96,19 +86,16 @@ def card_details(
 
 
 def command_line(argv: list[str], processes: int) -> str:
-    """Return a command that repeats a run anywhere, without folders and tokens.
-
-    `argv` holds the job's options, with those of its recipe; `processes` is the number of processes.
-    """
+    """Return a command that repeats a run anywhere, without folders and tokens; `argv` has the recipe's options too."""
     options: dict[str, list[str]] = {}  # the last one of a name wins, as in argparse
     values: list[str] = []
     for word in argv:
         if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            values = options[name.replace("-", "_")] = [value] if equals else []
+            name, *values = word[2:].split("=", 1)
+            options[name.replace("-", "_")] = values
         else:
             values.append(word)
-    kept = {n: v for n, v in options.items() if n == "fast" or not (n in ELSEWHERE or n.startswith(_PRIVATE))}
+    kept = {name: values for name, values in options.items() if name == "fast" or decides_outcome(name)}
     launcher = ["torchrun", "--nproc_per_node", str(processes)] if processes > 1 else ["python"]
     parts = [[*launcher, "-m", "amp_plugin.train"], *([f"--{name}", *values] for name, values in kept.items())]
     whole = " ".join(map(shlex.join, parts))

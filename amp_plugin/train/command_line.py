@@ -68,22 +68,16 @@ _ELSEWHERE = {
     "smoothing": "label_smoothing_factor",
     "workers": "dataloader_num_workers",
 }
+_KINDS: dict[Any, str] = {string_to_bool: "BOOL", int: "INT", float: "FLOAT"}
 _REST = "everything else of transformers.TrainingArguments"
 _FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parents[2] / "recipes")  # in a wheel, in a clone
 
 
 class CommandLine(HfArgumentParser):
-    """Parse the options of some dataclasses, and raise a ValueError where they are wrong.
-
-    Args:
-        types: the dataclasses.
-        description: text for the help, in which the program is called ``train.py``.
-    """
+    """Parse the options of some dataclasses; the `description` for the help calls the program ``train.py``."""
 
     def __init__(self, types: Any, description: str | None = None) -> None:
-        program = Path(sys.argv[0]).name
-        if program == "__main__.py":
-            program = "python -m amp_plugin.train"
+        program = Path(sys.argv[0]).name.replace("__main__.py", "python -m amp_plugin.train")
         super().__init__(
             types,
             prog=program,
@@ -94,7 +88,6 @@ class CommandLine(HfArgumentParser):
             allow_abbrev=False,
         )
         self._by_name = {a.dest: a for a in reversed(self._actions) if a.dest != "help"}
-        self.add_argument("--help_all", action=_HelpAll, nargs=0, dest=argparse.SUPPRESS, default=argparse.SUPPRESS)
         self._action_groups.clear()
         recipes = "\n".join(f"  {name}" for name in known_recipes())
         self.add_argument_group(
@@ -103,27 +96,18 @@ class CommandLine(HfArgumentParser):
             "An OPTION wins over the recipe. Its default is in [brackets], unless that is off or nothing.",
         )
         for title, names in GROUPS.items():
-            self.show(title, names.split())
-
-    def show(self, title: str, names: list[str]) -> None:
-        """Add a group of options to the help."""
-        self.add_argument_group(title)._group_actions = [self._by_name[name] for name in names]
-
-    def show_all(self) -> None:
-        """Add all other options to the help."""
-        self.epilog = None
-        self.show(_REST, sorted(self._by_name.keys() - " ".join(GROUPS.values()).split()))
+            self._show(title, names.split())
 
     def namespace(self, argv: list[str], **defaults: Any) -> argparse.Namespace:
-        """Return all options by name.
-
-        Args:
-            argv: options as given.
-            **defaults: values by name, instead of the defaults of the dataclasses.
+        """Return all options by name; `defaults` are in place of those of the dataclasses.
 
         Raises:
             ValueError: an option does not exist or does not take this value; the message says what was meant.
         """
+        if "--help_all" in argv:
+            self.epilog = None
+            self._show(_REST, sorted(self._by_name.keys() - " ".join(GROUPS.values()).split()))
+            argv = ["--help"]
         known, unknown = self.parse_known_args(argv, argparse.Namespace(**defaults))
         for token in unknown:
             if token.startswith("--"):
@@ -134,6 +118,10 @@ class CommandLine(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise a ValueError, where argparse would print the usage and exit."""
         raise ValueError(re.sub(r"^argument (--\w+)[^:]*", r"\1", message))
+
+    def _show(self, title: str, names: list[str]) -> None:
+        """Add a group of options to the help."""
+        self.add_argument_group(title)._group_actions = [self._by_name[name] for name in names]
 
     def _meant(self, option: str) -> str:
         name = option.lstrip("-").partition("=")[0].replace("-", "_")
@@ -146,13 +134,6 @@ class CommandLine(HfArgumentParser):
         return did_you_mean(f"--{name}", self._option_string_actions)
 
 
-class _HelpAll(argparse.Action):
-    def __call__(self, parser: Any, *args: Any, **kwargs: Any) -> NoReturn:
-        parser.show_all()
-        parser.print_help()
-        sys.exit(0)
-
-
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     """Show an option's first name and the kind of its value, and the default after its help."""
 
@@ -160,8 +141,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return f"{action.option_strings[0]} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        kinds: dict[Any, str] = {string_to_bool: "BOOL", int: "INT", float: "FLOAT"}
-        return kinds.get(action.type, "TEXT")
+        return _KINDS.get(action.type, "TEXT")
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = _WORDS.get(action.dest, action.help or "")
@@ -178,11 +158,7 @@ def known_recipes() -> dict[str, Path]:
 
 
 def recipe_options(recipe: str) -> list[str]:
-    """Return a recipe, a YAML file or the name of one that comes with the package, as options on the command line.
-
-    Raises:
-        ValueError: there is no such recipe, or the recipe is not a mapping of options to values.
-    """
+    """Return a recipe, a YAML file or the name of one that comes with the package, as options on the command line."""
     known = known_recipes()
     path = Path(recipe) if Path(recipe).is_file() else known.get(recipe)
     if path is None:
@@ -198,17 +174,11 @@ def recipe_options(recipe: str) -> list[str]:
 
 
 def as_options(settings: Mapping[str, Any], recipe: str) -> list[str]:
-    """Return a mapping of options to values as it would be written on the command line.
-
-    Raises:
-        ValueError: an option has no value; the message names the `recipe`.
-    """
-    tokens = []
+    """Return a mapping of options to values as it would be written on the command line; errors name the `recipe`."""
+    tokens: list[str] = []
     for name, value in settings.items():
         if value is None:
             raise ValueError(f"recipe {recipe!r} has no value for --{name}; leave it out for the default")
-        if isinstance(value, list):
-            tokens += [f"--{name}", *map(str, value)]
-        else:
-            tokens.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+        text = json.dumps(value) if isinstance(value, dict) else value
+        tokens += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={text}"]
     return tokens

@@ -6,7 +6,7 @@ import json
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 
@@ -102,13 +102,14 @@ class ModelArguments:
 
     def parsed_model_kwargs(self) -> dict[str, Any]:
         """Return `model_kwargs` as a dict."""
+        said = f"--model_kwargs must be a JSON object, got {self.model_kwargs!r}"
         try:
-            value = json.loads(self.model_kwargs or "{}")
+            value: Any = json.loads(self.model_kwargs or "{}")
         except json.JSONDecodeError as error:
-            raise ValueError(f"--model_kwargs must be a JSON object, got {self.model_kwargs!r}: {error}") from error
+            raise ValueError(f"{said}: {error}") from error
         if not isinstance(value, dict):
-            raise ValueError(f"--model_kwargs must be a JSON object, got {self.model_kwargs!r}")
-        return cast("dict[str, Any]", value)
+            raise ValueError(said)
+        return value
 
 
 @dataclass
@@ -208,11 +209,7 @@ _TYPES: Any = (DataArguments, ModelArguments, RecipeArguments)
 
 
 def with_recipe(argv: list[str]) -> list[str]:
-    """Return the options with those of the recipe in place of its name, if `argv` names one first.
-
-    Raises:
-        ValueError: the recipe does not exist, or something in the recipe is wrong.
-    """
+    """Return the options with those of the recipe in place of its name, if `argv` names one first."""
     if not argv or argv[0].startswith("-"):
         return argv
     options = recipe_options(argv[0])
@@ -224,11 +221,7 @@ def with_recipe(argv: list[str]) -> list[str]:
 
 
 def parse(argv: list[str], description: str | None = None) -> tuple[DataArguments, ModelArguments, RecipeArguments]:
-    """Read the recipe, if `argv` names one first, then the options after it, which win.
-
-    Raises:
-        ValueError: something is wrong with an option; the message names the option.
-    """
+    """Read the recipe, if `argv` names one first, then the options after it, which win."""
     parser = CommandLine(_TYPES, description)
     argv = with_recipe(argv)
     named = parser.namespace(argv, optim=None)  # None if nobody asks for one
@@ -255,8 +248,12 @@ _NO_OUTCOME = (
     "compare_with data_root dataloader_pin_memory debug disable_tqdm do_eval dry_run fast hub_license ledger output_dir"
     " project remove_unused_columns report_to resume_from_checkpoint run_name save_total_limit"
 )
-ELSEWHERE = frozenset(_NO_OUTCOME.split())
-_ELSEWHERE_PREFIXES = ("ddp_", "hub_", "log_", "push_to_hub", "trackio_")
+_NO_OUTCOME_PREFIXES = ("ddp_", "hub_", "log_", "push_to_hub", "trackio_")
+
+
+def decides_outcome(option: str) -> bool:
+    """Tell whether an option decides what a run finds; some of the others hold a token, or folders of the machine."""
+    return option not in _NO_OUTCOME.split() and not option.startswith(_NO_OUTCOME_PREFIXES)
 
 
 def settings_of(data: DataArguments, model: ModelArguments, training: RecipeArguments) -> dict[str, Any]:
@@ -265,14 +262,11 @@ def settings_of(data: DataArguments, model: ModelArguments, training: RecipeArgu
     if model.pretrained is not None:
         settings |= {"model": None, "model_kwargs": None, "pretrained": model.name}
     own = {"optim", *RecipeArguments.__annotations__, *(f.name for f in fields(AMPArguments))}
-    settings.update({f.name: getattr(training, f.name) for f in fields(training) if f.name in own})
-    settings.update({name: getattr(training, name) for name in _STOCK.split()})
-    settings.update({f.name: getattr(training, f.name) for f in fields(training) if _changed(f, training)})
-    return {
-        name: value.value if isinstance(value, Enum) else value
-        for name, value in settings.items()
-        if name not in ELSEWHERE and not name.startswith(_ELSEWHERE_PREFIXES)
-    }
+    options = fields(training)
+    recorded = [f.name for f in options if f.name in own] + _STOCK.split()
+    recorded += [f.name for f in options if _changed(f, training)]
+    settings |= {name: getattr(training, name) for name in recorded}
+    return {n: v.value if isinstance(v, Enum) else v for n, v in settings.items() if decides_outcome(n)}
 
 
 def _changed(option: Field[Any], training: RecipeArguments) -> bool:
