@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,44 +25,29 @@ from amp_plugin.train.options import RecipeArguments
 
 @dataclass(frozen=True)
 class Counts:
-    """Count how often a run does what.
-
-    Attributes:
-        steps: steps of the optimizer.
-        steps_per_epoch: steps of the optimizer in an epoch.
-        passes_per_batch: mean number of forward and backward passes over a batch, with those that AMP adds.
-        passes: forward and backward passes of a process in the whole run; a part of a batch counts as that part.
-        images: images in these passes, with repetitions, in all processes.
-    """
+    """Count how often a run does what; a pass is forward and backward."""
 
     steps: int
     steps_per_epoch: int
-    passes_per_batch: float
-    passes: int
-    images: int
+    passes_per_batch: float  # on the mean, with the passes that AMP adds
+    passes: int  # of a process in the whole run; a part of a batch counts as that part
+    images: int  # in these passes, with repetitions, in all processes
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Hold what one process computes and holds, without the kernels' work space and the framework itself.
+    """Hold what one process computes, in FLOPs, and holds, in bytes.
 
-    Attributes:
-        forward_flops: FLOPs of one image's forward pass; a multiply-add counts as two.
-        training_flops: FLOPs of one image's forward and backward pass.
-        weights: bytes of parameters and buffers.
-        gradients: bytes of the gradients, with DDP's buckets.
-        optimizer_state: bytes of the base optimizer's state; None if only a real step can tell.
-        perturbation: bytes that AMP or a baseline keeps: copies of the weights that it perturbs.
-        activations: bytes that autograd keeps for the backward pass of a batch, with the weights cast for it.
+    A multiply-add counts as two FLOPs. The kernels' work space and the framework itself are left out.
     """
 
-    forward_flops: int
-    training_flops: int
-    weights: int
-    gradients: int
-    optimizer_state: int | None
-    perturbation: int
-    activations: int
+    forward_flops: int  # of one image
+    training_flops: int  # of one image, forward and backward
+    weights: int  # with buffers
+    gradients: int  # with DDP's buckets
+    optimizer_state: int | None  # of the base optimizer; None if only a real step can tell
+    perturbation: int  # copies of the weights that AMP or a baseline perturbs
+    activations: int  # kept by autograd for the backward pass of a batch, with the weights cast for it
 
     @property
     def peak(self) -> int:
@@ -76,32 +62,21 @@ def mean_passes(optimizer: Any, steps: int) -> float:
         return 1
     policy = amp.policy
     ascents = sum(policy.ascends({**policy.state, "ascent_step": step}, steps) for step in range(steps))
-    mean = amp.inner_iter * policy.cost * ascents / steps
-    return 1 + (int(mean) if mean == int(mean) else mean)
+    return 1 + amp.inner_iter * policy.cost * ascents / steps
 
 
 def passes_made(optimizer: Any, steps: int, records: Iterable[Mapping[str, float]]) -> float:
-    """Count the mean forward and backward passes over a batch in a training that is over.
-
-    The records that the Trainer logged tell what the ascent policy decided on the way.
-    """
+    """Count the mean passes over a batch in a training that is over; the Trainer's records tell what AMP decided."""
     amp = find_amp(optimizer)
-    if amp is None or amp.policy.is_deterministic:
+    logged = [(0.0, 0.0), *((r["step"], r["amp_passes"]) for r in records if "amp_passes" in r)]
+    last, _ = logged[-1]
+    if amp is None or amp.policy.is_deterministic or not last:
         return mean_passes(optimizer, steps)
-    total, before = 0.0, 0.0
-    for record in records:
-        if "amp_passes" in record:
-            total += record["amp_passes"] * (record["step"] - before)
-            before = record["step"]
-    return total / before if before else mean_passes(optimizer, steps)
+    return sum(passes * (step - before) for (before, _), (step, passes) in itertools.pairwise(logged)) / last
 
 
 def counts(args: RecipeArguments, images: int, optimizer: Any, passes_per_loss: int = 1) -> Counts:
-    """Count steps, passes and images as the Trainer will; a loss and its gradient take `passes_per_loss` passes.
-
-    Raises:
-        ValueError: there is not one whole batch.
-    """
+    """Count steps, passes and images as the Trainer will; a loss and its gradient take `passes_per_loss` passes."""
     sampler = BatchSampler(range(images), args.train_batch_size, args.dataloader_drop_last)
     batches = len(BatchSamplerShard(sampler, num_processes=args.world_size))
     if batches == 0:

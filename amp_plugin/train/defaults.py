@@ -20,10 +20,7 @@ def fine_tuning_settings(optim: str | None) -> dict[str, Any]:
     """Return the defaults under `--pretrained`, for a training that starts from good weights.
 
     They are the usual ones of fine-tuning scripts: AdamW and a learning rate that rises to 5e-5 and falls to 0, three
-    epochs, clip norm 1, weight decay 0.01 on matrices alone; or SGD with 0.01, if SGD is asked for.
-
-    Args:
-        optim: the option's value; None if nobody asked for one.
+    epochs, clip norm 1, weight decay 0.01 on matrices alone; or SGD with 0.01, if `optim` asks for SGD.
     """
     sgd = optim in ("amp", "amp_sgd", "sgd", *BASELINES)
     return {
@@ -47,9 +44,6 @@ def fast_settings(*, use_cpu: bool) -> dict[str, Any]:
     The layout is channels-last everywhere. bf16 autocast is on where the device computes in bf16: elsewhere bf16 is
     emulated, and slower than fp32. Compilation is on for CUDA only: beside the other two it gains nothing on a CPU, and
     takes its time to start.
-
-    Args:
-        use_cpu: whether to ignore an accelerator.
     """
     accelerator = None if use_cpu else torch.accelerator.current_accelerator(check_available=True)
     settings: dict[str, Any] = {"channels_last": True}

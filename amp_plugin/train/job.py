@@ -159,8 +159,7 @@ def report(metrics: dict[str, float], where: str, folder: Path) -> None:
         "sharpness": f"{metrics['sharpness']:.4f}" if "sharpness" in metrics else "- (no AMP)",
         "time": f"{metrics['seconds']:.0f} s",
     }
-    print(table(rows))
-    print(f"model: {folder}")
+    print(f"{table(rows)}\nmodel: {folder}")
 
 
 def run(argv: list[str]) -> None:

@@ -22,11 +22,7 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass
 class MethodArguments(AMPTrainingArguments):
-    """Choose another method of the paper's tables to train with.
-
-    Raises:
-        ValueError: a value is out of range, or two options do not go together.
-    """
+    """Choose another method of the paper's tables to train with."""
 
     _further_optims = tuple(BASELINES)
 
@@ -67,9 +63,8 @@ class MethodArguments(AMPTrainingArguments):
         if radius is not None:
             for name, paper in (("amp_inner_iter", 1), ("amp_ascent", "full"), ("amp_parameters", None)):
                 if getattr(self, name) != paper:
-                    raise ValueError(
-                        f"--{name} is for AMP, but --optim is {optim}, which perturbs all weights once a step"
-                    )
+                    said = f"--{name} is for AMP, but --optim is {optim}, which perturbs all weights once a step"
+                    raise ValueError(said)
             if getattr(self, radius) is None:
                 setattr(self, radius, _DEFAULT_RADII[optim])
         super().__post_init__()
@@ -93,10 +88,8 @@ class MethodArguments(AMPTrainingArguments):
         """Return the hyper-parameters of AMP or of the baseline, as :class:`amp_plugin.AMP` names them."""
         if self.baseline is None:
             return super().optimizer_kwargs()
-        epsilon = getattr(self, BALLS[self.optim])
-        if self.baseline is RMP:
-            return {"epsilon": epsilon, "norm": self.amp_norm, "seed": self.seed}
-        return {"epsilon": epsilon, "norm": "global"}
+        further = {"norm": self.amp_norm, "seed": self.seed} if self.baseline is RMP else {"norm": "global"}
+        return {"epsilon": getattr(self, BALLS[self.optim]), **further}
 
 
 def _check_range(name: str, value: float | None, low: float, high: float, *, zero: bool = False) -> None:

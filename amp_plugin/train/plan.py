@@ -20,11 +20,7 @@ from amp_plugin.trainer.described import amp_in_words, methods_in_words, schedul
 
 
 def plan(data_args: DataArguments, model_args: ModelArguments, args: RecipeArguments, task: Task) -> str:
-    """Describe a run in two columns, names and values, as wide as the terminal.
-
-    Raises:
-        ValueError: the run could not start.
-    """
+    """Describe a run in two columns, names and values, as wide as the terminal."""
     model, examples = task.model, task.train.split.kind
     kind, kwargs = RecipeTrainer.get_optimizer_cls_and_kwargs(args, model)
     make_optimizer = partial(kind, **kwargs)

@@ -17,13 +17,10 @@ class EpochLine(ProgressCallback):
     """Show a progress bar, and a line for every epoch instead of a dict for every log.
 
     Without a terminal, or with --disable_tqdm, there is no bar; the line then tells the rate and the time left.
-
-    Attributes:
-        first_step: number of optimizer steps that an earlier run made, which this run continues.
     """
 
     training_bar: Any
-    first_step = 0
+    first_step = 0  # optimizer steps of an earlier run, which this run continues
 
     def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
         """Start the bar where the training starts."""

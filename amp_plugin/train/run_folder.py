@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -49,10 +48,7 @@ class RecordsFile(TrainerCallback):
 
     A run that is killed keeps its records. A run that continues from a checkpoint first drops the records after the
     checkpoint, whose steps it makes again; a run from the beginning starts the file anew. Numbers that are not finite
-    become null.
-
-    Args:
-        path: the file, which the main process alone writes.
+    become null. The main process alone writes the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -64,7 +60,7 @@ class RecordsFile(TrainerCallback):
             new = self._path.with_name(f"_{self._path.name}")
             with explained(self._path.name, self._path.parent):
                 new.write_text("".join(map(_line, state.log_history)))
-                os.replace(new, self._path)
+                new.replace(self._path)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Append the newest record."""
@@ -83,8 +79,7 @@ def draw_pictures(
 ) -> None:
     """Draw the training's curves, and the confusion matrix and reliability diagram of its test; print where they are.
 
-    `records` are ``trainer.state.log_history``, `tested` holds logits and class indices, `names` are those of the
-    classes, and `where` tells what the test was made on: "test" or "validation".
+    The `records` are ``trainer.state.log_history``, and `where` is what the test was made on: "test" or "validation".
     """
     curves, confusion, reliability = (folder / f"{n}.png" for n in ("curves", "confusion", "reliability"))
     logits, labels = tested.predictions, tested.label_ids
@@ -101,26 +96,15 @@ def draw_pictures(
 
 @dataclass(frozen=True)
 class SavedRun:
-    """Hold a finished run.
-
-    Attributes:
-        folder: folder of the run.
-        settings: settings of the run, by the names of the options.
-        metrics: metrics of the run, such as "eval_error".
-        task: the model with the trained weights, on the device at hand, and the data without augmentation.
-    """
+    """Hold a finished run."""
 
     folder: Path
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any]  # by the names of the options
     metrics: Mapping[str, float]
-    task: Task
+    task: Task  # the model with the trained weights, on the device at hand, and the data without augmentation
 
     def training_batches(self, examples: int | None, batch_size: int) -> DataLoader[Any]:
-        """Load so many training examples, or all, as the model takes them: always the same, equally many a class.
-
-        Raises:
-            ValueError: there are not so many examples.
-        """
+        """Load so many training examples, or all, as the model takes them: always the same, equally many a class."""
         train: Any = self.task.train
         count = len(train) if examples is None else examples
         chosen: Any = Subset(train, train.split.subset_indices(count).tolist())
@@ -128,15 +112,9 @@ class SavedRun:
 
 
 def open_run(folder: str | Path, *, dataset: str | None = None, data_root: str | None = None) -> SavedRun:
-    """Open the output folder of a finished run.
+    """Open the output folder of a finished run; `dataset` stands in for the recorded one, e.g. where that was a folder.
 
-    Args:
-        folder: output folder of the run.
-        dataset: name to use instead of the recorded one, e.g. where that was a folder.
-        data_root: folder in the layout of the Hub to load the data from, instead of the Hub.
-
-    Raises:
-        ValueError: the folder is not that of a finished run, or the run's data cannot be had.
+    `data_root` is a folder in the layout of the Hub to load the data from, instead of the Hub.
     """
     folder = Path(folder)
     try:

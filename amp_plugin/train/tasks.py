@@ -21,23 +21,14 @@ from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArgume
 
 @dataclass(frozen=True)
 class Task:
-    """Hold a model, and the examples to train and to report on.
+    """Hold a model, and the examples to train and to report on, in whole batches: see `amp_plugin.data.collate`."""
 
-    Attributes:
-        dataset: name of the data set, for the reader.
-        model: model to be trained.
-        train: examples to train on, in whole batches, see `amp_plugin.data.collate`.
-        test: examples to report on, in whole batches.
-        processor: image processor or tokenizer to save beside the model, if any.
-        new: names of the parameters that do not come from the checkpoint; None without a checkpoint.
-    """
-
-    dataset: str
+    dataset: str  # its name, for the reader
     model: PreTrainedModel
     train: ImageBatches | TextBatches
     test: ImageBatches | TextBatches
-    processor: Any = None
-    new: list[str] | None = None
+    processor: Any = None  # image processor or tokenizer to save beside the model
+    new: list[str] | None = None  # parameters that do not come from the checkpoint; None without a checkpoint
 
     def class_names(self) -> list[str]:
         """Return the names of the classes, in the order of the model's outputs."""
@@ -55,11 +46,7 @@ class Task:
 
 
 def make_task(data_args: DataArguments, model_args: ModelArguments, args: RecipeArguments) -> Task:
-    """Load data and model as the options say.
-
-    Raises:
-        ValueError: data or model cannot be had as the options say.
-    """
+    """Load data and model as the options say."""
     task = (_image_task if data_args.text_column is None else _text_task)(data_args, model_args, args)
     if model_args.freeze_backbone:
         freeze_backbone(task.model)

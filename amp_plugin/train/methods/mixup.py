@@ -21,12 +21,6 @@ class MixedBatches(ImageBatches):
 
     The proportion is a function of (seed, epoch, the batch's indices), so the number of workers, earlier draws and the
     step at which a run is resumed make no difference. The sampler has shuffled, so a neighbour is a random one.
-
-    Args:
-        *args: arguments of `ImageBatches`.
-        alpha: both parameters of the Beta distribution, > 0.
-        classes: number of classes.
-        **kwargs: further arguments of `ImageBatches`.
     """
 
     def __init__(self, *args: Any, alpha: float, classes: int, **kwargs: Any) -> None:
@@ -36,9 +30,8 @@ class MixedBatches(ImageBatches):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Return pixel_values, float32 (B, 3, H, W), and as labels the classes' shares, float32 (B, classes)."""
         batch = super().__getitems__(indices)
-        images, labels = batch["pixel_values"], batch["labels"]
         entropy = np.random.SeedSequence([self.seed, int(self._epoch), *map(int, indices)])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
-            mixed, shares = self._mix(images, labels)
+            mixed, shares = self._mix(batch["pixel_values"], batch["labels"])
         return {"pixel_values": mixed, "labels": shares}

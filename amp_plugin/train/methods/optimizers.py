@@ -63,13 +63,8 @@ class ASAM(AMP):
 class RMP(AMP):
     """Move in a random direction to the surface of the ball, in place of the gradient's direction.
 
-    So a step has one pass, at theta + delta. The AMP paper compares with random model perturbation,
-    https://arxiv.org/abs/2010.04925, section 5.
-
-    Args:
-        params: parameters as `AMP` takes them.
-        seed: seed of the noise, in [0, 2**64), default 0.
-        **kwargs: further arguments of `AMP`.
+    So a step has one pass, at theta + delta. The noise has a seed in [0, 2**64). The AMP paper compares with random
+    model perturbation, https://arxiv.org/abs/2010.04925, section 5.
     """
 
     _perturbation_class = Sphere
@@ -94,14 +89,9 @@ class RandomDirection(CountsSteps):
         """Draw the noise for the parameters that are trained."""
         entropy = np.random.SeedSequence([self.seed, base.param_groups[0]["ascent_step"]])
         key = int(entropy.generate_state(1, np.uint64)[0])
-        generators: dict[torch.device, torch.Generator] = {}
-        noise = {}
-        for p in ball:
-            if p.requires_grad:
-                if p.device not in generators:
-                    generators[p.device] = torch.Generator(p.device).manual_seed(key)
-                noise[p] = torch.empty_like(p).normal_(generator=generators[p.device])
-        return noise
+        trained = [p for p in ball if p.requires_grad]
+        generators = {device: torch.Generator(device).manual_seed(key) for device in {p.device for p in trained}}
+        return {p: torch.empty_like(p).normal_(generator=generators[p.device]) for p in trained}
 
 
 BASELINES: dict[str, type[AMP]] = {"rmp": RMP, "sam": SAM, "asam": ASAM}
