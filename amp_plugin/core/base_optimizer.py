@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ def make_base(
         ValueError: the name is unknown, the optimizer's ``step`` needs a closure of its own, or it is not `capturable`.
         TypeError: the optimizer does not take one of the arguments, or is no optimizer.
     """
+    _check_not_within_zero()
     factory: OptimizerFactory
     if isinstance(base_optimizer, str):
         factory, kwargs = _by_name(base_optimizer, kwargs)
@@ -52,9 +54,34 @@ def make_base(
             f"base_optimizer {type(base).__name__} needs a closure of its own in every step, which AMP cannot give"
             " it; use a first-order optimizer such as SGD or AdamW"
         )
+    if getattr(base, "is_second_order", False):
+        raise ValueError(
+            f"base_optimizer {type(base).__name__} differentiates the gradient, for which AMP keeps no graph;"
+            " use a first-order optimizer such as SGD or AdamW"
+        )
+    groups = getattr(type(base), "param_groups", None)
+    if isinstance(groups, property) and groups.fset is None:
+        raise ValueError(
+            f"base_optimizer {type(base).__name__} does not let its param_groups be set, so AMP cannot share them; use"
+            " the optimizer inside it"
+        )
     if capturable:
         check_fused(base)
     return base
+
+
+def _check_not_within_zero() -> None:
+    """Raise ValueError if a ZeroRedundancyOptimizer is making this optimizer, for the shard of one process."""
+    zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = sys._getframe() if zero is not None else None
+    while zero is not None and frame is not None:
+        if isinstance(frame.f_locals.get("self"), zero.ZeroRedundancyOptimizer):
+            raise ValueError(
+                "ZeroRedundancyOptimizer(optimizer_class=AMP) would let each process perturb its shard alone; put it"
+                " inside: AMP(params, base_optimizer=lambda params, **kwargs: ZeroRedundancyOptimizer(params,"
+                " optimizer_class=torch.optim.SGD, **kwargs), lr=...)"
+            )
+        frame = frame.f_back
 
 
 def _by_name(name: str, kwargs: dict[str, Any]) -> tuple[OptimizerFactory, dict[str, Any]]:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from amp_plugin.core.compilation import not_compiled
 from amp_plugin.core.distributed import in_process_group
 
 if TYPE_CHECKING:
     from amp_plugin.core.optimizer import AMP
 
 
-def ascent_passes(
-    self: AMP, batches: Sequence[Any] | None = None, *, grad_scale: float | Tensor = 1.0
-) -> Iterator[Sequence[Any]]:
+Batches: TypeAlias = Sequence[Any] | None  # the micro-batches of a step, if the loop tells them
+Scale: TypeAlias = float | Tensor
+
+
+def ascent_passes(self: AMP, batches: Batches = None, *, grad_scale: Scale = 1.0) -> Iterator[Sequence[Any]]:
     """Yield once for each ascent pass, which comes before the pass of the descent; move the weights after each.
 
     There are ``inner_iter`` such passes where the policy asks for them, else none::
@@ -52,8 +55,9 @@ def ascent_passes(
         raise
 
 
+@not_compiled
 @torch.no_grad()
-def ascend(self: AMP, *, grad_scale: float | Tensor = 1.0) -> None:
+def ascend(self: AMP, *, grad_scale: Scale = 1.0) -> None:
     """Take one ascent step along ``.grad`` and clear the gradients; the weights are at theta + delta afterwards.
 
     The loop calls this ``inner_iter`` times before :meth:`AMP.step`, each time after a backward pass. With a gradient
@@ -105,7 +109,7 @@ def _waste_pass(self: AMP) -> None:
         pass
     if wasted:
         step.costs = [*step.costs[:-1], (step.costs[-1] if step.costs else 0.0) + 1.0]
-        self._warn_once(
+        self.warn_once(
             f"AMP: ascent={str(self.policy)!r} needs no gradient in this step, so the backward pass before ascend()"
             " was wasted; make the ascent's passes in `for _ in optimizer.ascent_passes():`"
         )

@@ -11,7 +11,6 @@ https://arxiv.org/abs/2010.04925. For one mini-batch, Algorithm 1 reads::
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -23,12 +22,14 @@ from torch.optim import SGD
 from torch.optim.optimizer import ParamsT
 from torch.utils._pytree import tree_map_only
 
-from amp_plugin.core import explicit_passes, grad_scaler, messages
+from amp_plugin.core import complaints, explicit_passes, grad_scaler
 from amp_plugin.core.base_optimizer import OptimizerFactory, make_base
 from amp_plugin.core.checks import check_count, check_not_negative
 from amp_plugin.core.compilation import not_compiled
+from amp_plugin.core.delta_check import DeltaCheck
 from amp_plugin.core.deprecation import Renamed
 from amp_plugin.core.distributed import in_process_group
+from amp_plugin.core.explicit_passes import Batches, Scale
 from amp_plugin.core.fused import step_where_finite
 from amp_plugin.core.norms import LOW_PRECISION
 from amp_plugin.core.perturbation import Norm, Perturbation
@@ -52,8 +53,8 @@ class AMP(OptimizerWrapper):
         loss_fn(model(x), y).backward()      # at theta + delta
         optimizer.step()                     # back to theta, then the base optimizer's step
 
-    Groups and state are the base optimizer's own, so schedules and checkpoints see one optimizer. A step makes no host
-    synchronisation: only whether the ascent was finite travels to the host, asynchronously, during the descent's pass.
+    Groups and state are the base optimizer's own, so schedules and checkpoints see one optimizer. A step never waits
+    for the device: whether the ascent was finite travels to the host during the descent's pass.
 
     Args:
         params: parameters, named parameters or parameter groups; a group may set its own ``epsilon`` and ``inner_lr``
@@ -72,11 +73,11 @@ class AMP(OptimizerWrapper):
             paper), ``"subset(0.5)"``, ``"every(2)"``, ``"window(0.5, 1.0)"``, ``"stale"``, ``"momentum"``,
             ``"adaptive(0.0)"``, or several, ``"every(2), subset(0.5)"``; see :mod:`amp_plugin.core.policies`.
         parameters: choice of what is perturbed: ``"norm"`` for the weight and bias of normalisation layers, another
-            string for a regular expression to be found in the names, or a function of name and parameter; default
-            None, all parameters. For the names see :meth:`name_parameters`.
+            string for a regular expression to be found in the names (see :meth:`name_parameters`), or a function of
+            name and parameter; default None, all parameters.
         capturable: whether the host reads nothing in a step, so that a CUDA graph can hold one
-            (:class:`amp_plugin.CapturedStep`); default False. The base optimizer's fused kernel then skips steps that
-            were not finite, without a warning. Needs ``fused=True`` and ``ascent="full"``.
+            (:class:`amp_plugin.CapturedStep`), and the base optimizer's fused kernel skips what was not finite, without
+            a warning; default False. Needs ``fused=True`` and ``ascent="full"``.
         **kwargs: further arguments of the base optimizer.
 
     Attributes:
@@ -130,8 +131,8 @@ class AMP(OptimizerWrapper):
         """Make what is never copied or saved."""
         self.perturbation = self._perturbation_class(self.norm, tell_host=not self.capturable)
         self.progress, self._last_passes = Step(), 1.0
+        self.delta_check, self.attached = DeltaCheck(), False
         self._skipped: int | Tensor = 0
-        self.attached = False
         _instances.add(self)
 
     # --- one step
@@ -147,8 +148,8 @@ class AMP(OptimizerWrapper):
                 descent; only once where an attached module makes the passes. Gradients from before the call are set
                 aside in the ascent and put back for the descent, unless the closure clears them. Default None: the
                 loop has made the passes already, by :meth:`ascent_passes`, :meth:`ascend` or an attached module.
-            passes: :class:`amp_plugin.ExtraPasses` that every call runs under; default None: as in the released code,
-                every call updates BatchNorm statistics and draws new dropout masks.
+            passes: :class:`amp_plugin.ExtraPasses` that every call runs under; default None, no replay, as in the
+                released code.
 
         Returns:
             What the first call of the closure returned, detached. That call is at theta, unless the policy needs none.
@@ -177,22 +178,21 @@ class AMP(OptimizerWrapper):
         if self.progress.moved:
             self.restore()
             raise RuntimeError("step(closure) after ascend(): call step() without a closure; the ascent was dropped")
-        step, ascends = self.progress, self.ascends
+        step, ascends, ascended = self.progress, self.ascends, False
         results: list[Any] = []
-
-        def make_pass() -> None:
-            with passes.nth(len(results)) if passes else nullcontext():
-                results.append(closure())
-
         step.set_aside = {p: p.grad for p in self._params() if p.grad is not None} if ascends else {}
         try:
             if ascends:
                 self._set_gradients({})
-            for _ in self.passes_of_step(None, prune=not in_process_group()):
-                make_pass()
+            for _ in self.passes_of_step(None, prune=not in_process_group(), passes=passes):
+                results.append(closure())
+                ascended |= bool(self.gradients())
             if ascends:
                 self._set_gradients(step.set_aside)
-            make_pass()
+            before, versions = step.set_aside, [grad._version for grad in step.set_aside.values()]
+            with passes.nth(len(results)) if passes else nullcontext():
+                results.append(closure())
+            complaints.check_closure_gradients(self, ascended, before, versions)
             self.restore()
         except BaseException:
             self.restore()
@@ -204,12 +204,12 @@ class AMP(OptimizerWrapper):
         return results[0]
 
     def passes_of_step(
-        self, batches: Sequence[Any] | None, grad_scale: float | Tensor = 1.0, *, prune: bool = True
+        self, batches: Batches, grad_scale: Scale = 1.0, *, prune: bool = True, passes: ExtraPasses | None = None
     ) -> Iterator[Sequence[Any]]:
-        """Yield the micro-batches that each ascent pass has to run; move the weights after each pass.
+        """Yield the micro-batches that each ascent pass has to run, under its guard; move the weights after each pass.
 
-        This is :meth:`ascent_passes` for doors, which check the gradients and restore after an error by themselves.
-        With ``prune`` parameters outside the ball require no gradient in these passes; DDP must not wait for one then.
+        This is :meth:`ascent_passes` for doors, which restore after an error by themselves. With ``prune`` parameters
+        outside the ball require no gradient in these passes; DDP must not wait for one then.
         """
         self.progress.begun = True
         if not self.ascends:
@@ -219,8 +219,9 @@ class AMP(OptimizerWrapper):
             self._ascend(directions=self.policy.directions(self.base_optimizer, ball))
         else:
             part, share = self.policy.select_batches(batches)
-            for _ in range(self.inner_iter):
-                with self.selection.pruned(self.param_groups if prune else []) as outside:
+            for k in range(self.inner_iter):
+                guard = passes.nth(k) if passes else nullcontext()
+                with guard, self.selection.pruned(self.param_groups if prune else []) as outside:
                     yield part
                 if outside:  # reentrant checkpointing may have dropped gradients in the ball with theirs
                     inside = self.selection.within(self.param_groups)
@@ -229,17 +230,19 @@ class AMP(OptimizerWrapper):
 
     @torch.no_grad()
     def _ascend(
-        self, grad_scale: float | Tensor = 1.0, cost: float = 1.0, directions: Mapping[Tensor, Tensor] | None = None
+        self, grad_scale: Scale = 1.0, cost: float = 1.0, directions: Mapping[Tensor, Tensor] | None = None
     ) -> None:
         """Move along the gradients, or the directions if there are any, and overwrite them; clear the gradients."""
         ascents = self.selection.ascents(self.param_groups, directions)
         if any(a.param.dtype in LOW_PRECISION for a in ascents):
-            self._warn_once("AMP on 16-bit weights loses small displacements; use float32 and autocast")
+            self.warn_once("AMP on 16-bit weights loses small displacements; use float32 and autocast")
         step = self.progress
         step.begun = True
         if not step.moved:  # the first ascent from theta
             step.ascents, step.moved = 0, True
             step.costs.append(0.0)
+        if directions is None and not self.capturable:
+            self.delta_check.ascend(ascents)
         self.perturbation.ascend(ascents, grad_scale)
         self._set_gradients({})
         step.ascents += 1
@@ -247,12 +250,11 @@ class AMP(OptimizerWrapper):
 
     def _check_ascents(self) -> bool:
         """Raise RuntimeError if the step would train without the perturbation; return False if it trains nothing."""
-        step = self.progress
-        if not self.ascends or step.ascents == self.inner_iter or step.descents:
-            return True
-        if not step.ascents and all(float(g["lr"]) == 0.0 for g in self.param_groups):
-            return False  # torch.distributed.checkpoint makes such a step, so that the optimizer builds its state
-        raise RuntimeError(messages.missing_ascents(self.inner_iter, step.ascents))
+        idle = not (self.progress.ascents or self.progress.descents)
+        if self.ascends and not (idle and all(float(g["lr"]) == 0.0 for g in self.param_groups)):
+            complaints.check_ascents(self, self.progress)
+        # torch.distributed.checkpoint steps without a learning rate, so that the optimizer builds its state.
+        return not (self.ascends and idle)
 
     def restore(self) -> None:
         """Put back the exact bits of theta; forget the ascents, unless a gradient was taken at theta + delta."""
@@ -264,18 +266,16 @@ class AMP(OptimizerWrapper):
     def _descend(self, trains: bool) -> None:
         """Let the base optimizer step at theta, unless an ascent was not finite; tell the policy if the step trains."""
         step = self._end_step()
-        self.perturbation.check_undisturbed()
-        if number := sum(p.grad is not None for p in step.unreached):  # in the descent they have one
-            self._warn_once(messages.unreached(number, self.selection.parameters))
+        complaints.check_step(self, step)
         if self.capturable:
             flags = [d.finite for d in step.descents] + ([self.perturbation.finite] if step.ascents else [])
             skipped = step_where_finite(self.base_optimizer, [flag for flag in flags if flag is not None], self)
             self._skipped = skipped + self._skipped if isinstance(self._skipped, int) else self._skipped.add_(skipped)
         elif grad_scaler.found_overflow(self, self.gradients()):
             pass  # no step and no warning: the scaler knows, and will lower its scale
-        elif (step.ascents and not self.perturbation.was_finite()) or not all(d.was_finite() for d in step.descents):
+        elif (step.ascents and not self.perturbation.was_finite()) or not step.were_finite(self.gradients()):
             self._skipped += 1
-            warnings.warn(messages.skipped(self.skipped_steps), RuntimeWarning, stacklevel=3)
+            complaints.tell_of_skipped_step(self)
         else:
             ball = self.selection.within(self.param_groups)
             with self.policy.around_step(self.base_optimizer, ball) if trains else nullcontext():
@@ -329,8 +329,7 @@ class AMP(OptimizerWrapper):
     def propagate_overflow(self) -> None:
         """Tell a gradient scaler of an ascent that was not finite, by an infinite gradient of the descent.
 
-        Call it after the last backward pass, before the scaler's ``unscale_`` or ``step``: the scaler then lowers its
-        scale. Without this call the step is skipped too, but the scale stays.
+        Call it after the last backward pass, before the scaler's ``unscale_`` or ``step``; else the scale stays.
         """
         if self.progress.ascents:
             grad_scaler.spoil(self.gradients(), self.perturbation, on_device=self.capturable)
@@ -344,9 +343,8 @@ class AMP(OptimizerWrapper):
     def name_parameters(self, named: nn.Module | Iterable[tuple[str, Tensor]]) -> None:
         """Tell the names that ``parameters=`` chooses from; ValueError if no parameter is chosen.
 
-        This is needed only where the optimizer was made of parameters without names and a closure or the loop makes
-        the passes: :func:`amp_plugin.attach` and the hosts know the module and do it. `named` is a module, or its
-        ``named_parameters()``.
+        Only a closure or a loop of one's own needs this, where the optimizer was made of parameters without names.
+        `named` is a module, or its ``named_parameters()``.
         """
         named = named.named_parameters() if isinstance(named, nn.Module) else named
         self.selection.choose(self.param_groups, named)
@@ -375,8 +373,10 @@ class AMP(OptimizerWrapper):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of AMP or of the base optimizer alone; RuntimeError while the weights are perturbed."""
         self._check_clean("load a state")
+        before = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
         self.policy.reset()
+        complaints.tell_of_loaded_options(self, before, state_dict["param_groups"])
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_clean("copy or pickle AMP")

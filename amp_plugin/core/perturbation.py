@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from amp_plugin.core.async_scalar import AsyncScalar
 from amp_plugin.core.compilation import not_compiled
@@ -199,7 +200,7 @@ class Perturbation:
 
         self._moved_versions = [next(_displacements)] * len(self._displaced)
         _set_versions(self._displaced, self._moved_versions)
-        torch.clear_autocast_cache()  # which holds theta, cast to 16 bits
+        clear_weight_caches()
         self._ratios = [(ratio, b.epsilon) for b, ratio in zip(buckets, ratios, strict=True)]
         self._finite = finite
         self._flag = AsyncScalar(finite) if self._tell_host else None
@@ -218,7 +219,7 @@ class Perturbation:
         # the counter of theta.
         _set_versions(reversed(self._displaced), reversed(self._displaced.values()))
         self._displaced = {}
-        torch.clear_autocast_cache()
+        clear_weight_caches()
 
     @not_compiled
     @torch.no_grad()
@@ -252,7 +253,7 @@ class Perturbation:
             torch._foreach_copy_([local_tensor(p) for p in params], moved)
         self._moved_versions = moved_versions
         _set_versions(params, moved_versions)
-        torch.clear_autocast_cache()
+        clear_weight_caches()
 
     def check_undisturbed(self) -> None:
         """Raise RuntimeError, once, if something has changed the weights while they were away from theta."""
@@ -330,6 +331,12 @@ class Perturbation:
         if backup is None or backup.shape != like.shape or backup.dtype != like.dtype or backup.device != like.device:
             backup = self._backups[param] = torch.empty_like(like)
         return backup
+
+
+def clear_weight_caches() -> None:
+    """Drop what torch keeps of values computed from weights, which have moved: casts of autocast, parametrizations."""
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()
 
 
 def _check_movable(param: Tensor, grad: Tensor | None) -> None:

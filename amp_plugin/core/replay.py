@@ -1,129 +1,170 @@
-"""All passes of a step are one function at several weights: running statistics and random numbers are replayed."""
+"""All passes of a step are one function at several weights: the module's state and random numbers are replayed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from amp_plugin.core.compilation import not_compiled
 from amp_plugin.core.deprecation import Renamed
+from amp_plugin.core.module_state import (
+    Attribute,
+    ModuleState,
+    attributes_of,
+    buffers_of,
+    frozen_parameters_of,
+    held_now,
+    trained_among,
+)
 
 BatchNormPolicy = Literal["clean", "all"]
 RngPolicy = Literal["same", "fresh"]
-_Place = tuple[dict[str, Any], str]
-
-
-class SeenBuffer(NamedTuple):
-    """A buffer as a pass has left it.
-
-    Attributes:
-        place: dictionary of buffers of a module, and the buffer's name in it.
-        tensor: buffer that is held there.
-        value: copy of the buffer's value.
-        version: autograd's version counter of the buffer.
-    """
-
-    place: _Place
-    tensor: Tensor
-    value: Tensor
-    version: int
 
 
 class ExtraPasses:
     """Guards of the passes of a training step, under which the passes after the first leave no trace in the module.
 
+    Every pass starts from the state that the clean pass, at theta, started from, and the step ends with the state that
+    the clean pass has left. State is buffers of any layer, parameters that require no gradient (a momentum encoder; but
+    not where they take more memory than the trained ones, as a frozen backbone does), and detached tensors in plain
+    attributes, which are looked for in the first clean pass.
+
     Args:
-        module: module whose buffers (BatchNorm running statistics and counters, and those of any custom layer) and
-            whose devices' random number generators are replayed.
-        batch_norm: ``"clean"`` (default) to keep in the buffers what the clean pass, at theta, has written, so that
-            running statistics describe the weights that are kept; ``"all"`` to let every pass update them, as the
+        module: module whose state and whose devices' random number generators are replayed.
+        batch_norm: ``"clean"`` (default) to keep in the buffers what the clean pass has written, so that running
+            statistics describe the weights that are kept; ``"all"`` to let every pass update the buffers, as the
             released code of the paper does.
         rng: ``"same"`` (default) to let every pass of a step draw the random numbers (dropout masks, drop-path) of the
-            clean pass, so that a step consumes the generator as a single pass would; ``"fresh"`` to let each pass draw
-            new ones.
+            clean pass, from torch's, numpy's and Python's generators; ``"fresh"`` to let each pass draw new ones.
+        generators: further generators that a pass draws from, `torch.Generator`, `numpy.random.Generator` or
+            `random.Random`; default none.
 
     Raises:
         ValueError: a policy is unknown.
+        TypeError: a generator is of another kind.
     """
 
     number = Renamed("nth")
     extra = Renamed("perturbed")
 
-    def __init__(self, module: nn.Module, *, batch_norm: BatchNormPolicy = "clean", rng: RngPolicy = "same") -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        batch_norm: BatchNormPolicy = "clean",
+        rng: RngPolicy = "same",
+        generators: Sequence[Any] = (),
+    ) -> None:
         check_policies(batch_norm, rng)
         self.module = module
         self.batch_norm = batch_norm
         self.rng = rng
-        self._rng_states: dict[torch.device, Tensor] = {}
-        self._snapshot: list[Tensor] = []
+        self.generators = list(generators)
+        for generator in self.generators:
+            _restorer(generator)  # raises for what is no generator
+        self._restore_random: list[Callable[[], object]] = []
+        self._start, self._end = ModuleState(), ModuleState()
+        self._excluded: set[int] = set()  # identities of weights that a plain attribute holds too
+        self._attributes: list[Attribute] | None = None  # None until the first clean pass has shown which ones change
 
     @contextmanager
     def clean(self) -> Iterator[None]:
-        """Guard the clean pass, at theta: remember where its random numbers start."""
-        if self.rng == "same":
-            self._rng_states = {device: _get_rng_state(device) for device in self._devices()}
+        """Guard the clean pass, at theta: remember the state and the random numbers that it starts from."""
+        self._begin()
         yield
+        self._settle()
 
     @contextmanager
     def perturbed(self) -> Iterator[None]:
-        """Guard a pass at theta + delta: replay the random numbers, and put the buffers back afterwards."""
-        for device, state in self._rng_states.items():
-            _set_rng_state(device, state)
-        with self._buffers_kept():
+        """Guard a pass at theta + delta: replay state and random numbers, and put the state back afterwards."""
+        self._save(self._end)
+        try:
+            self._replay()
             yield
+        finally:
+            self._end.load()
 
     def nth(self, index: int) -> AbstractContextManager[None]:
         """Return the guard of a pass by its index in the step: :meth:`clean` for 0, wherever the weights are."""
         return self.perturbed() if index else self.clean()
 
-    def seen_buffers(self) -> list[SeenBuffer]:
-        """Return, at the end of a perturbed forward pass, what its backward pass may need to find in the buffers."""
-        held = self._kept()
-        values = [torch.empty_like(b) for _, b in held]
-        if held:
-            with torch.no_grad():
-                torch._foreach_copy_(values, [b for _, b in held])
-        return [SeenBuffer(place, b, value, b._version) for (place, b), value in zip(held, values, strict=True)]
+    def seen(self) -> ModuleState:
+        """Return, at the end of a perturbed forward pass, the state that its backward pass may need to find."""
+        seen = ModuleState()
+        self._save(seen)
+        return seen
 
     @contextmanager
-    def backward(self, seen: list[SeenBuffer]) -> Iterator[None]:
+    def backward(self, seen: ModuleState) -> Iterator[None]:
         """Guard the backward pass of a perturbed forward pass that is over; checkpointed layers run again in it."""
-        with self._buffers_kept():
-            if seen:
-                places, buffers, values, versions = zip(*seen, strict=True)
-                _put(zip(places, buffers, strict=True))
-                with torch.no_grad():
-                    torch._foreach_copy_(buffers, values)
-                torch._C._autograd._unsafe_set_version_counter(buffers, versions)  # as the forward pass recorded it
-            yield
-
-    @contextmanager
-    def _buffers_kept(self) -> Iterator[None]:
-        held = self._kept()
-        if not held:
-            yield
-            return
-        buffers = [buffer for _, buffer in held]
-        if [_layout(b) for b in buffers] != [_layout(s) for s in self._snapshot]:
-            self._snapshot = [torch.empty_like(b) for b in buffers]
-        with torch.no_grad():
-            torch._foreach_copy_(self._snapshot, buffers)
+        self._save(self._end)
         try:
+            seen.load_for_graph()
             yield
         finally:
-            _put(held)
-            with torch.no_grad():
-                torch._foreach_copy_(buffers, self._snapshot)
+            self._end.load()
 
-    def _kept(self) -> list[tuple[_Place, Tensor]]:
-        holders = [m._buffers for m in self.module.modules()] if self.batch_norm == "clean" else []
-        return [((holder, name), b) for holder in holders for name, b in holder.items() if b is not None]
+    @not_compiled
+    def _begin(self) -> None:
+        if self.rng == "same":
+            self._restore_random = [_restorer(generator) for generator in self._all_generators()]
+        self._save(self._start)
 
-    def _devices(self) -> set[torch.device]:
-        return {torch.device("cpu"), *(p.device for p in self.module.parameters())}
+    @not_compiled
+    def _settle(self) -> None:
+        if self._attributes is None:
+            self._attributes = self._start.settle_attributes()
+
+    @not_compiled
+    def _replay(self) -> None:
+        for restore in self._restore_random:
+            restore()
+        self._start.load()
+
+    @not_compiled
+    def _save(self, state: ModuleState) -> None:
+        held = buffers_of(self.module) if self.batch_norm == "clean" else []
+        held += frozen_parameters_of(self.module)
+        if self._attributes is None:  # the first pass shows which attributes change, and so are state
+            held += attributes_of(self.module)
+            self._excluded = trained_among(self.module, held)
+        else:
+            held += held_now(self._attributes)
+        state.save(held, self._excluded)
+
+    def _all_generators(self) -> Iterator[Any]:
+        yield random
+        if "numpy" in sys.modules:  # nothing can have drawn from it otherwise
+            yield sys.modules["numpy"].random
+        yield from self.generators
+        yield from {torch.device("cpu"), *(p.device for p in self.module.parameters())}
+
+
+def _restorer(generator: Any) -> Callable[[], object]:
+    """Return a function that sets a generator back to where it is now.
+
+    Args:
+        generator: the module `random` or `numpy.random`, a device whose default generator is meant, or an object.
+    """
+    if isinstance(generator, torch.device):
+        if generator.type == "cpu":
+            return functools.partial(torch.set_rng_state, torch.get_rng_state())
+        module = torch.get_device_module(generator)
+        return functools.partial(module.set_rng_state, module.get_rng_state(generator), generator)
+    if hasattr(generator, "get_state"):  # torch.Generator, numpy.random.RandomState, and the module numpy.random
+        return functools.partial(generator.set_state, generator.get_state())
+    if hasattr(generator, "getstate"):  # random.Random, and the module random
+        return functools.partial(generator.setstate, generator.getstate())
+    if hasattr(generator, "bit_generator"):  # numpy.random.Generator
+        return functools.partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
+    raise TypeError(f"generators must be of torch, numpy or Python's random, got {type(generator).__name__}")
 
 
 def check_policies(batch_norm: str, rng: str) -> None:
@@ -131,28 +172,3 @@ def check_policies(batch_norm: str, rng: str) -> None:
     for name, value, known in (("batch_norm", batch_norm, BatchNormPolicy), ("rng", rng, RngPolicy)):
         if value not in get_args(known):
             raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(known)))}, got {value!r}")
-
-
-def _put(held: Iterable[tuple[_Place, Tensor]]) -> None:
-    """Put buffers back where a layer has put a new tensor in their place instead of changing the old one."""
-    for (holder, name), buffer in held:
-        if holder.get(name) is not buffer:
-            holder[name] = buffer
-
-
-def _layout(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.shape, tensor.dtype, tensor.device
-
-
-def _get_rng_state(device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return torch.get_rng_state()
-    state: Tensor = torch.get_device_module(device).get_rng_state(device)
-    return state
-
-
-def _set_rng_state(device: torch.device, state: Tensor) -> None:
-    if device.type == "cpu":
-        torch.set_rng_state(state)
-    else:
-        torch.get_device_module(device).set_rng_state(state, device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from amp_plugin.core.checks import check_not_negative
 from amp_plugin.core.perturbation import Ascent
 from amp_plugin.core.sharding import is_distributed
+from amp_plugin.core.warn import warn_user
 from amp_plugin.suggest import did_you_mean
 
 Parameters = str | Callable[[str, Tensor], bool]
@@ -165,7 +165,7 @@ def _check_gradients(ball: Mapping[Tensor, Ascent]) -> None:
             " pass, model.set_requires_gradient_sync(True); without it FSDP keeps the gradients to itself"
         )
     if all(p.grad is None for p in ball):
-        warnings.warn("AMP: a pass left no gradient to ascend along", RuntimeWarning, stacklevel=6)
+        warn_user("AMP: a pass left no gradient to ascend along", RuntimeWarning)
 
 
 def _ids(groups: Groups) -> set[int]:

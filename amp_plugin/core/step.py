@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from amp_plugin.core.async_scalar import AsyncScalar
 from amp_plugin.core.perturbation import Displacement
 
 
@@ -31,6 +33,7 @@ class Step:
         ascents: number of ascents between theta and the theta + delta that the gradient of the descent is taken at.
         plain: whether the policy was asked and wants no ascent in this step.
         descents: points theta + delta at which an attached module has finished a backward pass, one a micro-batch.
+        factors: for each of these, what the loss was multiplied by after it left the module.
         costs: price of going from theta to each theta + delta, in forward and backward passes over the batch; there
             are several where each micro-batch is perturbed for itself.
         unreached: parameters in the ball that got no gradient in an ascent pass, while those outside required none.
@@ -42,6 +45,7 @@ class Step:
     ascents: int = 0
     plain: bool = False
     descents: list[Displacement] = field(default_factory=list)
+    factors: list[AsyncScalar] = field(default_factory=list)
     costs: list[float] = field(default_factory=list)
     unreached: list[Tensor] = field(default_factory=list)
     set_aside: dict[Tensor, Tensor] | None = None
@@ -56,11 +60,22 @@ class Step:
         """Whether ``step(closure)`` is running its closure now."""
         return self.set_aside is not None
 
+    def were_finite(self, gradients: Iterable[Tensor]) -> bool:
+        """Return whether all gradients of the attached module's ascents were finite.
+
+        The gradient of a descent whose ascent was not finite is NaN. Where gradients are finite all the same, the loop
+        has zeroed that one since, and nothing of it is left.
+        """
+        if all(d.was_finite() for d in self.descents):
+            return True
+        filled = [grad for grad in gradients if grad.numel()]
+        return bool(filled) and all(bool(grad.isfinite().all()) for grad in filled)
+
     def drop_gradients(self) -> None:
         """Forget what ``zero_grad()`` clears: gradients set aside, and ascents whose descent has no gradient now."""
         if self.set_aside is not None:
             self.set_aside = {}
-        self.descents = []
+        self.descents, self.factors = [], []
         if not self.moved:
             self.ascents = 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
@@ -10,6 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+
+from amp_plugin.core.warn import warn_user
 
 
 class OptimizerWrapper(Optimizer):
@@ -109,11 +110,12 @@ class OptimizerWrapper(Optimizer):
         for p in self._params():
             p.grad = gradients.get(p)
 
-    def _warn_once(self, message: str) -> None:
+    def warn_once(self, message: str, category: type[Warning] = UserWarning) -> None:
+        """Warn, unless this optimizer has said so before."""
         warned: set[str] = self.__dict__.setdefault("_warned", set())
         if message not in warned:
             warned.add(message)
-            warnings.warn(message, stacklevel=5)
+            warn_user(message, category)
 
 
 def _do_nothing() -> None: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ from amp_plugin.doors.window import ascend_over
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+# The guard of an optimizer's passes, kept from call to call for what the first one has found out about the module.
+_GUARDS: weakref.WeakKeyDictionary[AMP, ExtraPasses] = weakref.WeakKeyDictionary()
 _INEXACT_HOSTS = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA")
 
 
@@ -95,10 +98,12 @@ def amp_backward(
         return torch.stack(losses).mean()
 
     def clear() -> None:
-        model.zero_grad()  # the gradients of its other parameters, too, must come from the last pass alone
+        model.zero_grad()
         amp.zero_grad()
 
-    passes = ExtraPasses(model, batch_norm=batch_norm, rng=rng)
+    passes = _GUARDS.get(amp)
+    if passes is None or (passes.module, passes.batch_norm, passes.rng) != (model, batch_norm, rng):
+        passes = _GUARDS[amp] = ExtraPasses(model, batch_norm=batch_norm, rng=rng)
     scale = scale_of(accelerator.scaler)
     means: list[Tensor] = []
     clear()
@@ -107,7 +112,6 @@ def amp_backward(
         with closing(ascend_over(amp, passes, model, batches, scale, sync=sync_ascent, culprit=culprit)) as ascent:
             for part, sync in ascent:
                 means.append(run(detached_inputs(part), sync))
-        model.zero_grad()
         with passes.nth(len(means)):
             means.append(run(batches))
     except BaseException:

@@ -26,7 +26,7 @@ from amp_plugin.core.optimizer import AMP
 from amp_plugin.core.replay import BatchNormPolicy, ExtraPasses, RngPolicy
 from amp_plugin.core.sharding import is_distributed
 from amp_plugin.doors.perturbed_backward import AtDisplacement, PerturbedBackward
-from amp_plugin.doors.window import ascend_over
+from amp_plugin.doors.window import ascend_over, trained_beside
 
 # The attachment, in this thread, whose module is between the begin and the end of its perturbed forward pass.
 _running: ContextVar[Attachment | None] = ContextVar("running", default=None)
@@ -203,7 +203,7 @@ class Attachment:
         _running.set(None)
         if amp.perturbed:
             _reshard(module)
-        seen = self.passes.seen_buffers() if self.passes and output is not None else []
+        seen = self.passes.seen() if self.passes and amp.perturbed and output is not None else None
         try:
             forward.close()
             loss = loss_of(output, module) if output is not None else None  # None: the forward pass failed
@@ -218,6 +218,7 @@ class Attachment:
             return None
         self.amp_loss = loss.detach()
         assert self.passes is not None
+        assert seen is not None
         amp.progress.suspend()
         descent = PerturbedBackward(amp, self.passes, amp.perturbation.suspend(), seen, self._note_scale)
         value = self.amp_loss if self.loss is None else self.loss
@@ -235,11 +236,9 @@ class Attachment:
             _check_held(self.amp, module)
 
     def _passes(self, amp: AMP, passes: ExtraPasses, module: nn.Module, args: Any, kwargs: Any) -> _Passes:
-        """Make the ascent; return the number of its passes. The gradients of the loop are set aside meanwhile."""
+        """Make the ascent; return the number of its passes."""
         made, self.loss = 0, None
-        params = list(dict.fromkeys([*module.parameters(), *(p for g in amp.param_groups for p in g["params"])]))
-        grads = [p.grad for p in params]
-        if all(grad is None for grad in grads):
+        if all(p.grad is None for p in trained_beside(amp, module)):
             amp.zero_grad()  # forget a step that the gradient scaler skipped
         ddp = data_parallel(module)
         if ddp is not None and ddp.static_graph:
@@ -251,8 +250,6 @@ class Attachment:
         scale = self.grad_scale
         self._ascending = True
         try:
-            for p in params:
-                p.grad = None
             ascent = ascend_over(
                 amp,
                 passes,
@@ -278,8 +275,6 @@ class Attachment:
             raise
         finally:
             self._ascending = False
-            for p, grad in zip(params, grads, strict=True):
-                p.grad = grad
         return made
 
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, FunctionCtx
 
+from amp_plugin.core.async_scalar import AsyncScalar
 from amp_plugin.core.compilation import not_compiled
+from amp_plugin.core.module_state import ModuleState
 from amp_plugin.core.optimizer import AMP
 from amp_plugin.core.perturbation import Displacement
-from amp_plugin.core.replay import ExtraPasses, SeenBuffer
+from amp_plugin.core.replay import ExtraPasses
 
 
 class PerturbedBackward:
@@ -23,7 +25,7 @@ class PerturbedBackward:
         amp: optimizer whose weights move.
         passes: guard of the module's buffers, which a backward pass with checkpointing writes to again.
         displacement: theta + delta of the forward pass.
-        seen: buffers as the forward pass has left them.
+        seen: state of the module as the forward pass has left it.
         note_scale: function that is told the upstream gradient of the loss, rounded down to a power of two.
     """
 
@@ -32,7 +34,7 @@ class PerturbedBackward:
         amp: AMP,
         passes: ExtraPasses,
         displacement: Displacement,
-        seen: list[SeenBuffer],
+        seen: ModuleState,
         note_scale: Callable[[Tensor], None],
     ) -> None:
         self.amp, self.passes, self.seen, self.note_scale = amp, passes, seen, note_scale
@@ -58,7 +60,9 @@ class PerturbedBackward:
             )
         try:
             amp.perturbation.resume(self.displacement._replace(moved=list(moved)))
-            end = _BackwardEnd(amp, self.displacement, self.passes.backward(self.seen))
+            # A negative factor between the module and backward() is seen only now, when the ascent was made.
+            factor = None if amp.capturable else AsyncScalar(grad.detach().reshape(()))
+            end = _BackwardEnd(amp, self.displacement, factor, self.passes.backward(self.seen))
             torch.autograd.Variable._execution_engine.queue_callback(end)
         except BaseException:
             amp.restore()
@@ -75,8 +79,15 @@ class _BackwardEnd:
     When the backward pass fails, the engine does not call it but deletes it, so its deletion leads back as well.
     """
 
-    def __init__(self, amp: AMP, displacement: Displacement, buffers: AbstractContextManager[None]) -> None:
+    def __init__(
+        self,
+        amp: AMP,
+        displacement: Displacement,
+        factor: AsyncScalar | None,
+        buffers: AbstractContextManager[None],
+    ) -> None:
         self._there = ExitStack()  # open while the weights are at theta + delta
+        self._factor = factor
         self._amp, self._displacement = amp, displacement
         self._there.callback(amp.restore)
         self._there.enter_context(buffers)
@@ -86,6 +97,8 @@ class _BackwardEnd:
         try:
             self._there.close()
             self._amp.progress.descents.append(self._displacement)
+            if self._factor is not None:
+                self._amp.progress.factors.append(self._factor)
         except BaseException:  # an interrupt
             self._amp.restore()
             raise

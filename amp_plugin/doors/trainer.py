@@ -8,7 +8,8 @@ So k accumulation steps equal one batch that is k times larger.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from amp_plugin.core.find import find_amp
 from amp_plugin.core.grad_scaler import scale_of
+from amp_plugin.core.inputs import detached_inputs
 from amp_plugin.core.optimizer import AMP
 from amp_plugin.core.replay import ExtraPasses
 from amp_plugin.doors.attach_callback import AttachCallback, release
@@ -42,6 +44,35 @@ class _Window:
     clean_losses: list[Tensor] = field(default_factory=list)  # one for each micro-batch
     amp_losses: list[Tensor] = field(default_factory=list)  # one for each micro-batch that the descent has run
     descent: ExitStack | None = None  # closing it leads back to theta
+    prepared: dict[int, Any] = field(default_factory=dict)  # by identity of the micro-batch
+    current: int = 0  # identity of the micro-batch whose step is being made
+    in_step: bool = False  # whether a pass is under way, in which the Trainer's steps are its own
+
+
+_TrainingStep = Callable[[nn.Module, Any, Any], Tensor]
+
+
+def _step_in_every_pass(training_step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let the passes of a step be made around this override, unless it is called from another one."""
+
+    @functools.wraps(training_step)
+    def in_every_pass(self: AMPMixin, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        step = functools.partial(training_step, self)
+        if self._amp_window.in_step:
+            return step(model, inputs, num_items_in_batch)
+        return self._amp_training_step(step, model, inputs, num_items_in_batch)
+
+    return in_every_pass
+
+
+def _prepared_once(prepare_inputs: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Let this override prepare a micro-batch once for all passes."""
+
+    @functools.wraps(prepare_inputs)
+    def once(self: AMPMixin, inputs: Any) -> Any:
+        return self._amp_prepared(functools.partial(prepare_inputs, self), inputs)
+
+    return once
 
 
 class AMPMixin(TrainerMixin):
@@ -80,8 +111,20 @@ class AMPMixin(TrainerMixin):
             )
         if self.args.uses_amp:
             self._check_host()
+        elif not self.args.compares_with_amp:
+            logger.warning(
+                f"{type(self).__name__} trains without Adversarial Model Perturbation, because optim is"
+                f" {self.args.optim!r}; optim='amp_{self.args.optim}' trains with it"
+            )
         self.remove_callback(AttachCallback)  # this callback is for a Trainer without the mixin
         self.callback_handler.callbacks.insert(0, _EndOfEpoch(self))
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let a subclass's own `training_step` and `_prepare_inputs` take part in every pass of a step."""
+        super().__init_subclass__(**kwargs)
+        for name, wrapped in (("training_step", _step_in_every_pass), ("_prepare_inputs", _prepared_once)):
+            if name in vars(cls):
+                setattr(cls, name, wrapped(vars(cls)[name]))
 
     @property
     def amp(self) -> AMP | None:
@@ -157,18 +200,34 @@ class AMPMixin(TrainerMixin):
             The loss of this micro-batch at theta, detached; or, if the ascent took only a part of the window, an equal
             share of that part's loss.
         """
+        if self._amp_window.in_step:
+            return super().training_step(model, inputs, num_items_in_batch)
+        return self._amp_training_step(super().training_step, model, inputs, num_items_in_batch)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Prepare a micro-batch as the Trainer does; once for all passes, if it has a way of its own."""
+        if getattr(super()._prepare_inputs, "__func__", None) is Trainer._prepare_inputs:
+            return super()._prepare_inputs(inputs)
+        return self._amp_prepared(super()._prepare_inputs, inputs)
+
+    def _amp_training_step(self, step: _TrainingStep, model: nn.Module, inputs: Any, num_items: Any) -> Tensor:
+        """Make the passes of a micro-batch by the step of the outermost class, so that overrides act in each pass."""
         amp, window = self.amp, self._amp_window
         if amp is None and self.args.uses_amp:
             raise RuntimeError(f"--optim {self.args.optim}, but the optimizer given to AMPTrainer is not AMP")
         if amp is None or not amp.perturbs:
-            return super().training_step(model, inputs, num_items_in_batch)
+            return step(model, inputs, num_items)
+        window.in_step = True
         try:
             if window.descent is None:
-                self._ascend(amp, model, num_items_in_batch)
-            loss = super().training_step(model, inputs, num_items_in_batch)
+                self._ascend(amp, step, model, num_items)
+            window.current = id(inputs)
+            loss = step(model, inputs, num_items)
         except BaseException:
             self._end_amp_window()
             raise
+        finally:
+            window.in_step = False
         window.amp_losses.append(loss)
         if window.clean_losses:
             loss = window.clean_losses[len(window.amp_losses) - 1]
@@ -178,6 +237,15 @@ class AMPMixin(TrainerMixin):
             if self.accelerator.scaler is not None:
                 amp.propagate_overflow()
         return loss
+
+    def _amp_prepared(self, prepare: Callable[[Any], Any], inputs: Any) -> Any:
+        """Return the prepared micro-batch; within a step the first pass prepares it, and later passes reuse it."""
+        window = self._amp_window
+        if not window.in_step:
+            return prepare(inputs)
+        if window.current not in window.prepared:
+            window.prepared[window.current] = prepare(inputs)
+        return detached_inputs(window.prepared[window.current])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the Trainer does; a training record gains ``amp_loss``, ``sharpness`` and the statistics."""
@@ -201,7 +269,7 @@ class AMPMixin(TrainerMixin):
         self._check_clean_weights("save")
         super().save_model(*args, **kwargs)
 
-    def _ascend(self, amp: AMP, model: nn.Module, num_items_in_batch: Tensor | int | None) -> None:
+    def _ascend(self, amp: AMP, step: _TrainingStep, model: nn.Module, num_items: Any) -> None:
         """Run the window at theta, perturb, and leave the weights perturbed until `_end_amp_window`."""
         amp.zero_grad()
         amp.total_steps = self.state.max_steps
@@ -212,16 +280,27 @@ class AMPMixin(TrainerMixin):
         made, k = 0, len(window.batches)
         window.descent = ExitStack()
         window.descent.callback(amp.restore)
-        with closing(ascend_over(amp, passes, model, window.batches, scale, sync=self.args.amp_sync_ascent)) as ascent:
+        ascent = ascend_over(
+            amp,
+            passes,
+            model,
+            window.batches,
+            scale,
+            sync=self.args.amp_sync_ascent,
+            culprit=f"{type(self).__name__} or its model changes a batch",
+        )
+        with closing(ascent):
             for part, sync in ascent:
-                losses = self._ascent_pass(model, part, num_items_in_batch, sync=sync)
+                losses = self._ascent_pass(step, model, part, num_items, sync=sync)
                 if made == 0:
                     window.clean_losses = losses if len(part) == k else [torch.stack(losses).sum() / k] * k
                 made += 1
         window.descent.enter_context(passes.nth(made))
 
-    def _ascent_pass(self, model: nn.Module, part: Sequence[Any], num_items: Any, *, sync: bool) -> list[Tensor]:
-        """Make the Trainer's step on each micro-batch of a part of the window, as if the part were the window."""
+    def _ascent_pass(
+        self, step: _TrainingStep, model: nn.Module, part: Sequence[Any], num_items: Any, *, sync: bool
+    ) -> list[Tensor]:
+        """Make the step of each micro-batch of a part of the window, as if the part were the window."""
         whole = self.current_gradient_accumulation_steps
         if num_items is not None and part is not self._amp_window.batches:
             num_items = self._get_num_items_in_batch(list(part), self.args.device)
@@ -229,8 +308,9 @@ class AMPMixin(TrainerMixin):
             self.current_gradient_accumulation_steps = len(part)
             losses = []
             for k, inputs in enumerate(part, 1):
+                self._amp_window.current = id(inputs)
                 with _gradient_sync(model, sync and k == len(part)):
-                    losses.append(super().training_step(model, inputs, num_items))
+                    losses.append(step(model, detached_inputs(inputs), num_items))
             return losses
         finally:
             self.current_gradient_accumulation_steps = whole

@@ -93,6 +93,7 @@ class AMPArguments(_AMPOptions, TrainingArguments):
     # The annotation makes no dataclass field, so TheirConfig's default of `optim` stays; but HfArgumentParser reads the
     # annotation, and then takes names that are not among transformers' own.
     optim: str
+    compares_with_amp: ClassVar[bool] = False  # whether a training without AMP may have AMP's options, and says nothing
     _further_optims: ClassVar[tuple[str, ...]] = ()  # names of optimizers that a subclass adds
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -119,6 +120,13 @@ class AMPArguments(_AMPOptions, TrainingArguments):
             self.optim_args = SGD_ARGS
         check_policies(self.amp_batch_norm, self.amp_rng)
         make_policy(self.amp_ascent)
+        options = [f for f in fields(_AMPOptions) if f.name.startswith(_PREFIX)]
+        given = [f.name for f in options if getattr(self, f.name) != f.default]
+        if given and not self.uses_amp and not self.compares_with_amp:
+            raise ValueError(
+                f"{', '.join(given)} would have no effect: optim is {self.optim!r}, which trains without Adversarial"
+                f" Model Perturbation; for AMP around it say optim='amp_{self.optim}', else leave {given[0]} out"
+            )
         stock = self.stock_values()
         asked = {name: getattr(self, name) for name in stock}
         vars(self).update(stock)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import nullcontext
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
 from amp_plugin.core.distributed import average_gradients, data_parallel, share_overflow
-from amp_plugin.core.inputs import tensors_in
+from amp_plugin.core.inputs import BatchWatch
 from amp_plugin.core.optimizer import AMP
 from amp_plugin.core.replay import ExtraPasses
 
@@ -23,7 +23,7 @@ def ascend_over(
     *,
     sync: bool = True,
     within_forward: bool = False,
-    culprit: str | None = None,
+    culprit: str = "the model changes its batch",
 ) -> Generator[tuple[Sequence[Any], bool], None, None]:
     """Yield the micro-batches of each ascent pass; after each pass let the processes agree, then move the weights.
 
@@ -40,8 +40,7 @@ def ascend_over(
             each process perturbs along its own gradient. Default True.
         within_forward: whether the passes run inside the forward pass that the loop has called, where DDP cannot
             average; default False.
-        culprit: words for an error about a batch that a pass has changed, "the model changes its input"; default None,
-            nothing is checked.
+        culprit: begin of the error about a batch that a pass has changed; default "the model changes its batch".
 
     Yields:
         The micro-batches of the pass; and whether DDP is to average gradients in the backward pass of the last one.
@@ -53,20 +52,42 @@ def ascend_over(
     # DDP cannot average within a forward pass, and waits for gradients that a restricted ball switches off: in both
     # cases they are averaged here, after the pass.
     by_hand = within_forward or amp.selection.prunes(amp.param_groups)
-    tensors = tensors_in(window) if culprit is not None else []
-    versions = [t._version for t in tensors]
-    for made, part in enumerate(amp.passes_of_step(window, grad_scale)):
-        with passes.nth(made), ddp.no_sync() if within_forward and ddp is not None else nullcontext():
-            yield part, sync and not by_hand
-        if versions != [t._version for t in tensors]:
-            raise RuntimeError(f"{culprit} in place, so a second pass would see another batch; change a copy instead")
-        if not within_forward:
-            amp.check_gradients()
-        if sync and by_hand and ddp is not None:
-            average_gradients(_trained(amp), ddp.process_group)
-        # An attached module without DDP belongs to this process alone, and must not wait for the others.
-        elif not sync and (ddp is not None or not within_forward):
-            share_overflow(_trained(amp), None if ddp is None else ddp.process_group)
+    watch = BatchWatch(window)
+    with _gradients_set_aside(amp, model):
+        for part in amp.passes_of_step(window, grad_scale, passes=passes):
+            with ddp.no_sync() if within_forward and ddp is not None else nullcontext():
+                yield part, sync and not by_hand
+            watch.check(culprit)
+            if not within_forward:
+                amp.check_gradients()
+            if sync and by_hand and ddp is not None:
+                average_gradients(_trained(amp), ddp.process_group)
+            # An attached module without DDP belongs to this process alone, and must not wait for the others.
+            elif not sync and (ddp is not None or not within_forward):
+                share_overflow(_trained(amp), None if ddp is None else ddp.process_group)
+
+
+def trained_beside(amp: AMP, model: nn.Module) -> list[Tensor]:
+    """Return the parameters of the optimizer and of the model, which other optimizers may train."""
+    own = (p for group in amp.param_groups for p in group["params"])
+    return list({id(p): p for p in (*model.parameters(), *own)}.values())  # by id, because torch hashes in Python
+
+
+@contextmanager
+def _gradients_set_aside(amp: AMP, model: nn.Module) -> Iterator[None]:
+    """Keep gradients from before the step out of the ascent, and put them back for the descent.
+
+    What the ascent leaves on parameters that others train goes with it, so that only the descent's gradient counts.
+    """
+    params = trained_beside(amp, model)
+    before = [p.grad for p in params]
+    try:
+        for p in params:
+            p.grad = None
+        yield
+    finally:
+        for p, grad in zip(params, before, strict=True):
+            p.grad = grad
 
 
 def _trained(amp: AMP) -> list[Tensor]:

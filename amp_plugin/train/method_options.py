@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from amp_plugin import AMP, AMPTrainingArguments
 from amp_plugin.train.methods.optimizers import BASELINES, RMP
@@ -23,6 +23,8 @@ def option(default: Any, help: str) -> Any:
 @dataclass
 class MethodArguments(AMPTrainingArguments):
     """Choose another method of the paper's tables to train with."""
+
+    compares_with_amp: ClassVar[bool] = True  # a recipe's options stay when --optim sgd runs the job without AMP
 
     _further_optims = tuple(BASELINES)
 

@@ -534,11 +534,28 @@ def test_parameters_that_are_pending_sums_are_refused_and_nothing_moves() -> Non
         torch.distributed.destroy_process_group()
 
 
-def test_a_closure_without_backward_is_noticed() -> None:
+@pytest.mark.parametrize("returns", ["loss", "nothing"])
+def test_a_closure_without_backward_is_an_error(returns: str) -> None:
+    """The gradients that lie there are no reason to go on; Lightning's manual optimization passes such a closure."""
     model, (x, y) = small_net(), small_batches(1)[0]
     optimizer = AMP(model.parameters(), 0.1)
+    F.cross_entropy(model(x), y).backward()
+    before = parameters_of(model)
+    with (
+        pytest.warns(RuntimeWarning, match="a pass left no gradient to ascend along"),
+        pytest.raises(RuntimeError, match=r"left no gradient: .* use amp_plugin\.attach"),
+    ):
+        optimizer.step(lambda: F.cross_entropy(model(x), y) if returns == "loss" else None)
+    assert all(torch.equal(p, before[name]) for name, p in parameters_of(model).items())
+
+
+def test_a_step_without_any_gradient_is_as_harmless_as_the_base_optimizers() -> None:
+    model, (x, y) = small_net(), small_batches(1)[0]
+    optimizer = AMP(model.parameters(), 0.1)
+    before = parameters_of(model)
     with pytest.warns(RuntimeWarning, match="a pass left no gradient to ascend along"):
         optimizer.step(lambda: F.cross_entropy(model(x), y))
+    assert all(torch.equal(p, before[name]) for name, p in parameters_of(model).items())
 
 
 @pytest.mark.parametrize("clear", [None, "zero"])

@@ -78,12 +78,14 @@ def test_amp_is_asked_for_by_name(tmp_path: Path, config: Any, optim: str, base:
 @pytest.mark.parametrize("optim", ["amp", "amp_adafactor", "adamw_torch"])
 def test_they_survive_parsing_json_replace_and_pickle(tmp_path: Path, config: Any, optim: str) -> None:
     parser = HfArgumentParser(config)
-    command = ["--output_dir", str(tmp_path), "--optim", optim, "--amp_epsilon", "0.2", "--temperature", "2"]
-    (args,) = parser.parse_args_into_dataclasses([*command, "--use_cpu", "true"])
+    with_amp = optim.startswith("amp")
+    ball = {"amp_epsilon": "0.2", "amp_norm": "global"} if with_amp else {}
+    command = ["--output_dir", str(tmp_path), "--optim", optim, "--temperature", "2", "--use_cpu", "true"]
+    (args,) = parser.parse_args_into_dataclasses([*command, *(w for k, v in ball.items() for w in (f"--{k}", v))])
     (tmp_path / "args.json").write_text(json.dumps(args.to_dict()))
     duplicates: list[Callable[[], Any]] = [
         lambda: args,
-        lambda: replace(args, amp_norm="global"),
+        lambda: replace(args, logging_steps=7),
         lambda: pickle.loads(pickle.dumps(args)),
         lambda: copy.deepcopy(args),
         lambda: parser.parse_json_file(tmp_path / "args.json")[0],
@@ -91,8 +93,9 @@ def test_they_survive_parsing_json_replace_and_pickle(tmp_path: Path, config: An
     for duplicate in duplicates:
         again = duplicate()
         assert type(again) is config
-        assert (again.optim, again.amp_epsilon, again.temperature, again.learning_rate) == (optim, 0.2, 2.0, 2e-5)
-        assert again.uses_amp == optim.startswith("amp")
+        assert (again.optim, again.temperature, again.learning_rate) == (optim, 2.0, 2e-5)
+        assert (again.amp_epsilon, again.amp_norm) == ((0.2, "global") if with_amp else (0.5, "tensor"))
+        assert again.uses_amp == with_amp
 
 
 @ORDERS

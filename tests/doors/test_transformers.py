@@ -217,7 +217,8 @@ def test_flos_count_every_pass(tmp_path: Path) -> None:
     net.num_parameters = lambda **_: 100  # type: ignore[assignment]
     counts = {}
     for optim in ("amp", "sgd"):
-        trainer = InOrder(model=net, args=arguments(tmp_path, optim=optim, amp_inner_iter=2), train_dataset=Images())
+        ball = {"amp_inner_iter": 2} if optim == "amp" else {}
+        trainer = InOrder(model=net, args=arguments(tmp_path, optim=optim, **ball), train_dataset=Images())
         trainer.train()
         counts[optim] = trainer.state.total_flos
     assert counts["amp"] == 3 * counts["sgd"] > 0
@@ -365,20 +366,39 @@ def test_an_overflowing_fp16_ascent_skips_the_step_and_halves_the_scale(tmp_path
 @pytest.mark.parametrize("optim", ["amp", "amp_adamw_torch", "sgd", "adamw_torch"])
 def test_arguments_survive_parsing_json_replace_and_pickle(tmp_path: Path, optim: str) -> None:
     parser = HfArgumentParser(AMPTrainingArguments)
-    command = ["--output_dir", str(tmp_path), "--optim", optim, "--amp_epsilon", "0.2", "--amp_sync_ascent", "false"]
+    with_amp = optim.startswith("amp")
+    ball = ["--amp_epsilon", "0.2", "--amp_sync_ascent", "false"] if with_amp else []
+    command = ["--output_dir", str(tmp_path), "--optim", optim, *ball]
     (args,) = parser.parse_args_into_dataclasses([*command, "--use_cpu", "true"])
     (tmp_path / "args.json").write_text(json.dumps(args.to_dict()))
     duplicates: list[Callable[[], AMPTrainingArguments]] = [
         lambda: args,
-        lambda: replace(args, amp_norm="global"),
+        lambda: replace(args, logging_steps=7),
         lambda: pickle.loads(pickle.dumps(args)),
         lambda: copy.deepcopy(args),
         lambda: parser.parse_json_file(tmp_path / "args.json")[0],
     ]
     for duplicate in duplicates:
         again = duplicate()
-        assert (again.optim, again.amp_epsilon, again.amp_sync_ascent) == (optim, 0.2, False)
-        assert again.uses_amp == optim.startswith("amp")
+        assert (again.optim, again.amp_epsilon) == (optim, 0.2 if with_amp else 0.5)
+        assert again.amp_sync_ascent != with_amp
+        assert again.uses_amp == with_amp
+
+
+def test_options_of_amp_without_amp_are_an_error(tmp_path: Path) -> None:
+    """A script whose optim is a stock one would train without AMP, whatever epsilon it sets."""
+    with pytest.raises(ValueError, match=r"amp_epsilon, amp_inner_lr would have no effect: .* optim='amp_adamw_torch'"):
+        arguments(tmp_path, optim="adamw_torch", amp_epsilon=0.2, amp_inner_lr=0.3)
+
+
+def test_a_training_without_amp_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("amp_plugin.doors.trainer.logger.warning", told.append)
+    trained(Net(), arguments(tmp_path, optim="sgd"))
+    assert [message for message in told if "without Adversarial Model Perturbation" in message] == told[:1]
+    told.clear()
+    trained(Net(), arguments(tmp_path, optim="amp"))
+    assert not told
 
 
 @pytest.mark.parametrize("optim", ["amq", "amp_adamv", "amp_amp", "amp_"])

@@ -137,7 +137,7 @@ def trained(
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
         "optim": "amp",
-        **{f"amp_{name}": value for name, value in BALL.items()},
+        **({} if kwargs.get("optim") == "sgd" else {f"amp_{name}": value for name, value in BALL.items()}),
         "learning_rate": LEARNING_RATE.get(kwargs.get("optim", "amp")),
         "weight_decay": DECAY,
         "adam_epsilon": ADAM_EPSILON,

@@ -59,6 +59,8 @@ def trainer_for(folder: Path, *, kind: type[Trainer] = AMPTrainer, callbacks: An
         "disable_tqdm": True,
         "use_cpu": True,
     }
+    if kwargs.get("optim") == "sgd":
+        del settings["amp_epsilon"]
     args = AMPTrainingArguments(str(folder), **{**settings, **kwargs})
     data: Any = images()
     return kind(model=Net(), args=args, train_dataset=data, eval_dataset=data, callbacks=callbacks)

@@ -1,0 +1,202 @@
+"""The state of a module beside its trained parameters, saved and put back around the passes of a step.
+
+State is what a forward pass may change without autograd: buffers (running statistics, queues, codebooks, observers),
+parameters that require no gradient (momentum encoders), and detached tensors in plain attributes (hidden states).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
+
+from amp_plugin.core.compilation import not_compiled
+from amp_plugin.core.sharding import local_shard
+
+Held = tuple[dict[str, Any], dict[str, Any]]  # a dictionary that holds state, and the part of its content that is state
+Attribute = tuple[dict[str, Any], str]  # the attributes of a module, and a name among them
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+_ABSENT = object()  # stands for an attribute that is not there
+
+
+class _Entry(NamedTuple):
+    """A tensor of the state.
+
+    Attributes:
+        tensor: tensor that is held.
+        alias: another view of the storage that the tensor had, in the layout that it had.
+        value: copy of the tensor's value.
+        version: autograd's version counter of the tensor.
+    """
+
+    tensor: Tensor
+    alias: Tensor
+    value: Tensor
+    version: int
+
+
+class ModuleState:
+    """A copy of the state at one moment, whose storage is kept from step to step.
+
+    Values are put back whether or not a pass has changed them: what torch's kernels write (BatchNorm's statistics) and
+    what is written through ``.data`` leaves no trace in a version counter, and to compare values would make the host
+    wait. Tensors that cannot be written in place (expanded ones, those of inference mode) are left alone.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[Held] = []
+        self._entries: list[_Entry] = []
+
+    @torch.no_grad()
+    def save(self, held: list[Held], excluded: Set[int] = frozenset()) -> None:
+        """Copy the state as it is now.
+
+        Args:
+            held: dictionaries that hold state, each with the part of its content that is state.
+            excluded: identities of tensors that are no state, though they are held like some; default none.
+        """
+        self._held = held
+        found = {id(t): t for _, content in held for value in content.values() for t in _tensors(value)}
+        tensors = [t for t in found.values() if id(t) not in excluded and _is_dense(t)]
+        values = [entry.value for entry in self._entries]
+        if [_layout(t) for t in tensors] != [_layout(v) for v in values]:
+            values = [torch.empty_like(t) for t in tensors]
+        if tensors:
+            torch._foreach_copy_(values, tensors)
+        pairs = zip(tensors, values, strict=True)
+        self._entries = [_Entry(t, t.detach(), value, t._version) for t, value in pairs]
+
+    @not_compiled
+    @torch.no_grad()
+    def load(self) -> None:
+        """Put the state back as it was."""
+        for holder, content in self._held:
+            for name, value in content.items():
+                if value is _ABSENT:
+                    holder.pop(name, None)
+                elif holder.get(name, _ABSENT) is not value:
+                    holder[name] = value
+        for tensor, alias, *_ in self._entries:
+            if _place(tensor) != _place(alias):
+                tensor.data = alias  # the pass has given the tensor other data, or another size
+        if self._entries:
+            torch._foreach_copy_([e.tensor for e in self._entries], [e.value for e in self._entries])
+
+    def load_for_graph(self) -> None:
+        """Put the state back together with its version counters, for the graph that was recorded with them."""
+        self.load()
+        tensors, versions = [e.tensor for e in self._entries], [e.version for e in self._entries]
+        torch._C._autograd._unsafe_set_version_counter(tuple(tensors), tuple(versions))
+
+    def settle_attributes(self) -> list[Attribute]:
+        """Return the plain attributes that hold detached tensors and have changed; forget all others. This waits.
+
+        An attribute that requires a gradient belongs to the graph of a pass, and is left to the last one.
+        """
+        contents = [content for holder, content in self._held if _is_plain(holder)]
+        plain = {id(t) for content in contents for value in content.values() for t in _tensors(value)}
+        entries = [e for e in self._entries if id(e.tensor) in plain]
+        changed = {id(e.tensor) for e in entries if not torch.equal(e.tensor, e.value)}
+        found: list[Attribute] = []
+        held: list[Held] = []
+        for holder, content in self._held:
+            kept = content
+            if _is_plain(holder):
+                kept = {}
+                for name, now in holder.items():
+                    before = content.get(name, _ABSENT)
+                    tensors = [*_tensors(before), *_tensors(now)] if name not in _REGISTRIES else []
+                    is_other = before is not now or any(id(t) in changed for t in tensors)
+                    if is_other and tensors and not any(t.requires_grad for t in tensors):
+                        kept[name] = before
+                found += [(holder, name) for name in kept]
+            held.append((holder, kept))
+        self._held = held
+        state = {id(t) for _, content in held for value in content.values() for t in _tensors(value)}
+        self._entries = [entry for entry in self._entries if id(entry.tensor) in state]
+        return found
+
+
+def buffers_of(module: nn.Module) -> list[Held]:
+    """Return the buffers of a module and of its parts."""
+    holders = [part._buffers for part in module.modules() if part._buffers]
+    return [(holder, {name: b for name, b in holder.items() if b is not None}) for holder in holders]
+
+
+def frozen_parameters_of(module: nn.Module) -> list[Held]:
+    """Return the parameters that require no gradient, unless they take more memory than the others.
+
+    In that case they are a backbone or what adapters were added to, which no forward pass moves, and copies are dear.
+    """
+    found: list[Held] = []
+    size = 0
+    for part in module.modules():
+        frozen = {}
+        for name, p in part._parameters.items():
+            if p is not None:
+                size += -p.nbytes if p.requires_grad else p.nbytes
+                if not p.requires_grad:
+                    frozen[name] = p
+        if frozen:
+            found.append((part._parameters, frozen))
+    return found if size <= 0 else []
+
+
+def attributes_of(module: nn.Module) -> list[Held]:
+    """Return the plain attributes of a module and its parts that hold tensors, or None in place of some."""
+    return [
+        (vars(part), {n: v for n, v in vars(part).items() if n not in _REGISTRIES and (v is None or _holds_tensors(v))})
+        for part in module.modules()
+    ]
+
+
+def held_now(attributes: list[Attribute]) -> list[Held]:
+    """Return what is in these attributes now."""
+    return [(holder, {name: holder.get(name, _ABSENT)}) for holder, name in attributes]
+
+
+def trained_among(module: nn.Module, held: list[Held]) -> set[int]:
+    """Return the identities of tensors among these that are trained weights, or share the memory of some."""
+    weights = {_storage(local_shard(p)) for p in module.parameters() if p.requires_grad and _is_dense(p)}
+    found = {id(t): t for _, content in held for value in content.values() for t in _tensors(value)}
+    shared = {key for key, t in found.items() if _is_dense(t) and _storage(local_shard(t)) in weights}
+    return shared | {key for key, t in found.items() if t.requires_grad}
+
+
+def _is_plain(holder: dict[str, Any]) -> bool:
+    """Return whether these are the attributes of a module, not its buffers or its parameters."""
+    return "_buffers" in holder
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def _holds_tensors(value: Any) -> bool:
+    return next(_tensors(value), None) is not None
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Return whether a tensor can be copied and written in place; torch refuses in-place writes to the others."""
+    if type(tensor) is FakeTensor or tensor.is_nested or tensor.layout is not torch.strided or tensor.is_inference():
+        return False
+    return not any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _layout(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
