@@ -29,14 +29,14 @@ class _Entry(NamedTuple):
     Attributes:
         tensor: tensor that is held.
         alias: another view of the storage that the tensor had, in the layout that it had.
+        place: address and shape of the tensor.
         value: copy of the tensor's value.
-        version: autograd's version counter of the tensor.
     """
 
     tensor: Tensor
     alias: Tensor
+    place: tuple[int, torch.Size]
     value: Tensor
-    version: int
 
 
 class ModuleState:
@@ -50,6 +50,8 @@ class ModuleState:
     def __init__(self) -> None:
         self._held: list[Held] = []
         self._entries: list[_Entry] = []
+        self._versions: list[int] = []  # autograd's version counters of the tensors
+        self._candidates: list[Tensor] = []  # what was held, also what is no state or cannot be written
 
     @torch.no_grad()
     def save(self, held: list[Held], excluded: Set[int] = frozenset()) -> None:
@@ -60,15 +62,26 @@ class ModuleState:
             excluded: identities of tensors that are no state, though they are held like some; default none.
         """
         self._held = held
-        found = {id(t): t for _, content in held for value in content.values() for t in _tensors(value)}
-        tensors = [t for t in found.values() if id(t) not in excluded and _is_dense(t)]
-        values = [entry.value for entry in self._entries]
-        if [_layout(t) for t in tensors] != [_layout(v) for v in values]:
-            values = [torch.empty_like(t) for t in tensors]
-        if tensors:
-            torch._foreach_copy_(values, tensors)
-        pairs = zip(tensors, values, strict=True)
-        self._entries = [_Entry(t, t.detach(), value, t._version) for t, value in pairs]
+        candidates = [t for _, content in held for value in content.values() for t in _tensors(value)]
+        if not self._holds(candidates):  # as it does in almost every step
+            self._candidates = candidates
+            tensors = [t for t in {id(t): t for t in candidates}.values() if id(t) not in excluded and _is_dense(t)]
+            values = [entry.value for entry in self._entries]
+            if [_layout(t) for t in tensors] != [_layout(v) for v in values]:
+                values = [torch.empty_like(t) for t in tensors]
+            pairs = zip(tensors, values, strict=True)
+            self._entries = [_Entry(t, t.detach(), _place(t), value) for t, value in pairs]
+        if self._entries:
+            torch._foreach_copy_([e.value for e in self._entries], [e.tensor for e in self._entries])
+        self._versions = [e.tensor._version for e in self._entries]
+
+    def _holds(self, candidates: list[Tensor]) -> bool:
+        """Return whether the tensors are those that were saved last, in the same places."""
+        return (
+            len(candidates) == len(self._candidates)
+            and all(now is before for now, before in zip(candidates, self._candidates, strict=True))
+            and all(_place(tensor) == place for tensor, _, place, _ in self._entries)
+        )
 
     @not_compiled
     @torch.no_grad()
@@ -80,8 +93,8 @@ class ModuleState:
                     holder.pop(name, None)
                 elif holder.get(name, _ABSENT) is not value:
                     holder[name] = value
-        for tensor, alias, *_ in self._entries:
-            if _place(tensor) != _place(alias):
+        for tensor, alias, place, _ in self._entries:
+            if _place(tensor) != place:
                 tensor.data = alias  # the pass has given the tensor other data, or another size
         if self._entries:
             torch._foreach_copy_([e.tensor for e in self._entries], [e.value for e in self._entries])
@@ -89,8 +102,8 @@ class ModuleState:
     def load_for_graph(self) -> None:
         """Put the state back together with its version counters, for the graph that was recorded with them."""
         self.load()
-        tensors, versions = [e.tensor for e in self._entries], [e.version for e in self._entries]
-        torch._C._autograd._unsafe_set_version_counter(tuple(tensors), tuple(versions))
+        tensors = tuple(entry.tensor for entry in self._entries)
+        torch._C._autograd._unsafe_set_version_counter(tensors, tuple(self._versions))
 
     def settle_attributes(self) -> list[Attribute]:
         """Return the plain attributes that hold detached tensors and have changed; forget all others. This waits.
@@ -121,29 +134,24 @@ class ModuleState:
         return found
 
 
-def buffers_of(module: nn.Module) -> list[Held]:
-    """Return the buffers of a module and of its parts."""
-    holders = [part._buffers for part in module.modules() if part._buffers]
-    return [(holder, {name: b for name, b in holder.items() if b is not None}) for holder in holders]
+def buffers_and_frozen_of(module: nn.Module, *, buffers: bool = True) -> list[Held]:
+    """Return the buffers, if asked for, and the parameters that require no gradient, of a module and its parts.
 
-
-def frozen_parameters_of(module: nn.Module) -> list[Held]:
-    """Return the parameters that require no gradient, unless they take more memory than the others.
-
-    In that case they are a backbone or what adapters were added to, which no forward pass moves, and copies are dear.
+    Frozen parameters that take more memory than the others are left out: they are a backbone, or what adapters were
+    added to, which no forward pass moves, and copies are dear.
     """
     found: list[Held] = []
-    size = 0
+    frozen: list[Held] = []
     for part in module.modules():
-        frozen = {}
-        for name, p in part._parameters.items():
-            if p is not None:
-                size += -p.nbytes if p.requires_grad else p.nbytes
-                if not p.requires_grad:
-                    frozen[name] = p
-        if frozen:
-            found.append((part._parameters, frozen))
-    return found if size <= 0 else []
+        if buffers and part._buffers:
+            found.append((part._buffers, {name: b for name, b in part._buffers.items() if b is not None}))
+        held = {name: p for name, p in part._parameters.items() if p is not None and not p.requires_grad}
+        if held:
+            frozen.append((part._parameters, held))
+    if frozen:
+        size = sum(p.nbytes if not p.requires_grad else -p.nbytes for p in module.parameters())
+        found += frozen if size <= 0 else []
+    return found
 
 
 def attributes_of(module: nn.Module) -> list[Held]:
@@ -198,5 +206,5 @@ def _layout(tensor: Tensor) -> tuple[object, ...]:
     return tensor.shape, tensor.dtype, tensor.device
 
 
-def _place(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+def _place(tensor: Tensor) -> tuple[int, torch.Size]:
+    return tensor.data_ptr(), tensor.shape

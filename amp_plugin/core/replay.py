@@ -18,8 +18,7 @@ from amp_plugin.core.module_state import (
     Attribute,
     ModuleState,
     attributes_of,
-    buffers_of,
-    frozen_parameters_of,
+    buffers_and_frozen_of,
     held_now,
     trained_among,
 )
@@ -69,6 +68,7 @@ class ExtraPasses:
         self.generators = list(generators)
         for generator in self.generators:
             _restorer(generator)  # raises for what is no generator
+        self._known_devices: set[torch.device] = set()
         self._restore_random: list[Callable[[], object]] = []
         self._start, self._end = ModuleState(), ModuleState()
         self._excluded: set[int] = set()  # identities of weights that a plain attribute holds too
@@ -130,8 +130,7 @@ class ExtraPasses:
 
     @not_compiled
     def _save(self, state: ModuleState) -> None:
-        held = buffers_of(self.module) if self.batch_norm == "clean" else []
-        held += frozen_parameters_of(self.module)
+        held = buffers_and_frozen_of(self.module, buffers=self.batch_norm == "clean")
         if self._attributes is None:  # the first pass shows which attributes change, and so are state
             held += attributes_of(self.module)
             self._excluded = trained_among(self.module, held)
@@ -144,7 +143,14 @@ class ExtraPasses:
         if "numpy" in sys.modules:  # nothing can have drawn from it otherwise
             yield sys.modules["numpy"].random
         yield from self.generators
-        yield from {torch.device("cpu"), *(p.device for p in self.module.parameters())}
+        yield from self._devices()
+
+    def _devices(self) -> set[torch.device]:
+        first = next(self.module.parameters(), None)
+        moved = first is not None and first.device not in self._known_devices
+        if moved or not self._known_devices:  # to ask each parameter takes a while
+            self._known_devices = {torch.device("cpu"), *(p.device for p in self.module.parameters())}
+        return self._known_devices
 
 
 def _restorer(generator: Any) -> Callable[[], object]:

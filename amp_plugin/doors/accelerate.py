@@ -139,10 +139,10 @@ def _check(accelerator: Accelerator, amp: AMP, batches: Sequence[Any]) -> None:
 
 def watch_accelerate() -> None:
     """Let accelerate raise an error where it would silently drop a closure that was meant for AMP."""
-    when_imported("accelerate.optimizer")(_refuse_dropped_closures)
+    when_imported("accelerate.optimizer")(_check_dropped_closures)
 
 
-def _refuse_dropped_closures(module: Any) -> None:
+def _check_dropped_closures(module: Any) -> None:
     step = module.AcceleratedOptimizer.step
 
     @functools.wraps(step)

@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
         runs[name] = open_run(folder, dataset=arguments.dataset, data_root=arguments.data_root)
     first = next(iter(runs.values()))
     for run in runs.values():
-        _require_same_data(first, run)
+        _check_same_data(first, run)
     settings = _settings(arguments, first)
     out: Path = arguments.output_dir
     out.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def _settings(arguments: argparse.Namespace, first: SavedRun) -> MeasureSettings
     return MeasureSettings(**given)
 
 
-def _require_same_data(first: SavedRun, run: SavedRun) -> None:
+def _check_same_data(first: SavedRun, run: SavedRun) -> None:
     differ = [name for name in _DATA if first.settings.get(name) != run.settings.get(name)]
     if differ:
         told = "; ".join(f"{n} {first.settings.get(n)!r} and {run.settings.get(n)!r}" for n in differ)
