@@ -65,7 +65,8 @@ class ModuleState:
         candidates = [t for _, content in held for value in content.values() for t in _tensors(value)]
         if not self._holds(candidates):  # as it does in almost every step
             self._candidates = candidates
-            tensors = [t for t in {id(t): t for t in candidates}.values() if id(t) not in excluded and _is_dense(t)]
+            state = [t for t in {id(t): t for t in candidates}.values() if id(t) not in excluded and _is_dense(t)]
+            tensors = [local_shard(t) for t in state]
             values = [entry.value for entry in self._entries]
             if [_layout(t) for t in tensors] != [_layout(v) for v in values]:
                 values = [torch.empty_like(t) for t in tensors]

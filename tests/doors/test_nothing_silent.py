@@ -17,7 +17,10 @@ import torch
 from accelerate import Accelerator
 from problems import small_batches, small_net
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -337,6 +340,24 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_frozen_parameters_may_be_sharded() -> None:
+    nets = [Tiny(), Tiny()]
+    for net in nets:
+        net.first.weight.requires_grad_(False)
+    fully_shard(nets[1], mesh=init_device_mesh("cpu", (1,)))
+    for net in nets:
+        optimizer = AMP([p for p in net.parameters() if p.requires_grad], 0.1)
+        attach(optimizer, net)
+        for batch in tiny_batches(3):
+            net(*batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert isinstance(nets[1].first.weight, DTensor)
+    for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q.full_tensor(), rtol=1e-12, atol=0.0)  # type: ignore[attr-defined]
 
 
 @pytest.mark.usefixtures("process_group")
