@@ -200,6 +200,8 @@ def _is_dense(tensor: Tensor) -> bool:
     """Return whether a tensor can be copied and written in place; torch refuses in-place writes to the others."""
     if type(tensor) is FakeTensor or tensor.is_nested or tensor.layout is not torch.strided or tensor.is_inference():
         return False
+    if tensor.is_conj() or tensor.is_neg():  # lazily conjugated, which batched kernels do not write
+        return False
     return not any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 

@@ -176,11 +176,15 @@ def test_what_is_no_generator_is_refused() -> None:
 # --- state that cannot be written
 
 
-@pytest.mark.parametrize("kind", ["expanded", "inference"])
+@pytest.mark.parametrize("kind", ["expanded", "inference", "conjugated", "nested"])
 def test_buffers_that_cannot_be_written_are_left_alone(kind: str) -> None:
     module = Tiny()
     if kind == "expanded":
         module.register_buffer("constant", torch.ones(1).expand(4))
+    elif kind == "conjugated":
+        module.register_buffer("constant", torch.ones(4, dtype=torch.complex64).conj())
+    elif kind == "nested":
+        module.register_buffer("constant", torch.nested.nested_tensor([torch.ones(1)], layout=torch.jagged))
     else:
         with torch.inference_mode():
             module.register_buffer("constant", torch.ones(4))
