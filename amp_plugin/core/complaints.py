@@ -55,7 +55,7 @@ def check_closure_gradients(amp: AMP, ascended: bool, before: Mapping[Tensor, Te
 def check_step(amp: AMP, step: Step) -> None:
     """Warn, once, of what makes a step that is over another one than AMP's, or raise RuntimeError."""
     amp.perturbation.check_undisturbed()
-    if any(factor.value() < 0 for factor in step.factors):
+    if any(factor.value() < 0 for factor in (step.factors if step.unread is None else step.unread)):
         raise RuntimeError(
             "the loss of an attached module was multiplied by a negative number before backward(), so the ascent went"
             " to its best point instead of the worst; do that inside the module that is attached, e.g."

@@ -61,10 +61,11 @@ def spoil(gradients: Sequence[Tensor], perturbation: Perturbation, *, on_device:
             grad.fill_(torch.inf)
 
 
-def takes_overflowed_steps(progress: Step) -> bool:
+def takes_overflowed_steps(progress: Step, *, capturable: bool) -> bool:
     """Return whether a scaler shall call ``step()`` even after an overflow, instead of skipping the step by itself.
 
     It has to where the weights are moved, or they would stay so, and where a closure is to be refused. Elsewhere it
-    skips the step, as hosts expect: accelerate then leaves the schedule where it is.
+    skips the step, as hosts expect: accelerate then leaves the schedule where it is. For that the host has to know of
+    the overflow, which it does not where the step is captured; there the fused kernel skips the step.
     """
-    return progress.moved or not (progress.ascents or progress.descents or progress.plain)
+    return capturable or progress.moved or not (progress.ascents or progress.descents or progress.plain)

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from amp_plugin.core.compilation import not_compiled
+from amp_plugin.core.module_parts import parameters_of, parts_of
 from amp_plugin.core.sharding import local_shard
 
 Held = tuple[dict[str, Any], dict[str, Any]]  # a dictionary that holds state, and the part of its content that is state
@@ -50,6 +51,7 @@ class ModuleState:
     def __init__(self) -> None:
         self._held: list[Held] = []
         self._entries: list[_Entry] = []
+        self._alike: list[tuple[list[Tensor], list[Tensor]]] = []  # tensors and values of the entries, by kind
         self._versions: list[int] = []  # autograd's version counters of the tensors
         self._candidates: list[Tensor] = []  # what was held, also what is no state or cannot be written
 
@@ -71,10 +73,20 @@ class ModuleState:
             if [_layout(t) for t in tensors] != [_layout(v) for v in values]:
                 values = [torch.empty_like(t) for t in tensors]
             pairs = zip(tensors, values, strict=True)
-            self._entries = [_Entry(t, t.detach(), _place(t), value) for t, value in pairs]
-        if self._entries:
-            torch._foreach_copy_([e.value for e in self._entries], [e.tensor for e in self._entries])
+            self._set_entries([_Entry(t, t.detach(), _place(t), value) for t, value in pairs])
+        for tensors, values in self._alike:
+            torch._foreach_copy_(values, tensors)
         self._versions = [e.tensor._version for e in self._entries]
+
+    def _set_entries(self, entries: list[_Entry]) -> None:
+        self._entries = entries
+        alike: dict[object, tuple[list[Tensor], list[Tensor]]] = {}
+        for entry in entries:
+            # A batched kernel takes one launch a tensor where they differ in this: BatchNorm's counters are integers.
+            tensors, values = alike.setdefault((entry.tensor.device, entry.tensor.dtype), ([], []))
+            tensors.append(entry.tensor)
+            values.append(entry.value)
+        self._alike = list(alike.values())
 
     def _holds(self, candidates: list[Tensor]) -> bool:
         """Return whether the tensors are those that were saved last, in the same places."""
@@ -97,8 +109,8 @@ class ModuleState:
         for tensor, alias, place, _ in self._entries:
             if _place(tensor) != place:
                 tensor.data = alias  # the pass has given the tensor other data, or another size
-        if self._entries:
-            torch._foreach_copy_([e.tensor for e in self._entries], [e.value for e in self._entries])
+        for tensors, values in self._alike:
+            torch._foreach_copy_(tensors, values)
 
     def load_for_graph(self) -> None:
         """Put the state back together with its version counters, for the graph that was recorded with them."""
@@ -131,7 +143,7 @@ class ModuleState:
             held.append((holder, kept))
         self._held = held
         state = {id(t) for _, content in held for value in content.values() for t in _tensors(value)}
-        self._entries = [entry for entry in self._entries if id(entry.tensor) in state]
+        self._set_entries([entry for entry in self._entries if id(entry.tensor) in state])
         return found
 
 
@@ -143,14 +155,14 @@ def buffers_and_frozen_of(module: nn.Module, *, buffers: bool = True) -> list[He
     """
     found: list[Held] = []
     frozen: list[Held] = []
-    for part in module.modules():
+    for part in parts_of(module):
         if buffers and part._buffers:
             found.append((part._buffers, {name: b for name, b in part._buffers.items() if b is not None}))
         held = {name: p for name, p in part._parameters.items() if p is not None and not p.requires_grad}
         if held:
             frozen.append((part._parameters, held))
     if frozen:
-        size = sum(p.nbytes if not p.requires_grad else -p.nbytes for p in module.parameters())
+        size = sum(p.nbytes if not p.requires_grad else -p.nbytes for p in parameters_of(module))
         found += frozen if size <= 0 else []
     return found
 
@@ -159,7 +171,7 @@ def attributes_of(module: nn.Module) -> list[Held]:
     """Return the plain attributes of a module and its parts that hold tensors, or None in place of some."""
     return [
         (vars(part), {n: v for n, v in vars(part).items() if n not in _REGISTRIES and (v is None or _holds_tensors(v))})
-        for part in module.modules()
+        for part in parts_of(module)
     ]
 
 

@@ -283,7 +283,7 @@ class AMP(OptimizerWrapper):
 
     def _end_step(self) -> Step:
         """Begin a new step; return the one that is over."""
-        step, self.progress = self.progress, Step()
+        step, self.progress = self.progress, Step(unread=self.progress.factors)
         self._last_passes = step.passes
         return step
 
@@ -336,7 +336,7 @@ class AMP(OptimizerWrapper):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:  # a gradient scaler asks
-        return grad_scaler.takes_overflowed_steps(self.progress)
+        return grad_scaler.takes_overflowed_steps(self.progress, capturable=self.capturable)
 
     # --- groups and state
 

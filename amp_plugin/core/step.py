@@ -34,6 +34,8 @@ class Step:
         plain: whether the policy was asked and wants no ascent in this step.
         descents: points theta + delta at which an attached module has finished a backward pass, one a micro-batch.
         factors: for each of these, what the loss was multiplied by after it left the module.
+        unread: `factors` of the step before, which the host looks at now, when they have arrived; None in the first
+            step, whose own it waits for.
         costs: price of going from theta to each theta + delta, in forward and backward passes over the batch; there
             are several where each micro-batch is perturbed for itself.
         unreached: parameters in the ball that got no gradient in an ascent pass, while those outside required none.
@@ -46,6 +48,7 @@ class Step:
     plain: bool = False
     descents: list[Displacement] = field(default_factory=list)
     factors: list[AsyncScalar] = field(default_factory=list)
+    unread: list[AsyncScalar] | None = None
     costs: list[float] = field(default_factory=list)
     unreached: list[Tensor] = field(default_factory=list)
     set_aside: dict[Tensor, Tensor] | None = None

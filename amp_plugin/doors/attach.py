@@ -22,6 +22,7 @@ from amp_plugin.core.distributed import data_parallel
 from amp_plugin.core.find import find_amp
 from amp_plugin.core.inputs import detached_inputs
 from amp_plugin.core.loss import loss_of, with_loss
+from amp_plugin.core.module_parts import parameters_of, parts_of
 from amp_plugin.core.optimizer import AMP
 from amp_plugin.core.replay import BatchNormPolicy, ExtraPasses, RngPolicy
 from amp_plugin.core.sharding import is_distributed
@@ -266,7 +267,7 @@ class Attachment:
                     if not loss.requires_grad:
                         raise RuntimeError("the loss of an attached module requires no gradient, so there is no ascent")
                     if made == 0:
-                        self.loss = loss.detach()
+                        self.loss = loss.detach().clone()  # a compiled module may reuse the memory in its next pass
                     with torch.autocast(loss.device.type, enabled=False):
                         loss.backward(None if scale is None else scale.to(loss).expand_as(loss))  # type: ignore[no-untyped-call]
                     made += 1
@@ -289,7 +290,7 @@ def _advance(passes: _Passes, output: Any = None, error: BaseException | None = 
 
 def attachments(module: nn.Module) -> Iterator[Attachment]:
     """Yield the attachments of a module and of its parts."""
-    for part in module.modules():
+    for part in parts_of(module):
         for hook in part._forward_pre_hooks.values():
             attachment = getattr(hook, "__self__", None)
             if isinstance(attachment, Attachment) and attachment.module is part:
@@ -297,9 +298,9 @@ def attachments(module: nn.Module) -> Iterator[Attachment]:
 
 
 def _check_held(amp: AMP, module: nn.Module) -> None:
-    held = set(module.parameters())
+    held = {id(p) for p in parameters_of(module)}
     params = [p for group in amp.param_groups for p in group["params"]]
-    missing = [p for p in params if p not in held and not is_distributed(p)]  # FSDP swaps in gathered ones at times
+    missing = [p for p in params if id(p) not in held and not is_distributed(p)]  # FSDP swaps in gathered ones at times
     if missing:
         raise ValueError(
             f"{len(missing)} of the optimizer's parameters (the first of shape {tuple(missing[0].shape)}) are not in"
@@ -313,6 +314,6 @@ def _is_fully_sharded(module: nn.Module) -> bool:
 
 def _reshard(module: nn.Module) -> None:
     """Drop the weights that FSDP has gathered at theta + delta, which only the backward pass may see again."""
-    for part in module.modules():
+    for part in parts_of(module):
         if _is_fully_sharded(part):
             part.reshard()  # type: ignore[operator]

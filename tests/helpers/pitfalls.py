@@ -324,7 +324,7 @@ PITFALLS = [
         "the ascent of a loss that is negated outside the module goes to the best point",
         "zhengliz/natural-adversary#2",
         "core/complaints.py",
-        "    if any(factor.value() < 0 for factor in step.factors):\n",
+        "    if any(factor.value() < 0 for factor in (step.factors if step.unread is None else step.unread)):\n",
         "    if False:\n",
         "doors/test_nothing_silent.py::test_a_loss_that_is_reversed_outside_the_module_is_an_error",
     ),
