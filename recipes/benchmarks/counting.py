@@ -36,18 +36,36 @@ def storages(tensors: Any) -> dict[int, int]:
     }
 
 
+def _are_batched(lists: list[Any]) -> bool:
+    """Return whether CUDA treats lists of tensors in batches, see `can_use_fast_route` in ATen's ForeachUtils.h."""
+    alike = all(len({(t.dtype, t.device) for t in tensors}) == 1 for tensors in lists)
+    return alike and all(len({(t.shape, t.stride()) for t in row}) == 1 for row in zip(*lists, strict=True))
+
+
 class CountCalls(TorchDispatchMode):
-    """Counts the operators that are dispatched, the bytes of the storages that they create, and those they send."""
+    """Counts the operators that are dispatched, the bytes of the storages that they create, and those they send.
+
+    Attributes:
+        calls: number of calls of each operator.
+        launches: kernels that CUDA would launch, at least: a `_foreach` operator is one where all tensors of a list are
+            alike and the lists match, else one a tensor.
+        allocated: bytes of the storages that the operators create.
+        communicated: bytes that they send.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
+        self.launches = 0
         self.allocated = 0
         self.communicated = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.calls[str(func)] += 1
+        if str(func) not in NO_KERNELS:
+            lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)]
+            self.launches += len(lists[0]) if "_foreach" in str(func) and not _are_batched(lists) else 1
         if str(func).startswith("c10d.") and (payload := [t for t in tree_leaves(args) if isinstance(t, Tensor)]):
             self.communicated += sum(t.numel() * t.element_size() for t in payload)
         before = storages((args, kwargs))

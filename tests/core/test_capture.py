@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.counting import CountCalls
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -211,6 +212,23 @@ def test_a_gradient_scaler_lowers_its_scale_after_either_pass_overflowed(captura
         same = all(torch.equal(before[name], p) for name, p in model.named_parameters())
         assert same == (i in (1, 2))
     assert scales == [4.0, 2.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_gradient_scaler_asks_the_host_nothing_in_a_captured_step_of_an_attached_module(bad: bool) -> None:
+    model = net()
+    optimizer = AMP(model.parameters(), epsilon=0.05, inner_lr=0.5, capturable=True, **SGD)
+    module = LossModule(model, F.cross_entropy)
+    attach(optimizer, module, rng="fresh")
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    [(images, labels)] = batches(1, (0,) if bad else ())
+    before = copy.deepcopy(model.state_dict())
+    scaler.scale(module(images, labels)["loss"]).backward()
+    with CountCalls() as count:
+        scaler.step(optimizer)
+    assert count.syncs == {}
+    same = all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert same == bad
 
 
 def test_copies_and_checkpoints_count_on() -> None:

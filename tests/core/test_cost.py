@@ -10,7 +10,7 @@ import torch
 from benchmarks.counting import CountCalls, storages
 from torch import nn
 
-from amp_plugin import AMP
+from amp_plugin import AMP, ExtraPasses
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,36 @@ def test_at_most_twenty_kernel_calls_beyond_the_base_optimizer(
     assert amp.allocated - base.allocated < 0.001 * sum(p.nbytes for p in model.parameters()), (
         "no temporary the size of the weights"
     )
+
+
+@pytest.mark.parametrize("norm", ["tensor", "global"])
+def test_kernels_take_all_tensors_at_once(model: nn.Module, norm: Any) -> None:
+    """But for one that brings each tensor's step into its own ball."""
+    kwargs: dict[str, Any] = {"lr": 0.1, "foreach": True}
+    base = calls_of_step(torch.optim.SGD(model.parameters(), **kwargs), model)
+    amp = calls_of_step(AMP(model.parameters(), norm=norm, **kwargs), model)
+    tensors = len(list(model.parameters()))
+    assert amp.launches - base.launches <= 20 + (tensors if norm == "tensor" else 0), amp.calls - base.calls
+
+
+def test_the_state_of_all_layers_is_replayed_by_a_few_kernels(model: nn.Module) -> None:
+    """Batch norm's statistics are floats and its counters integers, which no kernel takes together."""
+    passes = ExtraPasses(model)
+    for count in (CountCalls(), counted := CountCalls()):
+        with count, passes.clean():
+            pass
+        with count, passes.perturbed():
+            pass
+    assert len(list(model.buffers())) > 50
+    assert 0 < counted.launches <= 2 * 4, counted.calls  # save, save, put back, put back; two kinds of number
+
+
+def test_the_counter_sees_lists_that_cuda_does_not_batch() -> None:
+    floats, integers = [torch.ones(2), torch.ones(3)], [torch.ones(2), torch.ones(3, dtype=torch.int64)]
+    for lists, launches in (((floats, floats), 1), ((integers, integers), 2), ((floats, [torch.ones(())] * 2), 2)):
+        with CountCalls() as count:
+            torch._foreach_mul_(*lists)
+        assert count.launches == launches
 
 
 def test_the_counter_sees_a_synchronisation() -> None:

@@ -72,6 +72,38 @@ def test_it_is_the_closure_bit_for_bit(norm: Any, inner_iter: int, policies: tup
         assert torch.equal(by_closure.state[p]["momentum_buffer"], plain.state[q]["momentum_buffer"])
 
 
+class _InPlace(torch.autograd.Function):
+    """Gives a loss in memory that the next pass uses again, as the graphs of `torch.compile` do."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, memory: Tensor) -> Tensor:
+        ctx.mark_dirty(memory)
+        return memory.copy_(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], None
+
+
+def test_the_loss_at_theta_outlives_the_memory_that_it_was_returned_in() -> None:
+    memory = torch.zeros(())
+
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = small_net()
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            loss: Tensor = _InPlace.apply(F.cross_entropy(self.model(x), y), memory.detach())
+            return loss
+
+    module, batch = Module(), small_batches(1)[0]
+    expected = F.cross_entropy(copy.deepcopy(module.model)(batch[0]), batch[1])
+    optimizer = AMP(module.parameters(), **AMP_ARGS)
+    attach(optimizer, module)
+    assert torch.equal(module(*batch), expected)
+
+
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_the_trajectory_is_the_references(clip: float | None) -> None:
     module, batches = loss_module(dtype=torch.float64), small_batches(12, dtype=torch.float64)

@@ -33,7 +33,9 @@ from amp_plugin import (
     amp_backward,
     attach,
 )
+from amp_plugin.core.async_scalar import AsyncScalar
 from amp_plugin.core.inputs import BatchWatch, detached_inputs
+from amp_plugin.doors import perturbed_backward
 
 Loss = Callable[[Any], Tensor]
 
@@ -309,6 +311,35 @@ def test_a_loss_that_is_reversed_outside_the_module_is_an_error(outside: Loss) -
     with pytest.raises(RuntimeError, match="multiplied by a negative number before backward"):
         optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+
+
+def test_a_loss_that_is_reversed_later_is_an_error_one_step_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second step on the host reads what has arrived: it does not wait for the factor of the same step."""
+    made: list[int] = []
+    read: list[tuple[int, int]] = []
+
+    class Noted(AsyncScalar):
+        def __init__(self, tensor: Tensor) -> None:
+            super().__init__(tensor)
+            self.step = len(made)
+            made.append(self.step)
+
+        def value(self) -> Any:
+            read.append((self.step, len(made) - 1))
+            return super().value()
+
+    monkeypatch.setattr(perturbed_backward, "AsyncScalar", Noted)
+    net = Tiny()
+    optimizer = AMP(net.parameters(), 0.1)
+    attach(optimizer, net)
+    for i, batch in enumerate(tiny_batches(4)):
+        optimizer.zero_grad()
+        (net(*batch) * (-1.0 if i == 2 else 1.0)).backward()
+        if i < 3:
+            optimizer.step()
+    with pytest.raises(RuntimeError, match="multiplied by a negative number before backward"):
+        optimizer.step()
+    assert read == [(0, 0), (0, 1), (1, 2), (2, 3)]
 
 
 def test_a_positive_factor_is_no_error() -> None:
