@@ -61,6 +61,8 @@ def check_step(amp: AMP, step: Step) -> None:
             " to its best point instead of the worst; do that inside the module that is attached, e.g."
             " LossModule(model, criterion)"
         )
+    if complaint := amp.others_check.check():
+        amp.warn_once(f"AMP: {complaint}")
     if amp.delta_check.was_unseen():
         amp.warn_once(
             "AMP: the gradients at theta + delta are those at theta, so the loop does not see the perturbation, and"

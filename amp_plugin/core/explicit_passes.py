@@ -13,13 +13,16 @@ from amp_plugin.core.distributed import in_process_group
 
 if TYPE_CHECKING:
     from amp_plugin.core.optimizer import AMP
+    from amp_plugin.core.replay import ExtraPasses
 
 
 Batches: TypeAlias = Sequence[Any] | None  # the micro-batches of a step, if the loop tells them
 Scale: TypeAlias = float | Tensor
 
 
-def ascent_passes(self: AMP, batches: Batches = None, *, grad_scale: Scale = 1.0) -> Iterator[Sequence[Any]]:
+def ascent_passes(
+    self: AMP, batches: Batches = None, *, grad_scale: Scale = 1.0, passes: ExtraPasses | None = None
+) -> Iterator[Sequence[Any]]:
     """Yield once for each ascent pass, which comes before the pass of the descent; move the weights after each.
 
     There are ``inner_iter`` such passes where the policy asks for them, else none::
@@ -37,6 +40,9 @@ def ascent_passes(self: AMP, batches: Batches = None, *, grad_scale: Scale = 1.0
         batches: micro-batches of the step; default None. A policy that ascends on a part of them (``"subset(0.5)"``)
             needs them.
         grad_scale: factor that the loss was multiplied by, see :meth:`AMP.ascend`; default 1.
+        passes: :class:`amp_plugin.ExtraPasses` that every turn runs under; default None. The loop then makes the pass
+            of the descent under ``passes.nth(number_of_turns)``. Gradients of parameters of its module that this
+            optimizer does not hold are those of the descent alone.
 
     Yields:
         The micro-batches to run. Their gradients add up, so each loss is divided by their number, as in the descent.
@@ -47,7 +53,7 @@ def ascent_passes(self: AMP, batches: Batches = None, *, grad_scale: Scale = 1.0
     """
     _check_not_attached(self)
     try:
-        for part in self.passes_of_step(batches, grad_scale, prune=not in_process_group()):
+        for part in self.passes_of_step(batches, grad_scale, prune=not in_process_group(), passes=passes):
             yield part
             self.check_gradients()
     except BaseException:
@@ -82,6 +88,7 @@ def ascend(self: AMP, *, grad_scale: Scale = 1.0) -> None:
         _waste_pass(self)
         return
     self.check_gradients()
+    self.others_check.look(self._params())
     _, share = self.policy.select_batches(None)
     try:
         self._ascend(grad_scale, share)

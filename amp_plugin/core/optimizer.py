@@ -32,6 +32,7 @@ from amp_plugin.core.distributed import in_process_group
 from amp_plugin.core.explicit_passes import Batches, Scale
 from amp_plugin.core.fused import step_where_finite
 from amp_plugin.core.norms import LOW_PRECISION
+from amp_plugin.core.other_gradients import OthersCheck
 from amp_plugin.core.perturbation import Norm, Perturbation
 from amp_plugin.core.policies import AscentPolicy, make_policy
 from amp_plugin.core.replay import ExtraPasses
@@ -131,7 +132,7 @@ class AMP(OptimizerWrapper):
         """Make what is never copied or saved."""
         self.perturbation = self._perturbation_class(self.norm, tell_host=not self.capturable)
         self.progress, self._last_passes = Step(), 1.0
-        self.delta_check, self.attached = DeltaCheck(), False
+        self.delta_check, self.others_check, self.attached = DeltaCheck(), OthersCheck(), False
         self._skipped: int | Tensor = 0
         _instances.add(self)
 
@@ -220,12 +221,11 @@ class AMP(OptimizerWrapper):
         else:
             part, share = self.policy.select_batches(batches)
             for k in range(self.inner_iter):
-                guard = passes.nth(k) if passes else nullcontext()
+                guard = passes.ascent(k, self._params()) if passes else self.others_check.ascent(self._params())
                 with guard, self.selection.pruned(self.param_groups if prune else []) as outside:
                     yield part
                 if outside:  # reentrant checkpointing may have dropped gradients in the ball with theirs
-                    inside = self.selection.within(self.param_groups)
-                    self.progress.unreached = [p for p in inside if p.grad is None]
+                    self.progress.unreached = [p for p in self.selection.within(self.param_groups) if p.grad is None]
                 self._ascend(grad_scale, share)
 
     @torch.no_grad()

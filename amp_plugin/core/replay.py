@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from amp_plugin.core.compilation import not_compiled
 from amp_plugin.core.deprecation import Renamed
+from amp_plugin.core.module_parts import parameters_of
 from amp_plugin.core.module_state import (
     Attribute,
     ModuleState,
@@ -22,6 +23,7 @@ from amp_plugin.core.module_state import (
     held_now,
     trained_among,
 )
+from amp_plugin.core.other_gradients import GradientsAside, leaves_of
 
 BatchNormPolicy = Literal["clean", "all"]
 RngPolicy = Literal["same", "fresh"]
@@ -72,6 +74,8 @@ class ExtraPasses:
         self._restore_random: list[Callable[[], object]] = []
         self._start, self._end = ModuleState(), ModuleState()
         self._excluded: set[int] = set()  # identities of weights that a plain attribute holds too
+        self._own: set[int] = set()  # identities of the optimizer's parameters
+        self._aside: GradientsAside | None = None  # gradients of all others, in a pass of the ascent
         self._attributes: list[Attribute] | None = None  # None until the first clean pass has shown which ones change
 
     @contextmanager
@@ -94,6 +98,28 @@ class ExtraPasses:
     def nth(self, index: int) -> AbstractContextManager[None]:
         """Return the guard of a pass by its index in the step: :meth:`clean` for 0, wherever the weights are."""
         return self.perturbed() if index else self.clean()
+
+    @contextmanager
+    def ascent(self, index: int, own: Iterable[Tensor]) -> Iterator[None]:
+        """Guard a pass of the ascent, which leaves no gradient on parameters of the module that others train.
+
+        Args:
+            index: index of the pass in the step.
+            own: parameters of the optimizer, whose gradients the ascent is along.
+        """
+        self._own = {id(p) for p in own}
+        aside = self._aside = GradientsAside(p for p in parameters_of(self.module) if id(p) not in self._own)
+        try:
+            with self.nth(index):
+                yield
+        finally:
+            self._aside = None
+            aside.put_back()
+
+    def spare_leaves(self, loss: Tensor) -> None:
+        """Let the backward pass of a loss leave no gradient on what the loss alone holds, if this is an ascent."""
+        if self._aside is not None:
+            self._aside.add(p for p in leaves_of(loss) if id(p) not in self._own)
 
     def seen(self) -> ModuleState:
         """Return, at the end of a perturbed forward pass, the state that its backward pass may need to find."""

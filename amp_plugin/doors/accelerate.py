@@ -85,6 +85,7 @@ def amp_backward(
         raise TypeError(f"amp_backward() needs amp_plugin.AMP, got {type(optimizer).__name__}")
     _check(accelerator, amp, batches)
     amp.name_parameters(model)
+    passes = _guard(amp, model, batch_norm, rng)
 
     def run(window: Sequence[Any], sync: bool = True) -> Tensor:
         # accelerator.backward() divides by gradient_accumulation_steps, but the mean is over this window.
@@ -93,6 +94,7 @@ def amp_backward(
         for k, batch in enumerate(window, 1):
             with nullcontext() if sync and k == len(window) else accelerator.no_sync(model):
                 loss = compute_loss(batch)
+                passes.spare_leaves(loss)
                 accelerator.backward(loss * share)
             losses.append(loss.detach())
         return torch.stack(losses).mean()
@@ -101,9 +103,6 @@ def amp_backward(
         model.zero_grad()
         amp.zero_grad()
 
-    passes = _GUARDS.get(amp)
-    if passes is None or (passes.module, passes.batch_norm, passes.rng) != (model, batch_norm, rng):
-        passes = _GUARDS[amp] = ExtraPasses(model, batch_norm=batch_norm, rng=rng)
     scale = scale_of(accelerator.scaler)
     means: list[Tensor] = []
     clear()
@@ -122,6 +121,13 @@ def amp_backward(
     if accelerator.scaler is not None:
         amp.propagate_overflow()
     return means[0]
+
+
+def _guard(amp: AMP, model: nn.Module, batch_norm: BatchNormPolicy, rng: RngPolicy) -> ExtraPasses:
+    passes = _GUARDS.get(amp)
+    if passes is None or (passes.module, passes.batch_norm, passes.rng) != (model, batch_norm, rng):
+        passes = _GUARDS[amp] = ExtraPasses(model, batch_norm=batch_norm, rng=rng)
+    return passes
 
 
 def _check(accelerator: Accelerator, amp: AMP, batches: Sequence[Any]) -> None:

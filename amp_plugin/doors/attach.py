@@ -268,6 +268,7 @@ class Attachment:
                         raise RuntimeError("the loss of an attached module requires no gradient, so there is no ascent")
                     if made == 0:
                         self.loss = loss.detach().clone()  # a compiled module may reuse the memory in its next pass
+                    passes.spare_leaves(loss)
                     with torch.autocast(loss.device.type, enabled=False):
                         loss.backward(None if scale is None else scale.to(loss).expand_as(loss))  # type: ignore[no-untyped-call]
                     made += 1

@@ -8,15 +8,12 @@ So k accumulation steps equal one batch that is k times larger.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
@@ -30,49 +27,18 @@ from amp_plugin.doors.attach_callback import AttachCallback, release
 from amp_plugin.doors.means import Means
 from amp_plugin.doors.num_items import uses_num_items
 from amp_plugin.doors.trainer_mixin import TrainerMixin
+from amp_plugin.doors.trainer_window import (
+    TrainingStep,
+    Window,
+    backward_observed,
+    gradient_sync,
+    prepared_once,
+    step_in_every_pass,
+)
 from amp_plugin.doors.training_args import AMPArguments
 from amp_plugin.doors.window import ascend_over
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class _Window:
-    """The accumulation window under way."""
-
-    batches: Sequence[Any] = ()
-    clean_losses: list[Tensor] = field(default_factory=list)  # one for each micro-batch
-    amp_losses: list[Tensor] = field(default_factory=list)  # one for each micro-batch that the descent has run
-    descent: ExitStack | None = None  # closing it leads back to theta
-    prepared: dict[int, Any] = field(default_factory=dict)  # by identity of the micro-batch
-    current: int = 0  # identity of the micro-batch whose step is being made
-    in_step: bool = False  # whether a pass is under way, in which the Trainer's steps are its own
-
-
-_TrainingStep = Callable[[nn.Module, Any, Any], Tensor]
-
-
-def _step_in_every_pass(training_step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Let the passes of a step be made around this override, unless it is called from another one."""
-
-    @functools.wraps(training_step)
-    def in_every_pass(self: AMPMixin, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        step = functools.partial(training_step, self)
-        if self._amp_window.in_step:
-            return step(model, inputs, num_items_in_batch)
-        return self._amp_training_step(step, model, inputs, num_items_in_batch)
-
-    return in_every_pass
-
-
-def _prepared_once(prepare_inputs: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """Let this override prepare a micro-batch once for all passes."""
-
-    @functools.wraps(prepare_inputs)
-    def once(self: AMPMixin, inputs: Any) -> Any:
-        return self._amp_prepared(functools.partial(prepare_inputs, self), inputs)
-
-    return once
 
 
 class AMPMixin(TrainerMixin):
@@ -99,7 +65,7 @@ class AMPMixin(TrainerMixin):
     args: AMPArguments
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._amp_window = _Window()
+        self._amp_window = Window()
         self._amp_extra_passes: ExtraPasses | None = None
         self._amp_means = Means()
         self._loss_uses_num_items: bool | None = None
@@ -122,7 +88,7 @@ class AMPMixin(TrainerMixin):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let a subclass's own `training_step` and `_prepare_inputs` take part in every pass of a step."""
         super().__init_subclass__(**kwargs)
-        for name, wrapped in (("training_step", _step_in_every_pass), ("_prepare_inputs", _prepared_once)):
+        for name, wrapped in (("training_step", step_in_every_pass), ("_prepare_inputs", prepared_once)):
             if name in vars(cls):
                 setattr(cls, name, wrapped(vars(cls)[name]))
 
@@ -210,7 +176,7 @@ class AMPMixin(TrainerMixin):
             return super()._prepare_inputs(inputs)
         return self._amp_prepared(super()._prepare_inputs, inputs)
 
-    def _amp_training_step(self, step: _TrainingStep, model: nn.Module, inputs: Any, num_items: Any) -> Tensor:
+    def _amp_training_step(self, step: TrainingStep, model: nn.Module, inputs: Any, num_items: Any) -> Tensor:
         """Make the passes of a micro-batch by the step of the outermost class, so that overrides act in each pass."""
         amp, window = self.amp, self._amp_window
         if amp is None and self.args.uses_amp:
@@ -269,7 +235,7 @@ class AMPMixin(TrainerMixin):
         self._check_clean_weights("save")
         super().save_model(*args, **kwargs)
 
-    def _ascend(self, amp: AMP, step: _TrainingStep, model: nn.Module, num_items: Any) -> None:
+    def _ascend(self, amp: AMP, step: TrainingStep, model: nn.Module, num_items: Any) -> None:
         """Run the window at theta, perturb, and leave the weights perturbed until `_end_amp_window`."""
         amp.zero_grad()
         amp.total_steps = self.state.max_steps
@@ -289,7 +255,7 @@ class AMPMixin(TrainerMixin):
             sync=self.args.amp_sync_ascent,
             culprit=f"{type(self).__name__} or its model changes a batch",
         )
-        with closing(ascent):
+        with closing(ascent), backward_observed(self.accelerator, passes.spare_leaves):
             for part, sync in ascent:
                 losses = self._ascent_pass(step, model, part, num_items, sync=sync)
                 if made == 0:
@@ -298,7 +264,7 @@ class AMPMixin(TrainerMixin):
         window.descent.enter_context(passes.nth(made))
 
     def _ascent_pass(
-        self, step: _TrainingStep, model: nn.Module, part: Sequence[Any], num_items: Any, *, sync: bool
+        self, step: TrainingStep, model: nn.Module, part: Sequence[Any], num_items: Any, *, sync: bool
     ) -> list[Tensor]:
         """Make the step of each micro-batch of a part of the window, as if the part were the window."""
         whole = self.current_gradient_accumulation_steps
@@ -309,7 +275,7 @@ class AMPMixin(TrainerMixin):
             losses = []
             for k, inputs in enumerate(part, 1):
                 self._amp_window.current = id(inputs)
-                with _gradient_sync(model, sync and k == len(part)):
+                with gradient_sync(model, sync and k == len(part)):
                     losses.append(step(model, detached_inputs(inputs), num_items))
             return losses
         finally:
@@ -317,7 +283,7 @@ class AMPMixin(TrainerMixin):
 
     def _end_amp_window(self) -> None:
         """Forget the window; if the weights are perturbed, go back to theta and the clean pass's statistics."""
-        window, self._amp_window = self._amp_window, _Window()
+        window, self._amp_window = self._amp_window, Window()
         if window.descent is not None:
             window.descent.close()
 
@@ -361,18 +327,3 @@ class _EndOfEpoch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._trainer._end_amp_window()
-
-
-@contextmanager
-def _gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """Let DDP's backward average gradients over processes, or not, whatever the caller has set."""
-    model = getattr(model, "_orig_mod", model)  # accelerate compiles around DDP
-    if not isinstance(model, DistributedDataParallel):
-        yield
-        return
-    before = model.require_backward_grad_sync
-    model.require_backward_grad_sync = enabled
-    try:
-        yield
-    finally:
-        model.require_backward_grad_sync = before

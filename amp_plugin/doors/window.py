@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from amp_plugin.core.distributed import average_gradients, data_parallel, share_
 from amp_plugin.core.inputs import BatchWatch
 from amp_plugin.core.module_parts import parameters_of
 from amp_plugin.core.optimizer import AMP
+from amp_plugin.core.other_gradients import GradientsAside
 from amp_plugin.core.replay import ExtraPasses
 
 
@@ -54,7 +55,8 @@ def ascend_over(
     # cases they are averaged here, after the pass.
     by_hand = within_forward or amp.selection.prunes(amp.param_groups)
     watch = BatchWatch(window)
-    with _gradients_set_aside(amp, model):
+    before = GradientsAside(p for group in amp.param_groups for p in group["params"])
+    try:
         for part in amp.passes_of_step(window, grad_scale, passes=passes):
             with ddp.no_sync() if within_forward and ddp is not None else nullcontext():
                 yield part, sync and not by_hand
@@ -66,29 +68,14 @@ def ascend_over(
             # An attached module without DDP belongs to this process alone, and must not wait for the others.
             elif not sync and (ddp is not None or not within_forward):
                 share_overflow(_trained(amp), None if ddp is None else ddp.process_group)
+    finally:
+        before.put_back()  # for the descent
 
 
 def trained_beside(amp: AMP, model: nn.Module) -> list[Tensor]:
     """Return the parameters of the optimizer and of the model, which other optimizers may train."""
     own = (p for group in amp.param_groups for p in group["params"])
     return list({id(p): p for p in (*parameters_of(model), *own)}.values())  # by id, because torch hashes in Python
-
-
-@contextmanager
-def _gradients_set_aside(amp: AMP, model: nn.Module) -> Iterator[None]:
-    """Keep gradients from before the step out of the ascent, and put them back for the descent.
-
-    What the ascent leaves on parameters that others train goes with it, so that only the descent's gradient counts.
-    """
-    params = trained_beside(amp, model)
-    before = [p.grad for p in params]
-    try:
-        for p in params:
-            p.grad = None
-        yield
-    finally:
-        for p, grad in zip(params, before, strict=True):
-            p.grad = grad
 
 
 def _trained(amp: AMP) -> list[Tensor]:

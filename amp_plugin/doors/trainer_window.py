@@ -1,0 +1,86 @@
+"""The accumulation window of a Trainer, and what lets the Trainer's own methods take part in every pass over it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from amp_plugin.doors.trainer import AMPMixin
+
+TrainingStep = Callable[[nn.Module, Any, Any], Tensor]
+
+
+@dataclass
+class Window:
+    """The accumulation window under way."""
+
+    batches: Sequence[Any] = ()
+    clean_losses: list[Tensor] = field(default_factory=list)  # one for each micro-batch
+    amp_losses: list[Tensor] = field(default_factory=list)  # one for each micro-batch that the descent has run
+    descent: ExitStack | None = None  # closing it leads back to theta
+    prepared: dict[int, Any] = field(default_factory=dict)  # by identity of the micro-batch
+    current: int = 0  # identity of the micro-batch whose step is being made
+    in_step: bool = False  # whether a pass is under way, in which the Trainer's steps are its own
+
+
+def step_in_every_pass(training_step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let the passes of a step be made around this override, unless it is called from another one."""
+
+    @functools.wraps(training_step)
+    def in_every_pass(self: AMPMixin, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        step = functools.partial(training_step, self)
+        if self._amp_window.in_step:
+            return step(model, inputs, num_items_in_batch)
+        return self._amp_training_step(step, model, inputs, num_items_in_batch)
+
+    return in_every_pass
+
+
+def prepared_once(prepare_inputs: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Let this override prepare a micro-batch once for all passes."""
+
+    @functools.wraps(prepare_inputs)
+    def once(self: AMPMixin, inputs: Any) -> Any:
+        return self._amp_prepared(functools.partial(prepare_inputs, self), inputs)
+
+    return once
+
+
+@contextmanager
+def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Let DDP's backward average gradients over processes, or not, whatever the caller has set."""
+    model = getattr(model, "_orig_mod", model)  # accelerate compiles around DDP
+    if not isinstance(model, DistributedDataParallel):
+        yield
+        return
+    before = model.require_backward_grad_sync
+    model.require_backward_grad_sync = enabled
+    try:
+        yield
+    finally:
+        model.require_backward_grad_sync = before
+
+
+@contextmanager
+def backward_observed(accelerator: Accelerator, observe: Callable[[Tensor], None]) -> Iterator[None]:
+    """Let a function see every loss before accelerate makes its backward pass."""
+    backward = accelerator.backward
+
+    @functools.wraps(backward)
+    def observed(loss: Tensor, **kwargs: Any) -> None:
+        observe(loss)
+        backward(loss, **kwargs)
+
+    accelerator.backward = observed
+    try:
+        yield
+    finally:
+        del accelerator.backward
