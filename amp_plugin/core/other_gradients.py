@@ -60,7 +60,8 @@ class OthersCheck:
 
     def __init__(self) -> None:
         self._over = False
-        self._handles: list[RemovableHandle] = []
+        self._hooks: list[RemovableHandle] = []  # on tensors, until the optimizer steps
+        self._guard: RemovableHandle | None = None  # on other optimizers, until the next step begins
         self._added_up: dict[Tensor, tuple[Tensor, int]] = {}  # with the gradient and its version in the descent
 
     @contextmanager
@@ -72,17 +73,21 @@ class OthersCheck:
     def look(self, own: Iterable[Tensor]) -> None:
         """Watch the gradients that a pass of the ascent has left on tensors beside the optimizer's own."""
         if self._over:
-            self._forget()
+            self._remove_hooks()
+            if self._guard is not None:
+                self._guard.remove()
+            self._guard, self._added_up = None, {}
             return
         self._over = True
         held = {id(p) for p in own}
         for p in gc.get_objects():  # no list of all parameters exists
             is_leaf = type(p) in (nn.Parameter, Tensor) and p.requires_grad and p.is_leaf
             if is_leaf and id(p) not in held and p.grad is not None:
-                note = partial(self._note, p.grad, p.grad._version)
-                self._handles.append(p.register_post_accumulate_grad_hook(note))
-        if self._handles:
-            self._handles.append(register_optimizer_step_pre_hook(self._check_other_optimizer))
+                note: Any = partial(self._note, p.grad, p.grad._version)
+                note.only_looks = True  # another AMP may train this tensor, and must not take the hook for an optimizer
+                self._hooks.append(p.register_post_accumulate_grad_hook(note))
+        if self._hooks:
+            self._guard = register_optimizer_step_pre_hook(self._check_other_optimizer)
 
     def check(self) -> str | None:
         """Return what to say, when the optimizer steps, of gradients that are sums over passes; None if there are none.
@@ -90,6 +95,7 @@ class OthersCheck:
         Raises:
             RuntimeError: something has scaled these gradients, as clipping over the whole model does, or zeroed a part.
         """
+        self._remove_hooks()  # another loop's passes may come from now on
         if not self._added_up:
             return None
         if any(p.grad is grad and grad._version != seen and grad.any() for p, (grad, seen) in self._added_up.items()):
@@ -117,7 +123,7 @@ class OthersCheck:
             " that holds them, or clear their gradients after each pass of the ascent"
         )
 
-    def _forget(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._added_up = [], {}
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []

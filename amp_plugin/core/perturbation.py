@@ -351,7 +351,8 @@ def _check_movable(param: Tensor, grad: Tensor | None) -> None:
 
 def _is_hooked(param: Tensor) -> bool:
     """Return whether a parameter's gradient sets something off, as it does for optimizers that step in backward."""
-    return bool(param._post_accumulate_grad_hooks or param._backward_hooks)
+    hooks = [*(param._post_accumulate_grad_hooks or {}).values(), *(param._backward_hooks or {}).values()]
+    return not all(getattr(hook, "only_looks", False) for hook in hooks)
 
 
 def _on_device(grad_scale: float | Tensor, bucket: _Bucket) -> float | Tensor:

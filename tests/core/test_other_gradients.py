@@ -333,6 +333,42 @@ def test_a_loop_that_clears_the_gradients_of_others_is_left_alone(clear: str) ->
     torch.testing.assert_close(problem.state(), expected, rtol=0, atol=1e-12)
 
 
+def test_the_watch_over_one_optimizers_others_does_not_disturb_another_amp() -> None:
+    """Weights that change in the forward pass, under a hook, are taken for those of an optimizer inside backward."""
+
+    class Clamped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((3,), 2.0))
+
+        def forward(self) -> Tensor:
+            with torch.no_grad():
+                self.weight.clamp_(max=1.0)
+            return self.weight.square().sum()
+
+    module, problem = Clamped(), Problem("backbone")
+    first, second = AMP(module.parameters(), LR), AMP(problem.own, LR)
+    attach(first, module)
+    module().backward()
+    bare_pass(problem, second, batches()[0])  # finds the gradients of the module
+    assert module.weight._post_accumulate_grad_hooks
+    first.zero_grad()
+    module().backward()
+    first.step()
+
+
+def test_another_loop_may_add_to_its_own_gradients_after_the_first_step() -> None:
+    """Two models are trained in turns, and one of them accumulates gradients over the turns."""
+    other, problem = Net(), Problem("backbone")
+    amp, second = AMP(problem.own, LR), torch.optim.SGD(other.parameters(), LR)
+    other(batches()[0][0]).sum().backward()
+    problem.net.backbone.requires_grad_(False)
+    bare_pass(problem, amp, batches()[0])
+    assert not told(amp.step)
+    other(batches()[1][0]).sum().backward()
+    second.step()
+
+
 def test_the_check_ends_with_the_first_step() -> None:
     """No hook stays behind on the user's tensors, and no optimizer is watched any more."""
     problem = Problem("backbone")
