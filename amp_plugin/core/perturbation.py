@@ -221,6 +221,12 @@ class Perturbation:
         self._displaced = {}
         clear_weight_caches()
 
+    def forget(self) -> None:
+        """Take the weights for theta, where they are so although they were displaced: by kernels that never ran."""
+        _set_versions(reversed(self._displaced), reversed(self._displaced.values()))
+        self._displaced = {}
+        clear_weight_caches()
+
     @not_compiled
     @torch.no_grad()
     def suspend(self) -> Displacement:

@@ -27,6 +27,7 @@ from amp_plugin.core.other_gradients import GradientsAside, leaves_of
 
 BatchNormPolicy = Literal["clean", "all"]
 RngPolicy = Literal["same", "fresh"]
+_CAPTURED = ("cuda",)  # types of devices whose steps can be captured
 
 
 class ExtraPasses:
@@ -74,6 +75,8 @@ class ExtraPasses:
         self._restore_random: list[Callable[[], object]] = []
         self._start, self._end = ModuleState(), ModuleState()
         self._excluded: set[int] = set()  # identities of weights that a plain attribute holds too
+        self._states: dict[torch.device, Tensor] = {}  # of the devices' generators, before the first clean pass
+        self._drawing: set[torch.device] | None = None  # devices whose generator that pass drew from
         self._own: set[int] = set()  # identities of the optimizer's parameters
         self._aside: GradientsAside | None = None  # gradients of all others, in a pass of the ascent
         self._attributes: list[Attribute] | None = None  # None until the first clean pass has shown which ones change
@@ -140,13 +143,19 @@ class ExtraPasses:
     @not_compiled
     def _begin(self) -> None:
         if self.rng == "same":
-            self._restore_random = [_restorer(generator) for generator in self._all_generators()]
+            if self._attributes is None:
+                self._states = {device: _state(device) for device in self._devices()}
+            generators = list(self._all_generators())
+            if _is_capturing():
+                generators = [g for g in generators if not self._is_captured(g)]
+            self._restore_random = [_restorer(generator) for generator in generators]
         self._save(self._start)
 
     @not_compiled
     def _settle(self) -> None:
         if self._attributes is None:
             self._attributes = self._start.settle_attributes()
+            self._drawing = {device for device, state in self._states.items() if not torch.equal(state, _state(device))}
 
     @not_compiled
     def _replay(self) -> None:
@@ -163,6 +172,17 @@ class ExtraPasses:
         else:
             held += held_now(self._attributes)
         state.save(held, self._excluded)
+
+    def _is_captured(self, generator: Any) -> bool:
+        """Return whether the state of a generator cannot be read, in a CUDA graph; raise if that matters."""
+        if not isinstance(generator, torch.device) or generator.type not in _CAPTURED:
+            return False
+        if self._drawing is None or generator in self._drawing:
+            raise RuntimeError(
+                f"the passes of a captured step cannot draw the same random numbers ({type(self.module).__name__} draws"
+                f" some on {generator}): take rng='fresh', an option of ExtraPasses, of attach() and of the Trainer"
+            )
+        return True
 
     def _all_generators(self) -> Iterator[Any]:
         yield random
@@ -187,9 +207,8 @@ def _restorer(generator: Any) -> Callable[[], object]:
     """
     if isinstance(generator, torch.device):
         if generator.type == "cpu":
-            return functools.partial(torch.set_rng_state, torch.get_rng_state())
-        module = torch.get_device_module(generator)
-        return functools.partial(module.set_rng_state, module.get_rng_state(generator), generator)
+            return functools.partial(torch.set_rng_state, _state(generator))
+        return functools.partial(torch.get_device_module(generator).set_rng_state, _state(generator), generator)
     if hasattr(generator, "get_state"):  # torch.Generator, numpy.random.RandomState, and the module numpy.random
         return functools.partial(generator.set_state, generator.get_state())
     if hasattr(generator, "getstate"):  # random.Random, and the module random
@@ -197,6 +216,17 @@ def _restorer(generator: Any) -> Callable[[], object]:
     if hasattr(generator, "bit_generator"):  # numpy.random.Generator
         return functools.partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
     raise TypeError(f"generators must be of torch, numpy or Python's random, got {type(generator).__name__}")
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+
+
+def _state(device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    state: Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state
 
 
 def check_policies(batch_norm: str, rng: str) -> None:

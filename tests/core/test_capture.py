@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from amp_plugin import AMP, CapturedStep, LossModule, attach
+from amp_plugin import AMP, CapturedStep, ExtraPasses, LossModule, attach
 from amp_plugin.core import capture as capture_module
+from amp_plugin.core import replay
 from amp_plugin.core.async_scalar import AsyncScalar
 
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01, "fused": True}
@@ -62,13 +64,15 @@ def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def on_tape(step: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
+def on_tape(step: Callable[[], Any], stream: Any = None) -> tuple[Callable[[], Any], Any]:
     tape = Tape()
-    with tape:
-        result = step()
-    with torch.no_grad():
-        for tensor, value in tape.before.values():
-            tensor.detach().copy_(value)
+    try:
+        with tape:
+            result = step()
+    finally:
+        with torch.no_grad():
+            for tensor, value in tape.before.values():
+                tensor.detach().copy_(value)
     return tape.replay, result
 
 
@@ -111,6 +115,24 @@ def attached_step(model: nn.Module, optimizer: AMP) -> Step:
         optimizer.zero_grad()
         loss: Tensor = module(images, labels)["loss"]
         loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def passes_step(model: nn.Module, optimizer: AMP) -> Step:
+    """One that leaves the weights where an error finds them."""
+    passes = ExtraPasses(model, rng="fresh")
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        with passes.clean():
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+        optimizer.ascend()
+        with passes.perturbed():
+            F.cross_entropy(model(images), labels).backward()
         optimizer.step()
         return loss.detach()
 
@@ -229,6 +251,113 @@ def test_a_gradient_scaler_asks_the_host_nothing_in_a_captured_step_of_an_attach
     assert count.syncs == {}
     same = all(torch.equal(before[name], p) for name, p in model.named_parameters())
     assert same == bad
+
+
+class FailingError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("place", ["ascent", "descent", "end"])
+@pytest.mark.parametrize("way", [closure_step, attached_step, passes_step])
+def test_a_step_that_cannot_be_captured_is_told_and_made_as_it_is(
+    way: Any, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the recorded part has left behind: weights that it did not move, gradients that it did not make."""
+    recording = False
+
+    def record(step: Callable[[], Any], stream: Any) -> Any:
+        nonlocal recording
+        recording = True
+        try:
+            return on_tape(step)
+        finally:
+            recording = False
+
+    def fail(module: nn.Module, args: Any) -> None:
+        passes.append(1)
+        if recording and place != "end" and len(passes) % 2 == (place == "ascent"):
+            raise FailingError("the host asked\nfor a value")
+
+    data = batches(6)
+    expected = trained(way, data, capturable=True, **SGD)
+    monkeypatch.setitem(capture_module.RECORDERS, "cpu", record)
+    passes: list[int] = []
+    model = net()
+    model.register_forward_pre_hook(fail)
+    optimizer = AMP(model.parameters(), epsilon=0.05, inner_lr=0.5, capturable=True, **SGD)
+    step = way(model, optimizer)
+    images, labels = (torch.empty_like(t) for t in data[0])
+
+    def whole() -> Tensor:
+        loss: Tensor = step(images, labels)
+        if recording and place == "end":
+            raise FailingError("the host asked\nfor a value")
+        return loss
+
+    captured, losses = CapturedStep(whole, optimizer, warm_up=2), []
+    with warnings.catch_warnings(record=True) as record_of_warnings:
+        warnings.simplefilter("always")
+        for batch in data:
+            images.copy_(batch[0])
+            labels.copy_(batch[1])
+            losses.append(captured().clone())
+    assert_same(expected, (losses, model, optimizer))
+    told = [w for w in record_of_warnings if "cannot be captured" in str(w.message)]
+    assert len(told) == 1
+    assert str(told[0].message).endswith("FailingError: the host asked")
+    assert told[0].filename == __file__
+
+
+def test_a_learning_rate_that_is_a_number_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(capture_module.RECORDERS, "cpu", on_tape)
+    optimizer = AMP(net().parameters(), capturable=True, **SGD)
+    with pytest.warns(UserWarning, match="repeats the learning rate of its capture"):
+        CapturedStep(lambda: None, optimizer)
+    tensors = AMP(net().parameters(), capturable=True, **{**SGD, "lr": torch.tensor(0.1)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CapturedStep(lambda: None, tensors)
+
+
+@pytest.mark.parametrize(("together", "calls"), [(False, 3), (True, 11)])
+def test_a_process_group_takes_longer_to_warm_up(together: bool, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = []
+
+    def record(step: Callable[[], Any], stream: Any) -> Any:
+        recorded.append(len(made))
+        return step, None
+
+    monkeypatch.setitem(capture_module.RECORDERS, "cpu", record)
+    monkeypatch.setattr(capture_module, "in_process_group", lambda: together)
+    made: list[int] = []
+    optimizer = AMP(net().parameters(), capturable=True, **{**SGD, "lr": torch.tensor(0.1)})
+    captured = CapturedStep(lambda: made.append(1), optimizer)
+    for _ in range(calls + 2):
+        captured()
+    assert recorded == [calls]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_random_numbers_of_a_captured_step(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a module draws none, its generator is left alone; where it draws some, the passes cannot share them."""
+    monkeypatch.setattr(replay, "_CAPTURED", ("cpu",))
+    model = nn.Sequential(net(), nn.Dropout(dropout))
+    passes = ExtraPasses(model)
+    x = batches(1)[0][0]
+    with passes.clean():
+        model(x)
+    with passes.perturbed():
+        model(x)
+    monkeypatch.setattr(replay, "_is_capturing", lambda: True)
+    monkeypatch.setattr(torch, "get_rng_state", lambda: pytest.fail("a generator was read"))
+    if dropout:
+        with pytest.raises(RuntimeError, match=r"draws some on cpu\): take rng='fresh'"), passes.clean():
+            pass
+        return
+    with passes.clean():
+        model(x)
+    with passes.perturbed():
+        model(x)
 
 
 def test_copies_and_checkpoints_count_on() -> None:
