@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from amp_plugin.core.norms import entries_of
 from amp_plugin.core.perturbation import Perturbation
 from amp_plugin.core.step import Step
 
@@ -54,7 +55,8 @@ def spoil(gradients: Sequence[Tensor], perturbation: Perturbation, *, on_device:
         perturbation: the ball in which the ascent was made.
         on_device: whether the device alone decides, so that the host does not wait; default none.
     """
-    for grad in [grad for grad in gradients if grad.numel()][:1]:  # an empty one could not carry the infinity
+    # An empty one could not carry the infinity.
+    for grad in [entries for grad in gradients if (entries := entries_of(grad)).numel()][:1]:
         if on_device and perturbation.finite is not None:
             grad.add_(torch.where(perturbation.finite.to(grad.device), 0.0, torch.inf))
         elif not perturbation.was_finite():

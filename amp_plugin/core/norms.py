@@ -18,6 +18,11 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
+def entries_of(tensor: Tensor) -> Tensor:
+    """Return a tensor, or the entries that a sparse one has, which share its memory."""
+    return tensor._values() if tensor.is_sparse else tensor
+
+
 def norms_of(tensors: list[Tensor]) -> Tensor:
     """Return the L2 norm of each tensor, as one vector; 16-bit tensors are summed in float32, which cannot overflow."""
     dtype = torch.float32 if tensors[0].dtype in LOW_PRECISION else None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from amp_plugin.core.async_scalar import AsyncScalar
+from amp_plugin.core.norms import entries_of
 from amp_plugin.core.perturbation import Displacement
 
 
@@ -71,7 +72,7 @@ class Step:
         """
         if all(d.was_finite() for d in self.descents):
             return True
-        filled = [grad for grad in gradients if grad.numel()]
+        filled = [entries for grad in gradients if (entries := entries_of(grad)).numel()]
         return bool(filled) and all(bool(grad.isfinite().all()) for grad in filled)
 
     def drop_gradients(self) -> None:

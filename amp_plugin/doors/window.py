@@ -64,10 +64,10 @@ def ascend_over(
             if not within_forward:
                 amp.check_gradients()
             if sync and by_hand and ddp is not None:
-                average_gradients(_trained(amp), ddp.process_group)
+                average_gradients(_perturbed(amp), ddp.process_group)
             # An attached module without DDP belongs to this process alone, and must not wait for the others.
             elif not sync and (ddp is not None or not within_forward):
-                share_overflow(_trained(amp), None if ddp is None else ddp.process_group)
+                share_overflow(_perturbed(amp), None if ddp is None else ddp.process_group)
     finally:
         before.put_back()  # for the descent
 
@@ -78,5 +78,6 @@ def trained_beside(amp: AMP, model: nn.Module) -> list[Tensor]:
     return list({id(p): p for p in (*parameters_of(model), *own)}.values())  # by id, because torch hashes in Python
 
 
-def _trained(amp: AMP) -> list[Tensor]:
-    return [p for group in amp.param_groups for p in group["params"] if p.requires_grad]
+def _perturbed(amp: AMP) -> list[Tensor]:
+    """Return the parameters that the ascent moves; the gradients of all others count in the descent alone."""
+    return [p for p in amp.selection.within(amp.param_groups) if p.requires_grad]

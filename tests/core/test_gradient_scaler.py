@@ -292,3 +292,49 @@ def test_an_overflow_is_passed_on_whatever_parameter_comes_first(first: int) -> 
     scaler.step(amp)
     scaler.update()
     assert scaler.get_scale() == 4.0
+
+
+class Table(nn.Module):
+    """An embedding, whose gradient may be sparse, and a layer; returns its loss, which is infinite in some passes."""
+
+    def __init__(self, bad_passes: tuple[int, ...], sparse: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.layer = nn.Embedding(8, 4, sparse=sparse), nn.Linear(4, 3)
+        self.bad_passes, self.passes = bad_passes, 0
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        loss = F.cross_entropy(self.layer(self.table(tokens)), labels)
+        self.passes += 1
+        return {"loss": loss * torch.inf if self.passes - 1 in self.bad_passes else loss}
+
+
+def train_table(door: str, scaled: bool, sparse: bool) -> tuple[list[Tensor], float]:
+    ascent, descent = 4, 7  # without a scaler nobody looks at the descent
+    module = Table((ascent, descent) if scaled else (ascent,), sparse)
+    groups = [{"params": module.table.parameters(), "epsilon": 0.0}, {"params": module.layer.parameters()}]
+    amp, scaler = AMP(groups, 0.1, 0.1), torch.amp.GradScaler("cpu", init_scale=SCALE, enabled=scaled)
+    if door == "attach":
+        attach(amp, module)
+    for step in range(5):
+        batch = torch.tensor([1, 2, 2, step]), torch.tensor([0, 1, 2, 0])
+        if door == "passes":
+            for _ in amp.ascent_passes(grad_scale=scale_of(scaler) if scaled else 1.0):
+                scaler.scale(module(*batch)["loss"]).backward()
+        scaler.scale(module(*batch)["loss"]).backward()
+        amp.propagate_overflow()
+        scaler.step(amp)
+        scaler.update()
+        amp.zero_grad()
+    return [p.detach() for p in module.parameters()], scaler.get_scale()
+
+
+@pytest.mark.filterwarnings("ignore:AMP. the ascent gradient had NaN")
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("door", ["passes", "attach"])
+def test_sparse_gradients_outside_the_ball(door: str, scaled: bool) -> None:
+    weights, scale = train_table(door, scaled, sparse=True)
+    expected, dense_scale = train_table(door, scaled, sparse=False)
+    assert all(p.isfinite().all() for p in weights)
+    torch.testing.assert_close(weights, expected)
+    assert scale == dense_scale == (SCALE / 4 if scaled else 1.0)
