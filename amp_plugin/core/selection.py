@@ -12,6 +12,7 @@ from torch import Tensor
 from amp_plugin.core.checks import check_not_negative
 from amp_plugin.core.perturbation import Ascent
 from amp_plugin.core.sharding import is_distributed
+from amp_plugin.core.shared_memory import overwritable_gradient
 from amp_plugin.core.warn import warn_user
 from amp_plugin.suggest import did_you_mean
 
@@ -79,7 +80,7 @@ class ParameterSelection:
             epsilon, inner_lr = group["epsilon"], group["inner_lr"]
             check_not_negative(epsilon=epsilon, inner_lr=inner_lr)  # a schedule may have changed them
             for p in self.of(group):
-                along = p.grad if directions is None else directions.get(p)
+                along = overwritable_gradient(p) if directions is None else directions.get(p)
                 # A group that maximises has its worst loss downhill.
                 ascents[p] = Ascent(p, along, -inner_lr if group.get("maximize") else inner_lr, epsilon)
         if not ascents:

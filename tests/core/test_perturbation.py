@@ -242,6 +242,18 @@ def test_memory_that_overlaps_at_an_offset_is_parted() -> None:
     assert disjoint[1].data_ptr() == memory[4:].data_ptr(), "memory that is not shared is not copied"
 
 
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (1, 3)])
+def test_an_expanded_gradient(shape: tuple[int, ...]) -> None:
+    """Its entries are one number in memory, which an in-place kernel would change several times."""
+    moved = []
+    for grad in (torch.ones(()).expand(shape), torch.ones(shape)):
+        p = torch.zeros(shape)
+        Perturbation().ascend([Ascent(p, grad, 1.0, 0.4)])
+        moved.append(p)
+    assert torch.equal(*moved)
+    torch.testing.assert_close(moved[0].norm(), torch.tensor(0.4))
+
+
 def test_a_lazily_conjugated_gradient() -> None:
     p = torch.tensor([1 + 1j, 2.0], requires_grad=True)
     (p.conj() * torch.tensor([3 + 4j, 0.0])).real.sum().backward()
