@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 from amp_plugin.core.async_scalar import AsyncScalar
 from amp_plugin.core.norms import norms_of, overall_norm
@@ -23,7 +24,7 @@ class DeltaCheck:
     """
 
     def __init__(self) -> None:
-        self._params: list[Tensor] = []
+        self._params: list[TensorWeakRef] = []
         self._norms: Tensor | None = None
         self._verdict: AsyncScalar | None = None
         self._over = False
@@ -39,7 +40,7 @@ class DeltaCheck:
         if len(found) < 2:  # one norm alone is always proportional
             self._over = True
             return
-        self._params = [p for p, _ in found]
+        self._params = [TensorWeakRef(p) for p, _ in found]
         self._norms = _norms([g for _, g in found])
 
     @torch.no_grad()
@@ -50,11 +51,11 @@ class DeltaCheck:
             return
         delta = perturbation.statistics()["perturbation_norm"]
         self._over = True
-        grads = [p.grad for p in self._params]
-        weights = overall_norm([_norms([p]) for p in self._params])
-        self._params = []
-        if any(g is None or g.layout != torch.strided for g in grads):
+        params = [p for ref in self._params if (p := ref()) is not None]
+        grads = [p.grad for p in params]
+        if len(params) < len(self._params) or any(g is None or g.layout != torch.strided for g in grads):
             return
+        weights = overall_norm([_norms([p]) for p in params])
         ratios = _norms([g for g in grads if g is not None]) / norms
         there = norms > 0
         largest = torch.where(there, ratios, -torch.inf).max()

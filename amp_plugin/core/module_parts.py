@@ -22,5 +22,10 @@ def parts_of(module: nn.Module) -> list[nn.Module]:
 
 def parameters_of(module: nn.Module) -> list[Tensor]:
     """Return the parameters of a module and its parts, each once, in the order of ``module.parameters()``."""
-    held = (p for part in parts_of(module) for p in part._parameters.values())
+    return parameters_in(parts_of(module))
+
+
+def parameters_in(parts: list[nn.Module]) -> list[Tensor]:
+    """Return the parameters of these parts of a module, each once."""
+    held = (p for part in parts for p in part._parameters.values())
     return list({id(p): p for p in held if p is not None}.values())  # by id, because torch hashes in Python

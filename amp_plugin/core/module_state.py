@@ -6,6 +6,7 @@ parameters that require no gradient (momentum encoders), and detached tensors in
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Set
 from typing import Any, NamedTuple
 
@@ -15,11 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from amp_plugin.core.compilation import not_compiled
-from amp_plugin.core.module_parts import parameters_of, parts_of
+from amp_plugin.core.module_parts import parameters_in
 from amp_plugin.core.sharding import local_shard
 
 Held = tuple[dict[str, Any], dict[str, Any]]  # a dictionary that holds state, and the part of its content that is state
-Attribute = tuple[dict[str, Any], str]  # the attributes of a module, and a name among them
+Attribute = tuple[weakref.ref[nn.Module], str]  # a module and the name of one of its attributes
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _ABSENT = object()  # stands for an attribute that is not there
 
@@ -118,7 +119,7 @@ class ModuleState:
         tensors = tuple(entry.tensor for entry in self._entries)
         torch._C._autograd._unsafe_set_version_counter(tensors, tuple(self._versions))
 
-    def settle_attributes(self) -> list[Attribute]:
+    def settle_attributes(self, parts: list[nn.Module]) -> list[Attribute]:
         """Return the plain attributes that hold detached tensors and have changed; forget all others. This waits.
 
         An attribute that requires a gradient belongs to the graph of a pass, and is left to the last one.
@@ -127,6 +128,7 @@ class ModuleState:
         plain = {id(t) for content in contents for value in content.values() for t in _tensors(value)}
         entries = [e for e in self._entries if id(e.tensor) in plain]
         changed = {id(e.tensor) for e in entries if not torch.equal(e.tensor, e.value)}
+        owners = {id(vars(part)): weakref.ref(part) for part in parts}
         found: list[Attribute] = []
         held: list[Held] = []
         for holder, content in self._held:
@@ -139,45 +141,47 @@ class ModuleState:
                     is_other = before is not now or any(id(t) in changed for t in tensors)
                     if is_other and tensors and not any(t.requires_grad for t in tensors):
                         kept[name] = before
-                found += [(holder, name) for name in kept]
-            held.append((holder, kept))
+                found += [(owners[id(holder)], name) for name in kept if id(holder) in owners]
+            if kept:
+                held.append((holder, kept))
         self._held = held
         state = {id(t) for _, content in held for value in content.values() for t in _tensors(value)}
         self._set_entries([entry for entry in self._entries if id(entry.tensor) in state])
         return found
 
 
-def buffers_and_frozen_of(module: nn.Module, *, buffers: bool = True) -> list[Held]:
-    """Return the buffers, if asked for, and the parameters that require no gradient, of a module and its parts.
+def buffers_and_frozen_of(parts: list[nn.Module], *, buffers: bool = True) -> list[Held]:
+    """Return the buffers, if asked for, and the parameters that require no gradient, of the parts of a module.
 
     Frozen parameters that take more memory than the others are left out: they are a backbone, or what adapters were
     added to, which no forward pass moves, and copies are dear.
     """
     found: list[Held] = []
     frozen: list[Held] = []
-    for part in parts_of(module):
+    for part in parts:
         if buffers and part._buffers:
             found.append((part._buffers, {name: b for name, b in part._buffers.items() if b is not None}))
         held = {name: p for name, p in part._parameters.items() if p is not None and not p.requires_grad}
         if held:
             frozen.append((part._parameters, held))
     if frozen:
-        size = sum(p.nbytes if not p.requires_grad else -p.nbytes for p in parameters_of(module))
+        size = sum(p.nbytes if not p.requires_grad else -p.nbytes for p in parameters_in(parts))
         found += frozen if size <= 0 else []
     return found
 
 
-def attributes_of(module: nn.Module) -> list[Held]:
-    """Return the plain attributes of a module and its parts that hold tensors, or None in place of some."""
+def attributes_of(parts: list[nn.Module]) -> list[Held]:
+    """Return the plain attributes of the parts of a module that hold tensors, or None in place of some."""
     return [
         (vars(part), {n: v for n, v in vars(part).items() if n not in _REGISTRIES and (v is None or _holds_tensors(v))})
-        for part in parts_of(module)
+        for part in parts
     ]
 
 
 def held_now(attributes: list[Attribute]) -> list[Held]:
     """Return what is in these attributes now."""
-    return [(holder, {name: holder.get(name, _ABSENT)}) for holder, name in attributes]
+    parts = [(part, name) for ref, name in attributes if (part := ref()) is not None]
+    return [(vars(part), {name: vars(part).get(name, _ABSENT)}) for part, name in parts]
 
 
 def trained_among(module: nn.Module, held: list[Held]) -> set[int]:

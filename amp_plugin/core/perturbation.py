@@ -122,7 +122,7 @@ class Perturbation:
             raise ValueError(f"norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
         self.norm: Norm = norm
         self._tell_host = tell_host
-        self._backups: dict[Tensor, Tensor] = {}
+        self._backups: dict[int, Tensor] = {}  # by the parameter's identity, so that a replaced layer is let go
         self._displaced: dict[Tensor, int] = {}  # parameters with their version counter at theta
         self._moved_versions: list[int] = []  # version counters of the same parameters at theta + delta
         self.disturbed = False
@@ -214,7 +214,7 @@ class Perturbation:
         versions = zip(self._displaced, self._moved_versions, strict=False)  # fewer versions, if an ascent failed
         self.disturbed |= any(local_shard(p)._version != version and _is_hooked(p) for p, version in versions)
         params = [local_tensor(p) for p in self._displaced]
-        torch._foreach_copy_(params, [self._backups[p] for p in self._displaced])
+        torch._foreach_copy_(params, [self._backups[id(p)] for p in self._displaced])
         # The parameter displaced first comes last: tensors in the same memory share a counter, and only the first saw
         # the counter of theta.
         _set_versions(reversed(self._displaced), reversed(self._displaced.values()))
@@ -311,6 +311,7 @@ class Perturbation:
         """Back up parameters that are not displaced yet; group all by device, dtype, hyper-parameters and sharding."""
         buckets: dict[tuple[object, ...], _Bucket] = {}
         entering: dict[Tensor, int] = {}
+        known, ascents = len(self._backups), list(ascents)
         for param, grad, inner_lr, epsilon in ascents:
             _check_movable(param, grad)
             plain = local_tensor(param)
@@ -325,17 +326,23 @@ class Perturbation:
             bucket.params.append(plain)
             bucket.backups.append(self._backup(param, plain))
             bucket.deltas.append(delta)
+        if len(self._backups) > known:  # new parameters, perhaps in the place of others
+            members = {*map(id, self._displaced), *(id(ascent.param) for ascent in ascents)}
+            self._backups = {key: backup for key, backup in self._backups.items() if key in members}
         clone_overlapping([b.deltas for b in buckets.values()])
         if entering:
-            torch._foreach_copy_([self._backups[p] for p in entering], [local_tensor(p) for p in entering])
+            torch._foreach_copy_([self._backups[id(p)] for p in entering], [local_tensor(p) for p in entering])
             self._displaced.update(entering)  # only now: restore() must never meet a backup that is not filled
         return list(buckets.values())
 
     def _backup(self, param: Tensor, like: Tensor) -> Tensor:
-        """Return the buffer that keeps theta of a parameter, made at first use and when the parameter has changed."""
-        backup = self._backups.get(param)
+        """Return the buffer that keeps theta of a parameter, made at first use and when the parameter has changed.
+
+        The buffer is not filled, so the one of a parameter that is gone serves another one with its identity as well.
+        """
+        backup = self._backups.get(id(param))
         if backup is None or backup.shape != like.shape or backup.dtype != like.dtype or backup.device != like.device:
-            backup = self._backups[param] = torch.empty_like(like)
+            backup = self._backups[id(param)] = torch.empty_like(like)
         return backup
 
 

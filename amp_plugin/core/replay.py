@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, get_args
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from amp_plugin.core.compilation import not_compiled
 from amp_plugin.core.deprecation import Renamed
-from amp_plugin.core.module_parts import parameters_of
+from amp_plugin.core.module_parts import parameters_of, parts_of
 from amp_plugin.core.module_state import (
     Attribute,
     ModuleState,
@@ -36,7 +37,7 @@ class ExtraPasses:
     Every pass starts from the state that the clean pass, at theta, started from, and the step ends with the state that
     the clean pass has left. State is buffers of any layer, parameters that require no gradient (a momentum encoder; but
     not where they take more memory than the trained ones, as a frozen backbone does), and detached tensors in plain
-    attributes, which are looked for in the first clean pass.
+    attributes, which are looked for in the first clean pass, and in the first one after a layer was replaced.
 
     Args:
         module: module whose state and whose devices' random number generators are replayed.
@@ -79,7 +80,8 @@ class ExtraPasses:
         self._drawing: set[torch.device] | None = None  # devices whose generator that pass drew from
         self._own: set[int] = set()  # identities of the optimizer's parameters
         self._aside: GradientsAside | None = None  # gradients of all others, in a pass of the ascent
-        self._attributes: list[Attribute] | None = None  # None until the first clean pass has shown which ones change
+        self._attributes: list[Attribute] | None = None  # None until a clean pass has shown which ones change
+        self._parts: list[weakref.ref[nn.Module]] = []  # parts of the module in that pass
 
     @contextmanager
     def clean(self) -> Iterator[None]:
@@ -142,6 +144,9 @@ class ExtraPasses:
 
     @not_compiled
     def _begin(self) -> None:
+        parts = parts_of(self.module)
+        if not self._knows(parts):
+            self._attributes = None  # a layer was replaced, and the new one may have state of its own
         if self.rng == "same":
             if self._attributes is None:
                 self._states = {device: _state(device) for device in self._devices()}
@@ -149,12 +154,14 @@ class ExtraPasses:
             if _is_capturing():
                 generators = [g for g in generators if not self._is_captured(g)]
             self._restore_random = [_restorer(generator) for generator in generators]
-        self._save(self._start)
+        self._save(self._start, parts)
 
     @not_compiled
     def _settle(self) -> None:
         if self._attributes is None:
-            self._attributes = self._start.settle_attributes()
+            parts = parts_of(self.module)
+            self._attributes = self._start.settle_attributes(parts)
+            self._parts = [weakref.ref(part) for part in parts]
             self._drawing = {device for device, state in self._states.items() if not torch.equal(state, _state(device))}
 
     @not_compiled
@@ -164,10 +171,11 @@ class ExtraPasses:
         self._start.load()
 
     @not_compiled
-    def _save(self, state: ModuleState) -> None:
-        held = buffers_and_frozen_of(self.module, buffers=self.batch_norm == "clean")
+    def _save(self, state: ModuleState, parts: list[nn.Module] | None = None) -> None:
+        parts = parts_of(self.module) if parts is None else parts
+        held = buffers_and_frozen_of(parts, buffers=self.batch_norm == "clean")
         if self._attributes is None:  # the first pass shows which attributes change, and so are state
-            held += attributes_of(self.module)
+            held += attributes_of(parts)
             self._excluded = trained_among(self.module, held)
         else:
             held += held_now(self._attributes)
@@ -183,6 +191,11 @@ class ExtraPasses:
                 f" some on {generator}): take rng='fresh', an option of ExtraPasses, of attach() and of the Trainer"
             )
         return True
+
+    def _knows(self, parts: list[nn.Module]) -> bool:
+        """Return whether these are the parts that the module had when its attributes were looked at."""
+        same = len(parts) == len(self._parts)
+        return same and all(ref() is part for ref, part in zip(self._parts, parts, strict=True))
 
     def _all_generators(self) -> Iterator[Any]:
         yield random

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 from amp_plugin.core.checks import check_not_negative
 from amp_plugin.core.perturbation import Ascent
@@ -29,16 +30,18 @@ class ParameterSelection:
 
     def __init__(self, parameters: Parameters | None) -> None:
         self.parameters = parameters
-        self._chosen: set[Tensor] | None = None  # None until the names are known
+        # By identity; weak, so that a replaced layer is let go. None until the names are known.
+        self._chosen: dict[int, TensorWeakRef] | None = None
 
     def choose(self, groups: Groups, named: Iterable[tuple[str, Tensor]]) -> None:
         """Choose by these names, unless there is a choice for these groups; ValueError if no parameter is chosen."""
         if self.parameters is None:
             return
-        own = _ids(groups)
-        if self._chosen is not None and all(id(p) in own for p in self._chosen):
+        if self._chosen is not None and len(self._chosen_in(groups)) == len(self._chosen):
             return
-        self._chosen = select_parameters(self.parameters, {name: p for name, p in named if id(p) in own})
+        own = {id(p) for group in groups for p in group["params"]}
+        chosen = select_parameters(self.parameters, {name: p for name, p in named if id(p) in own})
+        self._chosen = _by_identity(chosen)
 
     def choose_anew(self, groups: Groups) -> None:
         """Choose again, because the groups have changed: by the names in them, or else at the next `choose`."""
@@ -56,8 +59,7 @@ class ParameterSelection:
                 f"parameters={self.parameters!r} chooses by name, but the parameters have none here: make AMP of"
                 " model.named_parameters(), or call optimizer.name_parameters(model)"
             )
-        chosen = self._chosen
-        return [p for p in params if p in chosen]
+        return [p for p in params if self._is_chosen(p)]
 
     def within(self, groups: Groups) -> Iterator[Tensor]:
         """Yield the selected parameters of all groups."""
@@ -108,9 +110,24 @@ class ParameterSelection:
             for p in outside:
                 p.requires_grad_(True)
 
+    def __getstate__(self) -> dict[str, Any]:
+        chosen = None if self._chosen is None else [p for ref in self._chosen.values() if (p := ref()) is not None]
+        return {"parameters": self.parameters, "chosen": chosen}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.parameters, chosen = state["parameters"], state["chosen"]
+        self._chosen = chosen if chosen is None else _by_identity(chosen)
+
+    def _is_chosen(self, param: Tensor) -> bool:
+        ref = (self._chosen or {}).get(id(param))
+        return ref is not None and ref() is param
+
+    def _chosen_in(self, groups: Groups) -> set[int]:
+        """Return the identities of the chosen parameters that are in the groups."""
+        return {id(p) for group in groups for p in group["params"] if self._is_chosen(p)}
+
     def _check_still_there(self, groups: Groups) -> None:
-        own = _ids(groups)
-        if self._chosen and not any(id(p) in own for p in self._chosen):
+        if self._chosen and not self._chosen_in(groups):
             raise RuntimeError(
                 f"the parameters that parameters={self.parameters!r} chose have been replaced in the optimizer's groups"
                 " since, so nothing would be perturbed; call optimizer.name_parameters(model) to choose anew"
@@ -169,5 +186,5 @@ def _check_gradients(ball: Mapping[Tensor, Ascent]) -> None:
         warn_user("AMP: a pass left no gradient to ascend along", RuntimeWarning)
 
 
-def _ids(groups: Groups) -> set[int]:
-    return {id(p) for group in groups for p in group["params"]}
+def _by_identity(params: Iterable[Tensor]) -> dict[int, TensorWeakRef]:
+    return {id(p): TensorWeakRef(p) for p in params}

@@ -235,6 +235,7 @@ class Attachment:
             raise RuntimeError("attach() came before fully_shard() on the same module; call fully_shard() first")
         if self.amp is not None:
             _check_held(self.amp, module)
+            self.amp.name_parameters(module)  # a layer that was replaced is chosen by its name
 
     def _passes(self, amp: AMP, passes: ExtraPasses, module: nn.Module, args: Any, kwargs: Any) -> _Passes:
         """Make the ascent; return the number of its passes."""

@@ -67,8 +67,8 @@ PITFALLS = [
         "restoring by subtraction rounds",
         "released AMP, by running it",
         "core/perturbation.py",
-        "        torch._foreach_copy_(params, [self._backups[p] for p in self._displaced])\n",
-        "        backups = [self._backups[p] for p in self._displaced]\n"
+        "        torch._foreach_copy_(params, [self._backups[id(p)] for p in self._displaced])\n",
+        "        backups = [self._backups[id(p)] for p in self._displaced]\n"
         "        torch._foreach_sub_(params, torch._foreach_sub(params, backups))\n",
         "core/test_perturbation.py::test_restore_is_exact_to_the_bit_and_in_place",
     ),
@@ -76,8 +76,8 @@ PITFALLS = [
         "weights are given another storage, which DDP's buckets, compiled graphs and views do not follow",
         "several SAM packages",
         "core/perturbation.py",
-        "        torch._foreach_copy_(params, [self._backups[p] for p in self._displaced])\n",
-        "        for p in self._displaced:\n            p.data = self._backups[p].clone()\n",
+        "        torch._foreach_copy_(params, [self._backups[id(p)] for p in self._displaced])\n",
+        "        for p in self._displaced:\n            p.data = self._backups[id(p)].clone()\n",
         "core/test_perturbation.py::test_restore_is_exact_to_the_bit_and_in_place",
     ),
     Pitfall(
@@ -276,7 +276,7 @@ PITFALLS = [
         "a hidden state in a plain attribute goes on in every pass",
         "stateful recurrent networks",
         "core/replay.py",
-        "            self._attributes = self._start.settle_attributes()\n",
+        "            self._attributes = self._start.settle_attributes(parts)\n",
         "            self._attributes = []\n",
         "core/test_one_function.py::test_state_and_randomness_are_replayed",
     ),
