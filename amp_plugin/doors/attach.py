@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from amp_plugin.core.compilation import not_compiled, not_compiled_itself
 from amp_plugin.core.distributed import data_parallel
@@ -107,19 +108,25 @@ class Attachment:
         self._ascending = False  # whether the hooks see a pass of the ascent, which they leave alone
         self._forward: ExitStack | None = None  # the guard of the descent's forward pass, while that runs
         self.grad_scale: Tensor | None = None
+        self.handles: list[RemovableHandle] = []
         if amp is None or module is None:
             return
-        amp.attached = True
         self._sharded = _is_fully_sharded(module)
         # torch runs the forward hook after a pass that fails, but not after a KeyboardInterrupt, so the call is guarded
-        # as well. Copies of the module do not keep the attribute `_compiled_call_impl`.
-        self._call = module._compiled_call_impl or module._call_impl
-        module._compiled_call_impl = self.guarded_call
-        # The hooks surround all others on the module: FSDP gathers the weights in a hook of its own, after the ascent.
-        self.handles = [
-            module.register_forward_pre_hook(self.before, prepend=True, with_kwargs=True),
-            module.register_forward_hook(self.after, with_kwargs=True, always_call=True),
-        ]
+        # as well. Copies of the module do not keep the attribute `_compiled_call_impl`. A proxy (Lightning Fabric's)
+        # would set attributes of the module inside, hence vars().
+        self._compiled_call = vars(module).get("_compiled_call_impl")
+        self._call = self._compiled_call or module._call_impl
+        try:
+            amp.attached = True
+            vars(module)["_compiled_call_impl"] = self.guarded_call
+            # The hooks surround all others on the module: FSDP gathers the weights in a hook, after the ascent.
+            before = module.register_forward_pre_hook(self.before, prepend=True, with_kwargs=True)
+            self.handles.append(before)
+            self.handles.append(module.register_forward_hook(self.after, with_kwargs=True, always_call=True))
+        except BaseException:
+            self.detach()
+            raise
 
     def __reduce__(self) -> Any:
         return Attachment, (None, None, None, True)
@@ -128,13 +135,15 @@ class Attachment:
         """Leave the module and the optimizer as they were before :func:`attach`."""
         if self.amp is None or self.module is None:
             return
-        for handle in self.handles:
-            handle.remove()
-        if self.module._compiled_call_impl == self.guarded_call:
-            self.module._compiled_call_impl = None if self._call == self.module._call_impl else self._call
-        self.amp.restore()
-        self.amp.attached = False
+        amp, attributes = self.amp, vars(self.module)
         self.amp = self.module = self.passes = None
+        with ExitStack() as undo:  # all of it, whatever fails
+            undo.callback(setattr, amp, "attached", False)
+            undo.callback(amp.restore)
+            for handle in self.handles:
+                undo.callback(handle.remove)
+            if attributes.get("_compiled_call_impl") == self.guarded_call:
+                attributes["_compiled_call_impl"] = self._compiled_call
 
     @not_compiled_itself
     def guarded_call(self, *args: Any, **kwargs: Any) -> Any:
