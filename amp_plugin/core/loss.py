@@ -1,11 +1,16 @@
-"""The loss that a module returns: alone, as ``.loss``, or under ``"loss"``, as transformers and timm's tasks do."""
+"""The loss that a module returns: alone, as ``.loss``, under ``"loss"``, or first in a tuple.
+
+So transformers, its stock Trainer and timm's tasks have it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+
+from amp_plugin.core.outputs import exchange
 
 
 class LossModule(nn.Module):
@@ -46,29 +51,54 @@ def loss_of(output: Any, module: nn.Module, needed: tuple[str, str] = _FOR_ATTAC
     Raises:
         TypeError: there is no loss, or it is not a scalar.
     """
-    if isinstance(output, Tensor):
-        loss: Any = output
-    else:
-        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    loss = _loss_in(output)
     if isinstance(loss, Tensor) and loss.numel() == 1:
         return loss
     found = (
         f"a loss of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(output).__name__} with no loss"
     )
     raise TypeError(
-        f"{type(module).__name__} returned {found}, but {needed[0]}: a scalar tensor, an object with .loss, or a"
-        f" mapping with 'loss'. {needed[1]}"
+        f"{type(module).__name__} returned {found}, but {needed[0]}: a scalar tensor, an object with .loss, a"
+        f" mapping with 'loss', or a tuple that begins with it. {needed[1]}"
     )
 
 
-def with_loss(output: Any, loss: Tensor) -> Any:
-    """Return the output with another loss in it; a mapping and an object are changed in place."""
-    if isinstance(output, Tensor):
-        return loss
-    if isinstance(output, MutableMapping):
-        output["loss"] = loss
-    elif isinstance(output, tuple) and hasattr(output, "_replace"):
-        return output._replace(loss=loss)
-    else:
-        output.loss = loss
+def with_tensors(output: Any, loss: Tensor, old: Sequence[Tensor], new: Sequence[Tensor], module: nn.Module) -> Any:
+    """Return an output of the same type with other tensors in it; it is changed in place where it can be.
+
+    Args:
+        output: what the module returned.
+        loss: what the loss of the output is to be, one of the new tensors.
+        old: tensors to be replaced, wherever the output holds them.
+        new: tensors that take their places.
+        module: module that returned the output.
+
+    Raises:
+        TypeError: the output cannot be written.
+    """
+    successors = {id(a): b for a, b in zip(old, new, strict=True)}
+    failure: Exception | None = None
+    try:
+        output = exchange(output, lambda tensor: successors.get(id(tensor), tensor))
+        if _loss_in(output) is not loss:  # the output computes it
+            if isinstance(output, MutableMapping):
+                output["loss"] = loss
+            else:
+                output.loss = loss
+    except Exception as error:  # whatever the class of the output raises
+        failure = error
+    if failure is not None or _loss_in(output) is not loss:
+        raise TypeError(
+            f"attach() cannot put another loss into the {type(output).__name__} that {type(module).__name__} returned;"
+            ' attach to a module around it whose forward() returns {"loss": loss}'
+        ) from failure
     return output
+
+
+def _loss_in(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        return output.get("loss")
+    loss = getattr(output, "loss", None)
+    return output[0] if loss is None and isinstance(output, (tuple, list)) and output else loss

@@ -22,9 +22,10 @@ from amp_plugin.core.compilation import not_compiled, not_compiled_itself
 from amp_plugin.core.distributed import data_parallel
 from amp_plugin.core.find import find_amp
 from amp_plugin.core.inputs import detached_inputs
-from amp_plugin.core.loss import loss_of, with_loss
+from amp_plugin.core.loss import loss_of, with_tensors
 from amp_plugin.core.module_parts import parameters_of, parts_of
 from amp_plugin.core.optimizer import AMP
+from amp_plugin.core.outputs import graph_tensors
 from amp_plugin.core.replay import BatchNormPolicy, ExtraPasses, RngPolicy
 from amp_plugin.core.sharding import is_distributed
 from amp_plugin.doors.perturbed_backward import AtDisplacement, PerturbedBackward
@@ -47,14 +48,16 @@ def attach(
     """Make a module that returns its loss train with AMP in a plain ``loss.backward(); optimizer.step()`` loop.
 
     A training forward pass costs ``inner_iter + 1`` passes, or less with an ascent policy. The loss that it returns has
-    the value at theta and the gradient at theta + delta; other outputs are those of the pass at theta + delta. With
-    gradient accumulation each micro-batch is perturbed for itself (:class:`amp_plugin.AMPTrainer` treats the window as
-    one batch). In eval mode, or without gradients, the module is left alone.
+    the value at theta and the gradient at theta + delta; other outputs are those of the pass at theta + delta, and to
+    differentiate them is an error, because the ascent follows the loss alone. With gradient accumulation each
+    micro-batch is perturbed for itself (:class:`amp_plugin.AMPTrainer` treats the window as one batch). In eval mode,
+    or without gradients, the module is left alone.
 
     Args:
         optimizer: an :class:`amp_plugin.AMP`, also inside accelerate's wrapper or timm's Lookahead.
-        module: module whose forward returns the mean loss of the batch, a mapping with ``"loss"``, or an object with
-            ``.loss``. For a model and a criterion see :class:`amp_plugin.LossModule`. ``fully_shard`` comes first.
+        module: module whose forward returns the mean loss of the batch, a mapping with ``"loss"``, an object with
+            ``.loss``, or a tuple that begins with the loss. For a model and a criterion see
+            :class:`amp_plugin.LossModule`. ``fully_shard`` comes first.
         batch_norm: passes that update running statistics, see :class:`amp_plugin.ExtraPasses`; default ``"clean"``.
         rng: random numbers of the passes, see :class:`amp_plugin.ExtraPasses`; default ``"same"``.
         sync_ascent: whether DDP's processes average the ascent's gradients, so that any number of them equals one; if
@@ -180,6 +183,7 @@ class Attachment:
                 _advance(passes, error=error)
                 raise
             call = _advance(passes, output)
+            del output  # before the next pass, as in a loop: CUDA graphs record which outputs are alive when
 
     @not_compiled
     def _ascent(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Passes:
@@ -224,15 +228,22 @@ class Attachment:
             amp.restore()
             return None
         if not amp.perturbed:
-            self.loss, self.amp_loss = loss.detach(), None
+            self.loss, self.amp_loss = loss.detach().clone(), None
             return None
-        self.amp_loss = loss.detach()
         assert self.passes is not None
         assert seen is not None
         amp.progress.suspend()
         descent = PerturbedBackward(amp, self.passes, amp.perturbation.suspend(), seen, self._note_scale)
-        value = self.amp_loss if self.loss is None else self.loss
-        return with_loss(output, AtDisplacement.apply(loss, value, descent))
+        # The loop may write to the loss that it gets, and a compiled module to the one that it has returned. So the
+        # losses to be looked at have memory of their own, which one kernel fills.
+        clean = loss.detach().clone() if self.loss is None else self.loss.to(loss)
+        shown, self.amp_loss = torch.stack([clean, loss.detach()]).unbind()
+        self.loss = None if self.loss is None else shown
+        given = {id(t) for t in (loss, *graph_tensors(args, kwargs))}
+        old = [loss, *(t for t in graph_tensors(output) if id(t) not in given)]
+        new = AtDisplacement.apply(descent, clean, *old)
+        descent.watch(new)
+        return with_tensors(output, new[0], old, new, module)
 
     def _note_scale(self, scale: Tensor) -> None:
         self.grad_scale = scale
@@ -281,6 +292,7 @@ class Attachment:
                     passes.spare_leaves(loss)
                     with torch.autocast(loss.device.type, enabled=False):
                         loss.backward(None if scale is None else scale.to(loss).expand_as(loss))  # type: ignore[no-untyped-call]
+                    del loss
                     made += 1
         except BaseException:
             amp.restore()

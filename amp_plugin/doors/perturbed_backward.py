@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import Function, FunctionCtx
+from torch.utils.weak import TensorWeakRef
 
 from amp_plugin.core.async_scalar import AsyncScalar
 from amp_plugin.core.compilation import not_compiled
@@ -41,16 +42,25 @@ class PerturbedBackward:
         # The copies of the moved weights are apart, because autograd keeps and frees them: see AtDisplacement.
         self.moved = displacement.moved
         self.displacement = displacement._replace(moved=[])
+        self._outputs: list[TensorWeakRef] = []
+
+    def watch(self, outputs: Sequence[Tensor]) -> None:
+        """Remember the loss and the other outputs, for as long as the loop keeps them."""
+        self._outputs = [TensorWeakRef(output) for output in outputs]
 
     @not_compiled
-    def begin(self, moved: tuple[Tensor, ...], grad: Tensor) -> Tensor:
+    def begin(self, moved: tuple[Tensor, ...], grad: Tensor | None, *others: Tensor | None) -> Tensor | None:
         """Go to theta + delta until the backward pass ends; return the gradient of the loss there.
 
         Args:
             moved: values of the parameters at theta + delta.
-            grad: upstream gradient of the clean loss, 0-d or of one element.
+            grad: upstream gradient of the clean loss, 0-d or of one element; None if nobody differentiates the loss.
+            others: upstream gradients of the other outputs, which have to be None.
         """
         amp = self.amp
+        self._check_others(others)
+        if grad is None:
+            return None
         if not amp.attached:
             raise RuntimeError("detach() was called between the forward and the backward pass")
         if amp.perturbed:
@@ -71,6 +81,18 @@ class PerturbedBackward:
         finite = self.displacement.finite
         # An ascent that overflowed must reach whoever looks at the gradients: the gradient scaler, other processes.
         return grad if finite is None else torch.where(finite.to(grad.device), grad, torch.nan)
+
+    def _check_others(self, grads: Sequence[Tensor | None]) -> None:
+        """Raise RuntimeError if the loop differentiates outputs beside the loss, which the ascent knew nothing of."""
+        loss, *others = [ref() for ref in self._outputs]
+        wrappers = _hooks(loss)  # FSDP hooks every output of a module around this one, and is content with the loss
+        wanted = any(other.retains_grad or _hooks(other) - wrappers for other in others if other is not None)
+        if wanted or any(grad is not None for grad in grads):
+            raise RuntimeError(
+                "the loop differentiates another output of an attached module than its loss, but the ascent was along"
+                " the gradient of that loss alone; compute the whole loss inside the attached module, e.g."
+                " amp_plugin.LossModule(model, criterion), and call register_hook() and retain_grad() there"
+            )
 
 
 class _BackwardEnd:
@@ -109,20 +131,31 @@ class _BackwardEnd:
 
 
 class AtDisplacement(Function):
-    """The autograd function that gives the loss its value at theta and its gradient at theta + delta."""
+    """The autograd function that gives the loss its value at theta and its gradient at theta + delta.
+
+    The other outputs of the module go through it unchanged, so that a gradient which arrives at one of them is noticed.
+    """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, loss: Tensor, clean: Tensor, descent: PerturbedBackward) -> Tensor:
-        """Return the loss at theta, in the dtype of the loss at theta + delta."""
+    def forward(
+        ctx: FunctionCtx, descent: PerturbedBackward, clean: Tensor, loss: Tensor, *others: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return the loss at theta, whose tensor is given away, and the other outputs."""
         ctx.descent = descent  # type: ignore[attr-defined]
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*descent.moved)  # autograd frees them after the backward pass
         descent.moved = []
-        return clean.to(loss).clone()
+        # Unlike the tensors themselves, which autograd would make views of, detached ones may be changed in place.
+        return clean.detach(), *(other.detach() for other in others)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         """Move the weights to theta + delta, and pass the gradient on to the loss there."""
-        return ctx.descent.begin(ctx.saved_tensors, grads[0]), None, None
+        return None, None, ctx.descent.begin(ctx.saved_tensors, *grads), *grads[1:]
+
+
+def _hooks(tensor: Tensor | None) -> set[Callable[[Tensor], Tensor | None]]:
+    return set() if tensor is None else set((tensor._backward_hooks or {}).values())
 
 
 def _power_of_two(grad: Tensor) -> Tensor:

@@ -392,6 +392,22 @@ PITFALLS = [
         "        if False:\n",
         "doors/test_transformers.py::test_options_of_amp_without_amp_are_an_error",
     ),
+    Pitfall(
+        "a loss that is made of the model's other outputs (distillation) has no part in the ascent",
+        "by attaching to a student",
+        "doors/perturbed_backward.py",
+        "        if wanted or any(grad is not None for grad in grads):\n",
+        "        if wanted:\n",
+        "doors/test_attach_outputs.py::test_a_loss_made_of_other_outputs_is_an_error",
+    ),
+    Pitfall(
+        "a gradient that the loop keeps is overwritten by the perturbation",
+        "by looking at gradients after a step",
+        "core/shared_memory.py",
+        "    held = _references_to_gradient(param) > _FREE\n",
+        "    held = False\n",
+        "doors/test_nothing_left.py::test_a_gradient_that_is_kept_is_never_written_to",
+    ),
 ]
 
 
