@@ -81,7 +81,7 @@ class OthersCheck:
         self._over = True
         held = {id(p) for p in own}
         for p in gc.get_objects():  # no list of all parameters exists
-            is_leaf = type(p) in (nn.Parameter, Tensor) and p.requires_grad and p.is_leaf
+            is_leaf = type(p) in (nn.Parameter, Tensor) and p.requires_grad and not p._is_view() and p.is_leaf
             if is_leaf and id(p) not in held and p.grad is not None:
                 note: Any = partial(self._note, p.grad, p.grad._version)
                 note.only_looks = True  # another AMP may train this tensor, and must not take the hook for an optimizer
