@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from amp_plugin.core.compilation import not_compiled
 from amp_plugin.core.deprecation import Renamed
@@ -162,7 +163,8 @@ class ExtraPasses:
             parts = parts_of(self.module)
             self._attributes = self._start.settle_attributes(parts)
             self._parts = [weakref.ref(part) for part in parts]
-            self._drawing = {device for device, state in self._states.items() if not torch.equal(state, _state(device))}
+            with _disable_current_modes():  # states are real tensors, also where a mode makes fake ones
+                self._drawing = {d for d, state in self._states.items() if not torch.equal(state, _state(d))}
 
     @not_compiled
     def _replay(self) -> None:
