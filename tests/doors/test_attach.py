@@ -158,6 +158,34 @@ def test_the_weights_are_clean_outside_forward_and_backward() -> None:
     assert not optimizer.perturbed
 
 
+class InOneSlot(torch.autograd.Function):
+    """Returns a value in memory that the next call overwrites, as a CUDA graph of a compiled module does."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, slot: Tensor) -> Tensor:
+        return slot.copy_(value).detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], None
+
+
+def test_a_module_may_return_its_loss_in_the_same_memory_in_every_pass() -> None:
+    slot, (batch,) = torch.zeros(()), small_batches(1)
+    values = []
+    for criterion in (F.cross_entropy, lambda *args: InOneSlot.apply(F.cross_entropy(*args), slot)):
+        module = LossModule(small_net(), criterion)
+        optimizer = AMP(module.parameters(), **AMP_ARGS)
+        attachment = attach(optimizer, module)
+        loss = plain_step(optimizer, module, batch)
+        assert attachment.loss is not None
+        assert torch.equal(loss, attachment.loss)
+        assert attachment.amp_loss is not None
+        assert attachment.amp_loss > loss
+        values.append([loss, *module.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*values, strict=True))
+
+
 class Boom(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
