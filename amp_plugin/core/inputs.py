@@ -41,16 +41,14 @@ def _detached_leaf(leaf: Any) -> Any:
         return leaf.detach().requires_grad_() if leaf.requires_grad else leaf
     if isinstance(leaf, Iterator):
         raise TypeError(f"a {type(leaf).__name__} can be read only once, so a second pass would see another batch")
-    if _is_holder(leaf) and next(_leaves(leaf, set()), None) is not None:
+    if holds_tensors(leaf):
         return copy.copy(leaf)  # a graph's batch, a dataclass: a pass may give it other attributes
     return leaf
 
 
-def tensors_in(batch: Any) -> list[Tensor]:
-    """Return the tensors in nested containers, but for those whose changes autograd does not count."""
-    found: list[Tensor] = []
-    map_tensors(found.append, batch)
-    return [t for t in found if isinstance(t, Tensor) and not t.is_inference()]
+def holds_tensors(thing: Any) -> bool:
+    """Return whether a thing is an object, no container, with tensors or arrays in it."""
+    return _is_holder(thing) and next(_leaves(thing, set()), None) is not None
 
 
 class BatchWatch:
@@ -80,7 +78,7 @@ class BatchWatch:
 
 def _leaves(thing: Any, seen: set[int]) -> Iterator[Any]:
     """Yield the tensors and arrays in nested containers and objects."""
-    if isinstance(thing, Tensor) or _is_array(thing):
+    if isinstance(thing, Tensor) or is_array(thing):
         yield thing
         return
     if isinstance(thing, Mapping):
@@ -99,10 +97,11 @@ def _leaves(thing: Any, seen: set[int]) -> Iterator[Any]:
 
 def _is_holder(thing: Any) -> bool:
     """Return whether a thing is an object whose attributes belong to the batch."""
-    return hasattr(thing, "__dict__") and not isinstance(thing, (type, nn.Module)) and not callable(thing)
+    return hasattr(thing, "__dict__") and not isinstance(thing, (type, Tensor, nn.Module)) and not callable(thing)
 
 
-def _is_array(thing: Any) -> bool:
+def is_array(thing: Any) -> bool:
+    """Return whether a thing is one of numpy's arrays or numbers."""
     return type(thing).__module__ == "numpy" and hasattr(thing, "tobytes") and hasattr(thing, "shape")
 
 

@@ -444,8 +444,8 @@ PITFALLS = [
         "an expanded buffer cannot be put back in place, so the step fails",
         "position ids in transformers",
         "core/module_state.py",
-        "    return not any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))\n",
-        "    return True\n",
+        "    return not any(stride == 0 and size > 1 for ",
+        "    return not any(False for ",
         "doors/test_nothing_silent.py::test_buffers_that_cannot_be_written_are_left_alone",
     ),
     Pitfall(

@@ -9,22 +9,28 @@ from __future__ import annotations
 import copy
 import random
 import tempfile
+from collections import namedtuple
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import SequentialSampler
-from transformers import TrainerCallback
+from transformers import BatchEncoding, TrainerCallback
 
 from amp_plugin import AMP, AMPTrainer, AMPTrainingArguments, ExtraPasses, amp_backward, attach
+from amp_plugin.core.inputs import detached_inputs
 
 LR, EPSILON, INNER_LR = 0.1, 0.3, 0.5
 FEATURES, HIDDEN, CLASSES = 4, 6, 3
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Any, ...]  # arguments of a call
 
 
 class Kind(nn.Module):
@@ -184,17 +190,17 @@ KINDS: dict[str, Callable[[], Kind]] = {
 
 
 class Net(nn.Module):
-    """A classifier in float64 with such parts in the middle, which returns its loss."""
+    """A classifier with such parts in the middle, which returns its loss."""
 
     accepts_loss_kwargs = False
 
-    def __init__(self, kinds: Sequence[str]) -> None:
+    def __init__(self, kinds: Sequence[str], dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first = nn.Linear(FEATURES, HIDDEN)
         self.parts = nn.ModuleList(KINDS[kind]() for kind in kinds)
         self.last = nn.Linear(HIDDEN, CLASSES)
-        self.double()
+        self.to(dtype)
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         h = torch.tanh(self.first(x))
@@ -203,15 +209,89 @@ class Net(nn.Module):
         return {"loss": F.cross_entropy(self.last(h), labels)}
 
 
-def batches(steps: int, size: int = 4) -> list[Batch]:
+def batches(steps: int, size: int = 4, dtype: torch.dtype = torch.float64) -> list[Batch]:
     generator = torch.Generator().manual_seed(1)
     return [
         (
-            torch.randn(size, FEATURES, generator=generator, dtype=torch.float64),
+            torch.randn(size, FEATURES, generator=generator, dtype=torch.float64).to(dtype),
             torch.randint(CLASSES, (size,), generator=generator),
         )
         for _ in range(steps)
     ]
+
+
+@dataclass
+class Data:
+    x: Any
+    y: Any
+
+
+@dataclass(frozen=True)
+class Frozen:
+    x: Any
+    y: Any
+
+
+Pair = namedtuple("Pair", "x y")
+
+
+class Container(NamedTuple):
+    """A container of a batch.
+
+    Attributes:
+        pack: function that puts inputs and labels into a container.
+        unpack: function that takes them out, and leaves the container empty if it can.
+    """
+
+    pack: Callable[[Tensor, Tensor], Any]
+    unpack: Callable[[Any], tuple[Any, Tensor]]
+
+
+def _take_attributes(box: Any) -> tuple[Any, Tensor]:
+    pair = box.x, box.y
+    box.x = box.y = None
+    return pair
+
+
+def _packed(x: Tensor, y: Tensor) -> Any:
+    return pack_padded_sequence(x.view(2, -1, FEATURES), [len(x) // 2] * 2, batch_first=True), y
+
+
+CONTAINERS: dict[str, Container] = {
+    "tuple": Container(lambda x, y: (x, y), tuple),
+    "named tuple": Container(Pair, tuple),
+    "list": Container(lambda x, y: [x, y], lambda box: (box.pop(0), box.pop())),
+    "mapping": Container(lambda x, y: {"x": x, "y": y}, lambda box: (box.pop("x"), box.pop("y"))),
+    "tokenizer's mapping": Container(
+        lambda x, y: BatchEncoding({"x": x, "y": y}), lambda box: (box.pop("x"), box.pop("y"))
+    ),
+    "nested": Container(lambda x, y: {"a": [{"x": x}, (y,)]}, lambda box: (box["a"][0].pop("x"), box["a"].pop()[0])),
+    "dataclass": Container(Data, _take_attributes),
+    "frozen dataclass": Container(Frozen, lambda box: (box.x, box.y)),
+    "object": Container(lambda x, y: SimpleNamespace(x=x, y=y, name="graph"), _take_attributes),
+    "array": Container(lambda x, y: (x.numpy(), y), lambda box: (torch.from_numpy(box[0]), box[1])),
+    "packed sequence": Container(
+        _packed, lambda box: (nn.utils.rnn.pad_packed_sequence(box[0], batch_first=True)[0].flatten(0, 1), box[1])
+    ),
+    "nested tensor": Container(
+        lambda x, y: (torch.nested.nested_tensor([x[:1], x[1:]], layout=torch.jagged), y),
+        lambda box: (torch.cat(box[0].unbind()), box[1]),
+    ),
+    "sparse tensor": Container(lambda x, y: (x.to_sparse(), y), lambda box: (box[0].to_dense(), box[1])),
+}
+
+
+class Boxed(nn.Module):
+    """A module whose batch comes in a container."""
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, net: Net, container: str) -> None:
+        super().__init__()
+        self.net, self.container = net, container
+
+    def forward(self, box: Any) -> Any:
+        return self.net(*CONTAINERS[self.container].unpack(box))
 
 
 def seed() -> None:
@@ -230,7 +310,21 @@ def _set_random_state(state: tuple[Any, Any, Any]) -> None:
     random.setstate(state[2])
 
 
-def by_hand(net: Net, data: Sequence[Batch], *, ascent: str = "full", inner_iter: int = 1) -> Net:
+def loss_of(net: nn.Module, batch: Batch, autocast: bool = False) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss: Tensor = net(*batch)["loss"]
+    return loss
+
+
+def by_hand(
+    net: Net,
+    data: Sequence[Batch],
+    *,
+    ascent: str = "full",
+    inner_iter: int = 1,
+    norm: str = "tensor",
+    autocast: bool = False,
+) -> Net:
     """Train with AMP around SGD, written down directly."""
     seed()
     for k, (x, y) in enumerate(data):
@@ -249,12 +343,16 @@ def by_hand(net: Net, data: Sequence[Batch], *, ascent: str = "full", inner_iter
                             p.add_(deltas[name])
                 _set_random_state(begin)
             params = [p for p in runs.parameters() if p.requires_grad]
-            grads = torch.autograd.grad(runs(*(part if i < ascents else (x, y)))["loss"], params, allow_unused=True)
+            loss = loss_of(runs, part if i < ascents else (x, y), autocast)
+            grads = torch.autograd.grad(loss, params, allow_unused=True)
             if i < ascents:
                 for name, g in zip(names, grads, strict=True):
                     if g is not None:
-                        delta = deltas[name] + INNER_LR * g
-                        deltas[name] = delta * min(1.0, EPSILON / max(float(delta.norm()), 1e-300))
+                        deltas[name] = deltas[name] + INNER_LR * g
+                every = torch.cat([d.flatten() for d in deltas.values()])
+                for name, d in deltas.items():
+                    size = float((every if norm == "global" else d).norm())
+                    deltas[name] = d * min(1.0, EPSILON / max(size, 1e-300))
         with torch.no_grad():
             for p, g in zip([p for p in net.parameters() if p.requires_grad], grads, strict=True):
                 if g is not None:
@@ -266,49 +364,51 @@ def _amp(net: nn.Module, **kwargs: Any) -> AMP:
     return AMP(net.parameters(), LR, epsilon=EPSILON, inner_lr=INNER_LR, **kwargs)
 
 
-def by_closure(net: Net, data: Sequence[Batch], **kwargs: Any) -> None:
+def by_closure(net: nn.Module, data: Sequence[Batch], *, autocast: bool = False, **kwargs: Any) -> None:
     amp, passes = _amp(net, **kwargs), ExtraPasses(net)
     for batch in data:
 
         def closure(batch: Batch = batch) -> Tensor:
             amp.zero_grad()
-            loss = net(*batch)["loss"]
+            loss = loss_of(net, detached_inputs(batch), autocast)
             loss.backward()
             return loss
 
         amp.step(closure, passes=passes)
 
 
-def by_passes(net: Net, data: Sequence[Batch], **kwargs: Any) -> None:
+def by_passes(net: nn.Module, data: Sequence[Batch], *, autocast: bool = False, **kwargs: Any) -> None:
     amp, passes = _amp(net, **kwargs), ExtraPasses(net)
     for batch in data:
         made = 0
         for part in amp.ascent_passes([batch]):
             with passes.nth(made):
-                net(*part[0])["loss"].backward()
+                loss_of(net, detached_inputs(part[0]), autocast).backward()
             made += 1
         with passes.nth(made):
-            net(*batch)["loss"].backward()
+            loss_of(net, batch, autocast).backward()
         amp.step()
         amp.zero_grad()
 
 
-def by_attach(net: Net, data: Sequence[Batch], **kwargs: Any) -> None:
+def by_attach(net: nn.Module, data: Sequence[Batch], *, autocast: bool = False, **kwargs: Any) -> None:
     amp = _amp(net, **kwargs)
     attach(amp, net)
     for batch in data:
-        net(*batch)["loss"].backward()
+        loss_of(net, batch, autocast).backward()
         amp.step()
         amp.zero_grad()
 
 
-def by_amp_backward(net: Net, data: Sequence[Batch], **kwargs: Any) -> None:
-    accelerator = Accelerator(cpu=True)
+def by_amp_backward(net: nn.Module, data: Sequence[Batch], *, autocast: bool = False, **kwargs: Any) -> None:
+    AcceleratorState._reset_state()  # which keeps the precision of the first accelerator in the process
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if autocast else "no")
     model, optimizer = accelerator.prepare(net, _amp(net, **kwargs))
     for batch in data:
-        amp_backward(accelerator, model, optimizer, lambda b: model(*b)["loss"], [batch])
+        amp_backward(accelerator, model, optimizer, lambda b: loss_of(model, b), [batch])
         optimizer.step()
         optimizer.zero_grad()
+    AcceleratorState._reset_state()
 
 
 class _InOrder(AMPTrainer):
@@ -324,7 +424,15 @@ class _SeedAtFirstStep(TrainerCallback):
             seed()
 
 
-def by_trainer(net: Net, data: Sequence[Batch], *, ascent: str = "full", inner_iter: int = 1) -> None:
+def by_trainer(
+    net: nn.Module,
+    data: Sequence[Batch],
+    *,
+    ascent: str = "full",
+    inner_iter: int = 1,
+    norm: str = "tensor",
+    autocast: bool = False,
+) -> None:
     settings: dict[str, Any] = {
         "output_dir": tempfile.gettempdir(),  # nothing is written
         "optim": "amp",
@@ -335,9 +443,11 @@ def by_trainer(net: Net, data: Sequence[Batch], *, ascent: str = "full", inner_i
         "amp_inner_lr": INNER_LR,
         "amp_inner_iter": inner_iter,
         "amp_ascent": ascent,
+        "amp_norm": norm,
+        "bf16": autocast,
         "max_steps": len(data),
         "max_grad_norm": 0.0,
-        "per_device_train_batch_size": len(data[0][0]),
+        "per_device_train_batch_size": 1,
         "use_cpu": True,
         "report_to": [],
         "save_strategy": "no",
@@ -346,9 +456,16 @@ def by_trainer(net: Net, data: Sequence[Batch], *, ascent: str = "full", inner_i
         "remove_unused_columns": False,
         "seed": 5,
     }
-    rows = [{"x": x, "labels": y} for batch in data for x, y in zip(*batch, strict=True)]
+    names = ("box",) if isinstance(net, Boxed) else ("x", "labels")
+    rows = [dict(zip(names, batch, strict=True)) for batch in data]
     args = AMPTrainingArguments(**settings)
-    _InOrder(model=net, args=args, train_dataset=rows, callbacks=[_SeedAtFirstStep()]).train()
+    _InOrder(
+        model=net,
+        args=args,
+        train_dataset=rows,  # type: ignore[arg-type]
+        data_collator=lambda whole: whole[0],  # type: ignore[arg-type]
+        callbacks=[_SeedAtFirstStep()],
+    ).train()
 
 
 DOORS: dict[str, Callable[..., None]] = {

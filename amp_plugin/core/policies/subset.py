@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from amp_plugin.core.inputs import map_tensors, tensors_in
+from amp_plugin.core.inputs import holds_tensors, is_array, map_tensors
 from amp_plugin.core.policies.policy import AscentPolicy
 
 
@@ -23,8 +24,8 @@ class Subset(AscentPolicy):
     the first samples of the batch, so the data must be in random order; in a window of several micro-batches, the part
     is the first micro-batches. The clean loss and running statistics are those of the part.
 
-    A batch is made of tensors with the samples along their first dimension, in tuples, lists and mappings; what is
-    no tensor, or has no dimension, is passed on as it is.
+    A batch is made of tensors and arrays with the samples along their first dimension, in tuples, lists and mappings;
+    what has no dimension is passed on as it is.
 
     Args:
         fraction: share of the batch, in (0, 1]; with 1 the policy is ``full``.
@@ -69,7 +70,11 @@ class Subset(AscentPolicy):
 
 
 def _first(leaf: Any, count: int) -> Any:
-    return leaf[:count] if isinstance(leaf, Tensor) and leaf.dim() else leaf
+    return leaf[:count] if _has_samples(leaf) else leaf
+
+
+def _has_samples(leaf: Any) -> bool:
+    return (isinstance(leaf, Tensor) or is_array(leaf)) and leaf.ndim > 0
 
 
 def _rows(batch: Any) -> int:
@@ -80,10 +85,18 @@ def _rows(batch: Any) -> int:
             "subset: this loss is divided by num_items_in_batch, the number of items in the whole batch, and so would"
             " be too small on a part of it; use amp_plugin.AMPTrainer, which counts those of the part"
         )
-    shapes = [tuple(t.shape) for t in tensors_in(batch) if t.dim()]
+    leaves: list[Any] = []
+    map_tensors(leaves.append, batch)
+    for leaf in leaves:
+        if holds_tensors(leaf) or (isinstance(leaf, Tensor) and leaf.layout != torch.strided):
+            raise ValueError(
+                f"subset cannot take the first samples of what is in a {type(leaf).__name__}, nor of a nested or sparse"
+                " tensor; split the batch into micro-batches, of which subset takes the first ones"
+            )
+    shapes = [tuple(leaf.shape) for leaf in leaves if _has_samples(leaf)]
     if len({shape[0] for shape in shapes}) != 1:
         raise ValueError(
             "subset takes the first samples of every tensor in the batch, along the first dimension, which must be as"
             f" long in all of them; got shapes {', '.join(map(str, shapes)) or 'of no tensor'}"
         )
-    return shapes[0][0]
+    return int(shapes[0][0])
