@@ -1,12 +1,15 @@
 """The state of a module beside its trained parameters, saved and put back around the passes of a step.
 
 State is what a forward pass may change without autograd: buffers (running statistics, queues, codebooks, observers),
-parameters that require no gradient (momentum encoders), and detached tensors in plain attributes (hidden states).
+parameters that require no gradient (momentum encoders), and detached tensors in plain attributes (hidden states), also
+in lists, dictionaries and deques.
 """
 
 from __future__ import annotations
 
+import copy
 import weakref
+from collections import deque
 from collections.abc import Iterator, Set
 from typing import Any, NamedTuple
 
@@ -23,6 +26,7 @@ Held = tuple[dict[str, Any], dict[str, Any]]  # a dictionary that holds state, a
 Attribute = tuple[weakref.ref[nn.Module], str]  # a module and the name of one of its attributes
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _ABSENT = object()  # stands for an attribute that is not there
+_CONTAINERS = (tuple, list, dict, deque)
 
 
 class _Entry(NamedTuple):
@@ -41,6 +45,22 @@ class _Entry(NamedTuple):
     value: Tensor
 
 
+class _Container(NamedTuple):
+    """A list, dictionary or deque in a plain attribute, which a pass may change in place.
+
+    Attributes:
+        holder: attributes of the module.
+        name: name among them.
+        container: container that is held.
+        content: shallow copy of it.
+    """
+
+    holder: dict[str, Any]
+    name: str
+    container: Any
+    content: Any
+
+
 class ModuleState:
     """A copy of the state at one moment, whose storage is kept from step to step.
 
@@ -51,6 +71,7 @@ class ModuleState:
 
     def __init__(self) -> None:
         self._held: list[Held] = []
+        self._containers: list[_Container] = []
         self._entries: list[_Entry] = []
         self._alike: list[tuple[list[Tensor], list[Tensor]]] = []  # tensors and values of the entries, by kind
         self._versions: list[int] = []  # autograd's version counters of the tensors
@@ -65,6 +86,7 @@ class ModuleState:
             excluded: identities of tensors that are no state, though they are held like some; default none.
         """
         self._held = held
+        self._containers = [c for holder, content in held if _is_plain(holder) for c in _containers(holder, content)]
         candidates = [t for _, content in held for value in content.values() for t in _tensors(value)]
         if not self._holds(candidates):  # as it does in almost every step
             self._candidates = candidates
@@ -107,6 +129,9 @@ class ModuleState:
                     holder.pop(name, None)
                 elif holder.get(name, _ABSENT) is not value:
                     holder[name] = value
+        for _, _, container, before in self._containers:
+            container.clear()
+            (container.update if isinstance(container, dict) else container.extend)(before)
         for tensor, alias, place, _ in self._entries:
             if _place(tensor) != place:
                 tensor.data = alias  # the pass has given the tensor other data, or another size
@@ -124,27 +149,36 @@ class ModuleState:
 
         An attribute that requires a gradient belongs to the graph of a pass, and is left to the last one.
         """
+        was: dict[tuple[int, str], list[_Container]] = {}
+        for c in self._containers:
+            was.setdefault((id(c.holder), c.name), []).append(c)
         contents = [content for holder, content in self._held if _is_plain(holder)]
         plain = {id(t) for content in contents for value in content.values() for t in _tensors(value)}
         entries = [e for e in self._entries if id(e.tensor) in plain]
         changed = {id(e.tensor) for e in entries if not torch.equal(e.tensor, e.value)}
         owners = {id(vars(part)): weakref.ref(part) for part in parts}
         found: list[Attribute] = []
+        names: set[tuple[int, str]] = set()
         held: list[Held] = []
         for holder, content in self._held:
             kept = content
             if _is_plain(holder):
                 kept = {}
                 for name, now in holder.items():
-                    before = content.get(name, _ABSENT)
-                    tensors = [*_tensors(before), *_tensors(now)] if name not in _REGISTRIES else []
+                    if name in _REGISTRIES:
+                        continue
+                    before, inside = content.get(name, _ABSENT), was.get((id(holder), name), [])
+                    tensors = [*_tensors(before), *_tensors(now), *(t for c in inside for t in _tensors(c.content))]
                     is_other = before is not now or any(id(t) in changed for t in tensors)
+                    is_other = is_other or any(_is_other(c.container, c.content) for c in inside)
                     if is_other and tensors and not any(t.requires_grad for t in tensors):
                         kept[name] = before
                 found += [(owners[id(holder)], name) for name in kept if id(holder) in owners]
+                names |= {(id(holder), name) for name in kept}
             if kept:
                 held.append((holder, kept))
         self._held = held
+        self._containers = [c for key, inside in was.items() if key in names for c in inside]
         state = {id(t) for _, content in held for value in content.values() for t in _tensors(value)}
         self._set_entries([entry for entry in self._entries if id(entry.tensor) in state])
         return found
@@ -160,7 +194,7 @@ def buffers_and_frozen_of(parts: list[nn.Module], *, buffers: bool = True) -> li
     frozen: list[Held] = []
     for part in parts:
         if buffers and part._buffers:
-            found.append((part._buffers, {name: b for name, b in part._buffers.items() if b is not None}))
+            found.append((part._buffers, dict(part._buffers)))  # with those that are None, which a pass may fill
         held = {name: p for name, p in part._parameters.items() if p is not None and not p.requires_grad}
         if held:
             frozen.append((part._parameters, held))
@@ -171,11 +205,8 @@ def buffers_and_frozen_of(parts: list[nn.Module], *, buffers: bool = True) -> li
 
 
 def attributes_of(parts: list[nn.Module]) -> list[Held]:
-    """Return the plain attributes of the parts of a module that hold tensors, or None in place of some."""
-    return [
-        (vars(part), {n: v for n, v in vars(part).items() if n not in _REGISTRIES and (v is None or _holds_tensors(v))})
-        for part in parts
-    ]
+    """Return the plain attributes of the parts of a module; what holds no tensor now may hold one after a pass."""
+    return [(vars(part), {n: v for n, v in vars(part).items() if n not in _REGISTRIES}) for part in parts]
 
 
 def held_now(attributes: list[Attribute]) -> list[Held]:
@@ -204,12 +235,27 @@ def _storage(tensor: Tensor) -> int:
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, (tuple, list, dict)):
+    elif isinstance(value, _CONTAINERS):
         yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
-def _holds_tensors(value: Any) -> bool:
-    return next(_tensors(value), None) is not None
+def _containers(holder: dict[str, Any], content: dict[str, Any]) -> Iterator[_Container]:
+    """Yield the containers in plain attributes that can be changed in place."""
+    for name, value in content.items():
+        waiting, seen = [value], set[int]()
+        while waiting:
+            container = waiting.pop()
+            if isinstance(container, _CONTAINERS) and id(container) not in seen:
+                seen.add(id(container))
+                waiting += container.values() if isinstance(container, dict) else container
+                if not isinstance(container, tuple):
+                    yield _Container(holder, name, container, copy.copy(container))
+
+
+def _is_other(container: Any, before: Any) -> bool:
+    """Return whether a container has other things in it than before, or in another order."""
+    now, then = (list(c.items() if isinstance(c, dict) else enumerate(c)) for c in (container, before))
+    return len(now) != len(then) or any(k != n or v is not w for (k, v), (n, w) in zip(now, then, strict=True))
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -38,7 +38,8 @@ class ExtraPasses:
     Every pass starts from the state that the clean pass, at theta, started from, and the step ends with the state that
     the clean pass has left. State is buffers of any layer, parameters that require no gradient (a momentum encoder; but
     not where they take more memory than the trained ones, as a frozen backbone does), and detached tensors in plain
-    attributes, which are looked for in the first clean pass, and in the first one after a layer was replaced.
+    attributes and in containers there, which are looked for in the first clean pass, and in the first one after a layer
+    was replaced.
 
     Args:
         module: module whose state and whose devices' random number generators are replayed.
@@ -46,9 +47,10 @@ class ExtraPasses:
             statistics describe the weights that are kept; ``"all"`` to let every pass update the buffers, as the
             released code of the paper does.
         rng: ``"same"`` (default) to let every pass of a step draw the random numbers (dropout masks, drop-path) of the
-            clean pass, from torch's, numpy's and Python's generators; ``"fresh"`` to let each pass draw new ones.
+            clean pass, from torch's, numpy's and Python's generators, and from generators in plain attributes of the
+            module; ``"fresh"`` to let each pass draw new ones.
         generators: further generators that a pass draws from, `torch.Generator`, `numpy.random.Generator` or
-            `random.Random`; default none.
+            `random.Random`, which the module does not hold; default none.
 
     Raises:
         ValueError: a policy is unknown.
@@ -73,6 +75,7 @@ class ExtraPasses:
         self.generators = list(generators)
         for generator in self.generators:
             _restorer(generator)  # raises for what is no generator
+        self._held_generators: list[Any] = []
         self._known_devices: set[torch.device] = set()
         self._restore_random: list[Callable[[], object]] = []
         self._start, self._end = ModuleState(), ModuleState()
@@ -148,6 +151,7 @@ class ExtraPasses:
         parts = parts_of(self.module)
         if not self._knows(parts):
             self._attributes = None  # a layer was replaced, and the new one may have state of its own
+            self._held_generators = _generators_of(parts)
         if self.rng == "same":
             if self._attributes is None:
                 self._states = {device: _state(device) for device in self._devices()}
@@ -203,7 +207,7 @@ class ExtraPasses:
         yield random
         if "numpy" in sys.modules:  # nothing can have drawn from it otherwise
             yield sys.modules["numpy"].random
-        yield from self.generators
+        yield from {id(g): g for g in (*self.generators, *self._held_generators)}.values()
         yield from self._devices()
 
     def _devices(self) -> set[torch.device]:
@@ -212,6 +216,15 @@ class ExtraPasses:
         if moved or not self._known_devices:  # to ask each parameter takes a while
             self._known_devices = {torch.device("cpu"), *(p.device for p in self.module.parameters())}
         return self._known_devices
+
+
+def _generators_of(parts: list[nn.Module]) -> list[Any]:
+    """Return the random number generators in plain attributes of the parts of a module."""
+    kinds: tuple[type, ...] = (torch.Generator, random.Random)
+    if "numpy" in sys.modules:
+        kinds += sys.modules["numpy"].random.Generator, sys.modules["numpy"].random.RandomState
+    held = (value for part in parts for value in vars(part).values())
+    return [g for g in held if isinstance(g, kinds) and not isinstance(g, random.SystemRandom)]
 
 
 def _restorer(generator: Any) -> Callable[[], object]:
