@@ -96,7 +96,7 @@ def amp_backward(
                 loss = compute_loss(batch)
                 passes.spare_leaves(loss)
                 accelerator.backward(loss * share)
-            losses.append(loss.detach())
+            losses.append(loss.detach().clone())  # a compiled module may reuse the memory in its next pass
         return torch.stack(losses).mean()
 
     def clear() -> None:

@@ -27,7 +27,7 @@ from accelerate_cases import (
     make_net,
 )
 from launch import run_processes
-from problems import assert_same_parameters, parameters_of, small_batches, small_net
+from problems import InOneSlot, assert_same_parameters, parameters_of, small_batches, small_net
 from reference import Tensors, amp_trajectory, l2
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -415,3 +415,17 @@ def test_an_overflow_in_one_process_halves_the_scale_of_all_once_and_accelerate_
         for seen in of_ranks:
             assert seen["scales"] == [1024.0] * OVERFLOW_AT + [512.0] * (STEPS - OVERFLOW_AT), case
             assert seen["skipped"] == [step == OVERFLOW_AT for step in range(STEPS)], case
+
+
+def test_losses_of_a_window_may_come_in_the_same_memory() -> None:
+    slot, means = torch.zeros(()), []
+    for reuses in (False, True):
+        accelerator, net = Accelerator(cpu=True), small_net()
+        model, optimizer = accelerator.prepare(net, AMP(net.parameters(), 0.1))
+
+        def loss(batch: Any, model: Any = model, reuses: bool = reuses) -> Tensor:
+            value = F.cross_entropy(model(batch[0]), batch[1])
+            return InOneSlot.apply(value, slot) if reuses else value  # type: ignore[no-any-return]
+
+        means.append(amp_backward(accelerator, model, optimizer, loss, small_batches(3)))
+    assert torch.equal(*means)

@@ -12,7 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from problems import SGD_ARGS, assert_same_parameters, closure_for, parameters_of, small_batches, small_net
+from problems import (
+    SGD_ARGS,
+    InOneSlot,
+    assert_same_parameters,
+    closure_for,
+    parameters_of,
+    small_batches,
+    small_net,
+)
 from reference import amp_trajectory
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -156,18 +164,6 @@ def test_the_weights_are_clean_outside_forward_and_backward() -> None:
     assert any(not torch.equal(a, b) for a, b in zip(running, buffers, strict=True)), "the clean pass counts"
     assert all(torch.equal(a, b) for a, b in zip(running, module.buffers(), strict=True)), "and only that one"
     assert not optimizer.perturbed
-
-
-class InOneSlot(torch.autograd.Function):
-    """Returns a value in memory that the next call overwrites, as a CUDA graph of a compiled module does."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, slot: Tensor) -> Tensor:
-        return slot.copy_(value).detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return grads[0], None
 
 
 def test_a_module_may_return_its_loss_in_the_same_memory_in_every_pass() -> None:
