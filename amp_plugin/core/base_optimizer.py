@@ -65,11 +65,6 @@ def make_base(
             f"base_optimizer {type(base).__name__} does not let its param_groups be set, so AMP cannot share them; use"
             " the optimizer inside it"
         )
-    if any(group.get("maximize") for group in base.param_groups):
-        raise ValueError(
-            f"base_optimizer {type(base).__name__} with maximize=True takes the largest loss for the best, but AMP's"
-            " ascent goes there for the worst; negate the loss instead"
-        )
     if capturable:
         check_fused(base)
     return base

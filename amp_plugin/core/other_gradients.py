@@ -81,8 +81,7 @@ class OthersCheck:
         self._over = True
         held = {id(p) for p in own}
         for p in gc.get_objects():  # no list of all parameters exists
-            is_leaf = type(p) in (nn.Parameter, Tensor) and p.requires_grad and not p._is_view() and p.is_leaf
-            if is_leaf and id(p) not in held and p.grad is not None:
+            if id(p) not in held and _has_gradient(p):
                 note: Any = partial(self._note, p.grad, p.grad._version)
                 note.only_looks = True  # another AMP may train this tensor, and must not take the hook for an optimizer
                 self._hooks.append(p.register_post_accumulate_grad_hook(note))
@@ -127,3 +126,12 @@ class OthersCheck:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+
+def _has_gradient(thing: Any) -> bool:
+    """Return whether a thing is a leaf of autograd's graphs with a gradient."""
+    try:
+        is_leaf = type(thing) in (nn.Parameter, Tensor) and thing.requires_grad and thing.is_leaf
+    except RuntimeError:  # a view that was made without gradients, and changed since, does not say where it comes from
+        return False
+    return is_leaf and thing.grad is not None

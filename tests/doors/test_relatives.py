@@ -477,9 +477,19 @@ def test_a_loss_that_is_turned_round_outside_is_refused(outside: str) -> None:
     assert difference(net, before) == 0.0
 
 
-def test_a_base_optimizer_that_maximises_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"maximize=True.*negate the loss"):
-        AMP(Net([]).parameters(), LR, maximize=True)
+def test_a_base_optimizer_that_maximises_is_given_the_reverse_of_the_loss() -> None:
+    net = Net([])
+    amp = AMP(net.parameters(), LR, maximize=True, **BALL)
+    for x, y in batches(4):
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            amp.zero_grad()
+            loss: Tensor = -net(x, y)["loss"]
+            loss.backward()
+            return loss
+
+        amp.step(closure)
+    assert_equal(net, by_hand(Net([]), batches(4)))
 
 
 # --- loops that skip a batch

@@ -537,14 +537,6 @@ PITFALLS = [
         "doors/test_relatives.py::test_a_cache_that_is_keyed_by_the_version_of_the_weight",
     ),
     Pitfall(
-        "a base optimizer that maximises gets the gradient at the best point near by instead of the worst",
-        "torch.optim",
-        "core/base_optimizer.py",
-        '    if any(group.get("maximize") for group in base.param_groups):\n',
-        "    if False:\n",
-        "doors/test_relatives.py::test_a_base_optimizer_that_maximises_is_refused",
-    ),
-    Pitfall(
         "a batch with slots is given other tensors by the first pass, which the second one sees",
         "dataclass(slots=True)",
         "core/inputs.py",
