@@ -70,4 +70,4 @@ class DeltaCheck:
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([norms_of([t]).float() for t in tensors])
+    return torch.cat([norms_of([t]) for t in tensors])

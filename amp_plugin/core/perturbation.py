@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from amp_plugin.core.async_scalar import AsyncScalar
 from amp_plugin.core.compilation import not_compiled
-from amp_plugin.core.norms import all_finite, local_tensor, norms_of, overall_norm
+from amp_plugin.core.norms import all_true, local_tensor, norm_dtype, norms_of, overall_norm
 from amp_plugin.core.sharding import Split, global_norms, local_shard, redistribute_like, split_of
 from amp_plugin.core.shared_memory import clone_overlapping
 
@@ -167,7 +167,7 @@ class Perturbation:
         in_radii: list[Any] = [abs(b.inner_lr) / b.epsilon / d for b, d in zip(buckets, divisors, strict=True)]
         if again:
             for b, factor in zip(buckets, factors, strict=True):
-                torch._foreach_mul_(b.deltas, factor)
+                torch._foreach_mul_(b.deltas, factor.to(_wide(b)) if isinstance(factor, Tensor) else factor)
                 torch._foreach_add_(b.deltas, b.params)
                 torch._foreach_sub_(b.deltas, b.backups)
             factors, in_radii = [1.0 for _ in buckets], [1.0 / b.epsilon for b in buckets]
@@ -177,16 +177,18 @@ class Perturbation:
             self._weigh(b.deltas, b.backups)
         norms = [global_norms(norms_of(b.deltas), b.split) for b in buckets]
         ratios = [n * factor for n, factor in zip(norms, in_radii, strict=True)]
-        finite = all_finite(ratios)
+        overall = overall_norm(ratios) if self.norm == "global" else None
+        lengths = [ratio if overall is None else overall.to(ratio.device) for ratio in ratios]
+        # A gradient so large that factor / length would be rounded to 0 is not finite either.
+        smallest = [torch.finfo(_wide(b)).smallest_normal / 1024 for b in buckets]
+        finite = all_true([n.max() * s < abs(f) for n, s, f in zip(lengths, smallest, factors, strict=True)])
         if again and self._finite is not None:
             finite = finite & self._finite
 
         # 3. Project, delta * min(1, epsilon / ||delta||), and move the weights; by 0 if anything was not finite.
-        overall = overall_norm(ratios) if self.norm == "global" else None
-        for b, factor, ratio in zip(buckets, factors, ratios, strict=True):
-            shrink = self._share(ratio if overall is None else overall.to(ratio.device)).mul_(factor)
-            ok = finite.to(ratio.device)
-            shrink = torch.where(ok, shrink, 0.0)
+        for b, factor, length in zip(buckets, factors, lengths, strict=True):
+            ok = finite.to(length.device)
+            shrink = torch.where(ok, self._share(length).mul_(factor), 0.0).to(_wide(b))
             bits = _BITS[b.deltas[0].element_size()]
             torch._foreach_mul_([d.view(bits) for d in b.deltas], ok.to(bits))  # 0 times NaN would be NaN
             if overall is None:
@@ -369,11 +371,16 @@ def _is_hooked(param: Tensor) -> bool:
 
 
 def _on_device(grad_scale: float | Tensor, bucket: _Bucket) -> float | Tensor:
-    """Return the scale, if it is a tensor, beside the gradients and in float32 or better."""
+    """Return the scale, if it is a tensor, beside the gradients and in the type of their norms."""
     if isinstance(grad_scale, Tensor):
-        delta = bucket.deltas[0]
-        return grad_scale.to(delta.device, torch.promote_types(delta.dtype, torch.float32))
+        device = bucket.deltas[0].device
+        return grad_scale.to(device, norm_dtype(device))
     return grad_scale
+
+
+def _wide(bucket: _Bucket) -> torch.dtype:
+    """Return the type of the numbers that deltas are multiplied by: their own, or float32 for 16-bit ones."""
+    return torch.promote_types(bucket.deltas[0].dtype, torch.float32)
 
 
 def _set_versions(params: Iterable[Tensor], versions: Iterable[int]) -> None:

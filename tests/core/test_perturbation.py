@@ -122,6 +122,43 @@ def test_the_norm_of_half_precision_gradients_does_not_overflow() -> None:
     assert delta.float().norm().item() == pytest.approx(0.5, rel=1e-3)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("norm", ["tensor", "global"])
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        (torch.float32, 1e20),
+        (torch.float32, 3e38),
+        (torch.bfloat16, 3e38),
+        (torch.float16, 6e4),
+        (torch.float64, 1e150),
+    ],
+)
+def test_large_finite_gradients_move_the_weights_to_the_sphere(
+    dtype: torch.dtype, size: float, norm: str, steps: int
+) -> None:
+    """The squares of such entries are infinite in the type of the gradient."""
+    grads = [(size * torch.rand(shape, dtype=torch.float64)).to(dtype) for shape in ((30,), (4, 5))]
+    params = [torch.zeros_like(g) for g in grads]
+    p = Perturbation(norm)
+    for _ in range(steps):
+        p.ascend([Ascent(q, g.clone(), 1.0, 0.5) for q, g in zip(params, grads, strict=True)])
+    assert p.was_finite()
+    exact = [g.double() / size for g in grads]  # whose squares are ordinary numbers
+    lengths = [torch.cat([g.flatten() for g in exact]).norm()] * 2 if norm == "global" else [g.norm() for g in exact]
+    accuracy = {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 0.05)
+    for q, g, length in zip(params, exact, lengths, strict=True):
+        assert (q.double() - 0.5 * g / length).norm() < accuracy
+    assert p.statistics()["perturbation_norm"].item() == pytest.approx(0.5 if norm == "global" else math.sqrt(0.5))
+
+
+def test_a_gradient_that_no_factor_brings_into_the_ball_counts_as_infinite() -> None:
+    """In float32 epsilon / norm is 0 here, so that the weights would silently stay at theta."""
+    p, theta = Perturbation(), torch.ones(100)
+    assert moved(p, theta, torch.full((100,), 3e38), epsilon=1e-8).tolist() == [0.0] * 100
+    assert not p.was_finite()
+
+
 def test_autocast_sees_the_moved_weights() -> None:
     layer = torch.nn.Linear(4, 4, bias=False)
     x = torch.randn(2, 4)

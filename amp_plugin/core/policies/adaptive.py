@@ -70,7 +70,7 @@ class Adaptive(AscentPolicy):
         norm, mean, variance = (state[f"ascent_{name}"] for name in ("pending", "mean", "variance"))
         measured = global_squared_norm([redistribute_like(p.grad, p) for p in ball if p.grad is not None])
         yield
-        if norm is not None and math.isfinite(norm):
+        if norm is not None and math.isfinite(norm * norm):  # the variance is of its size
             mean = norm if mean is None else self.decay * mean + (1 - self.decay) * norm
             variance = self.decay * (variance or 0.0) + (1 - self.decay) * (norm - mean) ** 2
             remember(base, ascent_norm=norm, ascent_mean=mean, ascent_variance=variance)
