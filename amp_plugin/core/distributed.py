@@ -55,7 +55,8 @@ def share_overflow(params: Iterable[Tensor], group: dist.ProcessGroup | None = N
         return
     grads = _gradients(params)
     sizes = torch._foreach_norm([g for g in grads if g.numel()], torch.inf)  # unlike L2 norms, these cannot overflow
-    taint = torch.stack([size.float() for size in sizes]).sum() * 0.0  # NaN if any entry is NaN or infinite
+    torch._foreach_mul_(sizes, 0.0)  # NaN where an entry is NaN or infinite
+    taint = torch.stack([size.float() for size in sizes]).sum()
     dist.all_reduce(taint, group=group)
     torch._foreach_add_(grads, taint)  # all of them: any one may belong to a group that is not perturbed
 

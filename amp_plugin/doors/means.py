@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,26 +10,37 @@ from torch import Tensor
 
 
 class Means:
-    """Means of values that are added by name, each over the steps that added a value."""
+    """Means of values that are added by name, each over the steps that added a value.
 
-    def __init__(self) -> None:
+    Args:
+        finite_only: whether tensors that are NaN or infinite are left out of their mean, as
+            ``TrainingArguments.logging_nan_inf_filter`` asks; default False.
+    """
+
+    def __init__(self, *, finite_only: bool = False) -> None:
+        self._finite_only = finite_only
         self._sums: dict[str, Tensor | float] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, Tensor | float] = {}
 
     def __bool__(self) -> bool:
         return bool(self._sums)
 
     def add(self, name: str, value: Tensor | float) -> None:
         """Add a number or a 0-d tensor, without a copy to or from the device."""
-        value = value.detach().float() if isinstance(value, Tensor) else value
+        count: Tensor | float = 1.0
+        if isinstance(value, Tensor):
+            value = value.detach().float()
+            if self._finite_only:
+                finite = value.abs() < math.inf  # which NaN is not either
+                value, count = torch.where(finite, value, 0.0), finite.float()
         self._sums[name] = self._sums.get(name, 0.0) + value
-        self._counts[name] = self._counts.get(name, 0) + 1
+        self._counts[name] = self._counts.get(name, 0.0) + count
 
     def taken(self, accelerator: Any) -> dict[str, float]:
-        """Return the means over all processes, and begin anew."""
-        device = accelerator.device
-        own = [torch.as_tensor(total, dtype=torch.float32, device=device) for total in self._sums.values()]
-        sums = accelerator.reduce(torch.stack(own), "mean").tolist()
-        means = {name: total / self._counts[name] for name, total in zip(self._sums, sums, strict=True)}
+        """Return the means over all processes, but those of no value at all, and begin anew."""
+        own = [*self._sums.values(), *self._counts.values()]
+        stacked = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=accelerator.device) for x in own])
+        sums, counts = accelerator.reduce(stacked, "sum").view(2, -1).tolist()
+        means = {name: s / n for name, s, n in zip(self._sums, sums, counts, strict=True) if n}
         self._sums, self._counts = {}, {}
         return means

@@ -67,9 +67,9 @@ class AMPMixin(TrainerMixin):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._amp_window = Window()
         self._amp_extra_passes: ExtraPasses | None = None
-        self._amp_means = Means()
         self._loss_uses_num_items: bool | None = None
         super().__init__(*args, **kwargs)
+        self._amp_means = Means(finite_only=self.args.logging_nan_inf_filter)
         if not isinstance(self.args, AMPArguments):
             raise TypeError(
                 f"{type(self).__name__} needs AMPTrainingArguments, got {type(self.args).__name__}; to keep what is"

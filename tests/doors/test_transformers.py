@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -159,6 +160,41 @@ def test_logs_are_means_over_the_steps_since_the_last_log(tmp_path: Path, optim:
     for key in ("loss", "amp_loss", "clipped") if optim == "amp" else ("loss",):
         assert third[0][key] == pytest.approx(sum(r[key] for r in every[:11]) / 11, rel=1e-5)
     assert ("amp_loss" in third[0]) == (optim == "amp")
+
+
+class NaNAtOnePoint(InOrder):
+    """Loses the value of the loss at theta + delta, in some of the steps; the gradient stays."""
+
+    steps: tuple[int, ...] = (3,)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        lost = self.amp is not None and self.amp.perturbed and self.state.global_step in self.steps
+        return loss + torch.tensor(torch.nan) if lost else loss
+
+
+@pytest.mark.parametrize("lost", [(3,), (0, 5), tuple(range(22))])
+@pytest.mark.parametrize("filtered", [True, False])
+def test_the_filter_of_the_logs_is_for_the_loss_at_the_perturbed_weights_too(
+    tmp_path: Path, filtered: bool, lost: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(NaNAtOnePoint, "steps", lost)
+    logs = []
+    for kind, logging_steps in ((InOrder, 1), (NaNAtOnePoint, 11)):
+        args = arguments(tmp_path, logging_steps=logging_steps, logging_nan_inf_filter=filtered)
+        trainer = kind(model=Net(), args=args, train_dataset=Images())
+        trainer.train()
+        logs.append([r for r in trainer.state.log_history if "loss" in r])
+    every, third = logs
+    there = [r for i, r in enumerate(every[:11]) if i not in lost]
+    assert third[0]["loss"] == pytest.approx(sum(r["loss"] for r in every[:11]) / 11, rel=1e-5)
+    for key in ("amp_loss", "sharpness"):
+        if not filtered:
+            assert math.isnan(third[0][key])
+        elif there:
+            assert third[0][key] == pytest.approx(sum(r[key] for r in there) / len(there), rel=1e-4)
+        else:
+            assert key not in third[0], "a mean of no value"
 
 
 @pytest.mark.parametrize("off", [{"amp_epsilon": 0.0}, {"amp_inner_iter": 0}])
