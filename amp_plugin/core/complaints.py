@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from amp_plugin.core.norms import LOW_PRECISION
+from amp_plugin.core.perturbation import Ascent
+from amp_plugin.core.sharding import is_distributed
 from amp_plugin.core.step import Step
 from amp_plugin.core.warn import warn_user
 
@@ -14,9 +17,54 @@ if TYPE_CHECKING:
     from amp_plugin.core.optimizer import AMP
 
 
+def may_perturb(amp: AMP) -> bool:
+    """Return False, and warn once, if passes without the gradients outside the ball would have none at all."""
+    if not amp.selection.prunes(amp.param_groups) or any(
+        p.requires_grad for p in amp.selection.within(amp.param_groups)
+    ):
+        return True
+    amp.warn_once(
+        "AMP: none of the parameters that are to be perturbed requires a gradient, so the steps are the base"
+        " optimizer's (this is said once); if that is not intended, see parameters= and requires_grad"
+    )
+    return False
+
+
+def check_ball(amp: AMP, ascents: Sequence[Ascent], *, along_gradients: bool) -> None:
+    """Warn, once, of an ascent that moves little or nothing.
+
+    Raises:
+        RuntimeError: hooks have consumed the gradients.
+    """
+    if any(a.param.dtype in LOW_PRECISION for a in ascents):
+        amp.warn_once("AMP on 16-bit weights loses small displacements; use float32 and autocast")
+    if not ascents or not along_gradients or any(a.grad is not None for a in ascents):
+        return
+    if any(a.param._post_accumulate_grad_hooks for a in ascents):
+        raise RuntimeError(
+            "AMP found no gradient after a pass, and the parameters have hooks: an optimizer that steps inside the"
+            " backward pass cannot be used with AMP; let AMP's base_optimizer make the step"
+        )
+    amp.warn_once("AMP: a pass left no gradient to ascend along", RuntimeWarning)
+
+
+def check_gradients(amp: AMP) -> None:
+    """Raise RuntimeError if there is no gradient for an ascent that the loop asks for."""
+    if not amp.gradients():
+        sharded = any(is_distributed(p) for group in amp.param_groups for p in group["params"])
+        raise RuntimeError(
+            "ascend() found no gradient: call backward() on the loss at the current weights first"
+            + ("; under FSDP with gradient synchronisation on, model.set_requires_gradient_sync(True)" * sharded)
+        )
+
+
 def check_ascents(amp: AMP, step: Step) -> None:
-    """Raise RuntimeError unless the step has made the ascents that the hyper-parameters ask for."""
-    if step.ascents != amp.inner_iter and not step.descents:
+    """Raise RuntimeError unless the step has made the ascents that the hyper-parameters ask for.
+
+    A step whose passes have left no gradient at all is as harmless as the base optimizer's.
+    """
+    harmless = step.plain or (step.idle and not amp.gradients())
+    if step.ascents != amp.inner_iter and not step.descents and not harmless:
         raise RuntimeError(
             f"AMP.step() without a closure needs {amp.inner_iter} ascent step(s) before it, got {step.ascents}; it"
             " would train without the perturbation that you asked for. Use one of: optimizer.step(closure);"
@@ -55,6 +103,11 @@ def check_closure_gradients(amp: AMP, ascended: bool, before: Mapping[Tensor, Te
 def check_step(amp: AMP, step: Step) -> None:
     """Warn, once, of what makes a step that is over another one than AMP's, or raise RuntimeError."""
     amp.perturbation.check_undisturbed()
+    if step.aimless and amp.gradients():
+        raise RuntimeError(
+            "the passes before the ascent left no gradient, but the pass of the descent did: call backward() on the"
+            " loss in each pass, or the step would train without the perturbation that you asked for"
+        )
     if any(factor.value() < 0 for factor in (step.factors if step.unread is None else step.unread)):
         raise RuntimeError(
             "the loss of an attached module was multiplied by a negative number before backward(), so the ascent went"

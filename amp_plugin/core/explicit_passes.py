@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
+from amp_plugin.core import complaints
 from amp_plugin.core.compilation import not_compiled
 from amp_plugin.core.distributed import in_process_group
 
@@ -48,14 +49,14 @@ def ascent_passes(
         The micro-batches to run. Their gradients add up, so each loss is divided by their number, as in the descent.
 
     Raises:
-        RuntimeError: a pass left no gradient, or a module is attached, which makes the passes itself.
+        RuntimeError: a module is attached, which makes the passes itself.
         ValueError: the policy cannot be followed here.
     """
     _check_not_attached(self)
     try:
         for part in self.passes_of_step(batches, grad_scale, prune=not in_process_group(), passes=passes):
             yield part
-            self.check_gradients()
+            self.progress.aimless |= not self.gradients()
     except BaseException:
         self.restore()
         raise
@@ -87,7 +88,7 @@ def ascend(self: AMP, *, grad_scale: Scale = 1.0) -> None:
     if self.perturbs and not (self.ascends and self.policy.cost):
         _waste_pass(self)
         return
-    self.check_gradients()
+    complaints.check_gradients(self)
     self.others_check.look(self._params())
     _, share = self.policy.select_batches(None)
     try:
@@ -95,15 +96,6 @@ def ascend(self: AMP, *, grad_scale: Scale = 1.0) -> None:
     except BaseException:
         self.restore()
         raise
-
-
-def check_gradients(self: AMP) -> None:
-    """Raise RuntimeError if a pass of the ascent has left no gradient."""
-    if not self.gradients():
-        raise RuntimeError(
-            "ascend() found no gradient: call backward() on the loss at the current weights first; under FSDP with"
-            " gradient synchronisation on, model.set_requires_gradient_sync(True)"
-        )
 
 
 def _waste_pass(self: AMP) -> None:

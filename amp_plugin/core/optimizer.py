@@ -31,7 +31,6 @@ from amp_plugin.core.deprecation import Renamed
 from amp_plugin.core.distributed import in_process_group
 from amp_plugin.core.explicit_passes import Batches, Scale
 from amp_plugin.core.fused import step_where_finite
-from amp_plugin.core.norms import LOW_PRECISION
 from amp_plugin.core.other_gradients import OthersCheck
 from amp_plugin.core.perturbation import Norm, Perturbation
 from amp_plugin.core.policies import AscentPolicy, make_policy
@@ -213,7 +212,7 @@ class AMP(OptimizerWrapper):
         outside the ball require no gradient in these passes; DDP must not wait for one then.
         """
         self.progress.begun = True
-        if not self.ascends:
+        if not (self.ascends and complaints.may_perturb(self)):
             self.progress.plain = True
         elif not self.policy.cost:  # the direction is known without a pass
             ball = self.selection.within(self.param_groups)
@@ -233,10 +232,8 @@ class AMP(OptimizerWrapper):
         self, grad_scale: Scale = 1.0, cost: float = 1.0, directions: Mapping[Tensor, Tensor] | None = None
     ) -> None:
         """Move along the gradients, or the directions if there are any, and overwrite them; clear the gradients."""
-        ascents = self.selection.ascents(self.param_groups, directions)
-        if any(a.param.dtype in LOW_PRECISION for a in ascents):
-            self.warn_once("AMP on 16-bit weights loses small displacements; use float32 and autocast")
-        step = self.progress
+        ascents, step = self.selection.ascents(self.param_groups, directions), self.progress
+        complaints.check_ball(self, ascents, along_gradients=directions is None)
         step.begun = True
         if not step.moved:  # the first ascent from theta
             step.ascents, step.moved = 0, True
@@ -251,7 +248,7 @@ class AMP(OptimizerWrapper):
     def _check_ascents(self) -> bool:
         """Raise RuntimeError if the step would train without the perturbation; return False if it trains nothing."""
         idle = not (self.progress.ascents or self.progress.descents)
-        if self.ascends and not (idle and all(float(g["lr"]) == 0.0 for g in self.param_groups)):
+        if self.ascends and not (idle and all(g.get("lr") == 0 for g in self.param_groups)):
             complaints.check_ascents(self, self.progress)
         # torch.distributed.checkpoint steps without a learning rate, so that the optimizer builds its state.
         return not (self.ascends and idle)
@@ -322,7 +319,6 @@ class AMP(OptimizerWrapper):
 
     ascent_passes = explicit_passes.ascent_passes
     ascend = explicit_passes.ascend
-    check_gradients = explicit_passes.check_gradients
     pass_on_overflow = Renamed("propagate_overflow")
 
     @torch.no_grad()

@@ -14,7 +14,6 @@ from amp_plugin.core.checks import check_not_negative
 from amp_plugin.core.perturbation import Ascent
 from amp_plugin.core.sharding import is_distributed
 from amp_plugin.core.shared_memory import overwritable_gradient
-from amp_plugin.core.warn import warn_user
 from amp_plugin.suggest import did_you_mean
 
 Parameters = str | Callable[[str, Tensor], bool]
@@ -40,8 +39,9 @@ class ParameterSelection:
         if self._chosen is not None and len(self._chosen_in(groups)) == len(self._chosen):
             return
         own = {id(p) for group in groups for p in group["params"]}
-        chosen = select_parameters(self.parameters, {name: p for name, p in named if id(p) in own})
-        self._chosen = _by_identity(chosen)
+        everything = dict(named)
+        trained = {name: p for name, p in everything.items() if id(p) in own}
+        self._chosen = _by_identity(select_parameters(self.parameters, trained, everything))
 
     def choose_anew(self, groups: Groups) -> None:
         """Choose again, because the groups have changed: by the names in them, or else at the next `choose`."""
@@ -59,7 +59,7 @@ class ParameterSelection:
                 f"parameters={self.parameters!r} chooses by name, but the parameters have none here: make AMP of"
                 " model.named_parameters(), or call optimizer.name_parameters(model)"
             )
-        return [p for p in params if self._is_chosen(p)]
+        return (p for p in params if self._is_chosen(p))
 
     def within(self, groups: Groups) -> Iterator[Tensor]:
         """Yield the selected parameters of all groups."""
@@ -134,7 +134,9 @@ class ParameterSelection:
             )
 
 
-def select_parameters(parameters: Parameters, named: Mapping[str, Tensor]) -> set[Tensor]:
+def select_parameters(
+    parameters: Parameters, named: Mapping[str, Tensor], everything: Mapping[str, Tensor]
+) -> set[Tensor]:
     """Return the parameters that are to be perturbed.
 
     Args:
@@ -142,12 +144,15 @@ def select_parameters(parameters: Parameters, named: Mapping[str, Tensor]) -> se
             normalisation layer's has; another string for a regular expression to be found in the name; or a function
             of name and parameter.
         named: parameters to choose from, by name.
+        everything: these and the parameters that the optimizer does not have, for the error.
 
     Raises:
         ValueError: no parameter is chosen, or the string is not a regular expression.
     """
     predicate = parameters if callable(parameters) else _predicate(parameters, named)
     chosen = {p for name, p in named.items() if predicate(name, p)}
+    if not chosen and any(predicate(name, p) for name, p in everything.items()):
+        raise ValueError(f"parameters={parameters!r} matches only parameters that are not trained by the optimizer")
     if not chosen:
         shown = list(named)[:3] + ["..."] * (len(named) > 3)
         hint = did_you_mean(parameters, ["norm"]) if isinstance(parameters, str) else ""
@@ -182,8 +187,6 @@ def _check_gradients(ball: Mapping[Tensor, Ascent]) -> None:
             "a pass left no gradient on the sharded parameters: leave gradient synchronisation on in the ascent"
             " pass, model.set_requires_gradient_sync(True); without it FSDP keeps the gradients to itself"
         )
-    if all(p.grad is None for p in ball):
-        warn_user("AMP: a pass left no gradient to ascend along", RuntimeWarning)
 
 
 def _by_identity(params: Iterable[Tensor]) -> dict[int, TensorWeakRef]:

@@ -32,7 +32,9 @@ class Step:
         begun: whether a door has asked for a pass of this step.
         moved: whether the weights are away from theta, between the first ascent and ``restore()``.
         ascents: number of ascents between theta and the theta + delta that the gradient of the descent is taken at.
-        plain: whether the policy was asked and wants no ascent in this step.
+        plain: whether the policy was asked and wants no ascent in this step, or nothing in the ball is trained.
+        aimless: whether a pass that the loop itself has made for an ascent has left no gradient at all.
+        idle: whether the door has made all passes, and none of them has left a gradient.
         descents: points theta + delta at which an attached module has finished a backward pass, one a micro-batch.
         factors: for each of these, what the loss was multiplied by after it left the module.
         unread: `factors` of the step before, which the host looks at now, when they have arrived; None in the first
@@ -47,6 +49,8 @@ class Step:
     moved: bool = False
     ascents: int = 0
     plain: bool = False
+    aimless: bool = False
+    idle: bool = False
     descents: list[Displacement] = field(default_factory=list)
     factors: list[AsyncScalar] = field(default_factory=list)
     unread: list[AsyncScalar] | None = None

@@ -18,7 +18,7 @@ from amp_plugin.core.grad_scaler import scale_of
 from amp_plugin.core.inputs import detached_inputs
 from amp_plugin.core.optimizer import AMP
 from amp_plugin.core.replay import BatchNormPolicy, ExtraPasses, RngPolicy
-from amp_plugin.doors.window import ascend_over
+from amp_plugin.doors.window import ascend_over, note_idle
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -113,6 +113,7 @@ def amp_backward(
                 means.append(run(detached_inputs(part), sync))
         with passes.nth(len(means)):
             means.append(run(batches))
+        note_idle(amp)
     except BaseException:
         clear()
         raise

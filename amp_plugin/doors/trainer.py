@@ -36,7 +36,7 @@ from amp_plugin.doors.trainer_window import (
     step_in_every_pass,
 )
 from amp_plugin.doors.training_args import AMPArguments
-from amp_plugin.doors.window import ascend_over
+from amp_plugin.doors.window import ascend_over, note_idle
 
 logger = logging.get_logger(__name__)
 
@@ -199,6 +199,7 @@ class AMPMixin(TrainerMixin):
             loss = window.clean_losses[len(window.amp_losses) - 1]
         if len(window.amp_losses) == len(window.batches):
             self._record_amp_step(amp)
+            note_idle(amp)
             self._end_amp_window()
             if self.accelerator.scaler is not None:
                 amp.propagate_overflow()

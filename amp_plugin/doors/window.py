@@ -48,7 +48,7 @@ def ascend_over(
         The micro-batches of the pass; and whether DDP is to average gradients in the backward pass of the last one.
 
     Raises:
-        RuntimeError: a pass has changed the batch in place, or has left no gradient.
+        RuntimeError: a pass has changed the batch in place.
     """
     ddp = data_parallel(model)
     # DDP cannot average within a forward pass, and waits for gradients that a restricted ball switches off: in both
@@ -61,8 +61,6 @@ def ascend_over(
             with ddp.no_sync() if within_forward and ddp is not None else nullcontext():
                 yield part, sync and not by_hand
             watch.check(culprit)
-            if not within_forward:
-                amp.check_gradients()
             if sync and by_hand and ddp is not None:
                 average_gradients(_perturbed(amp), ddp.process_group)
             # An attached module without DDP belongs to this process alone, and must not wait for the others.
@@ -70,6 +68,11 @@ def ascend_over(
                 share_overflow(_perturbed(amp), None if ddp is None else ddp.process_group)
     finally:
         before.put_back()  # for the descent
+
+
+def note_idle(amp: AMP) -> None:
+    """Note, after all passes of a step, if none has left a gradient: ``step()`` does nothing then, which is right."""
+    amp.progress.idle = not amp.gradients()
 
 
 def trained_beside(amp: AMP, model: nn.Module) -> list[Tensor]:

@@ -131,9 +131,9 @@ PITFALLS = [
     Pitfall(
         "16-bit weights swallow small perturbations, and nobody says so",
         "by running other implementations",
-        "core/optimizer.py",
-        "        if any(a.param.dtype in LOW_PRECISION",
-        "        if not any(a.param.dtype in LOW_PRECISION",
+        "core/complaints.py",
+        "    if any(a.param.dtype in LOW_PRECISION",
+        "    if not any(a.param.dtype in LOW_PRECISION",
         "core/test_base.py::test_sixteen_bit_weights_are_warned_about_once",
     ),
     Pitfall(
