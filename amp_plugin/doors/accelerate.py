@@ -37,6 +37,7 @@ def amp_backward(
     *,
     batch_norm: BatchNormPolicy = "clean",
     rng: RngPolicy = "same",
+    generators: Sequence[Any] = (),
     sync_ascent: bool = True,
 ) -> Tensor:
     """Leave AMP's gradient for a window of micro-batches in ``.grad``, in place of ``accelerator.backward(loss)``.
@@ -67,6 +68,8 @@ def amp_backward(
         batches: micro-batches of this process, at least one. All count the same, whatever their sizes.
         batch_norm: passes that update running statistics, see :class:`amp_plugin.ExtraPasses`; default ``"clean"``.
         rng: random numbers of the passes, see :class:`amp_plugin.ExtraPasses`; default ``"same"``.
+        generators: generators that `compute_loss` draws from besides the global ones, see
+            :class:`amp_plugin.ExtraPasses`; default none.
         sync_ascent: whether the processes average the ascent's gradients, so that any number of them equals one; if
             not, each process perturbs along its own gradient. Default True.
 
@@ -75,7 +78,7 @@ def amp_backward(
         the window the loss is that of the part; with one that makes no pass at theta, the loss at theta + delta.
 
     Raises:
-        TypeError: the optimizer is not AMP.
+        TypeError: the optimizer is not AMP, or a generator is of an unknown kind.
         ValueError: there are no micro-batches, or the host cannot run AMP exactly.
         RuntimeError: the call is within ``accelerator.accumulate``, before its last micro-batch; the optimizer is
             attached; or a batch was changed. Whatever is raised, the weights are at theta.
@@ -85,7 +88,7 @@ def amp_backward(
         raise TypeError(f"amp_backward() needs amp_plugin.AMP, got {type(optimizer).__name__}")
     _check(accelerator, amp, batches)
     amp.name_parameters(model)
-    passes = _guard(amp, model, batch_norm, rng)
+    passes = _guard(amp, model, batch_norm, rng, list(generators))
 
     def run(window: Sequence[Any], sync: bool = True) -> Tensor:
         # accelerator.backward() divides by gradient_accumulation_steps, but the mean is over this window.
@@ -124,10 +127,12 @@ def amp_backward(
     return means[0]
 
 
-def _guard(amp: AMP, model: nn.Module, batch_norm: BatchNormPolicy, rng: RngPolicy) -> ExtraPasses:
-    passes = _GUARDS.get(amp)
-    if passes is None or (passes.module, passes.batch_norm, passes.rng) != (model, batch_norm, rng):
-        passes = _GUARDS[amp] = ExtraPasses(model, batch_norm=batch_norm, rng=rng)
+def _guard(
+    amp: AMP, model: nn.Module, batch_norm: BatchNormPolicy, rng: RngPolicy, generators: list[Any]
+) -> ExtraPasses:
+    passes, wanted = _GUARDS.get(amp), (model, batch_norm, rng, generators)
+    if passes is None or (passes.module, passes.batch_norm, passes.rng, passes.generators) != wanted:
+        passes = _GUARDS[amp] = ExtraPasses(model, batch_norm=batch_norm, rng=rng, generators=generators)
     return passes
 
 

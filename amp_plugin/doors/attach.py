@@ -8,7 +8,7 @@ gradient that ``loss.backward()`` leaves is AMP's, and at no other time is a wei
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from contextvars import ContextVar
 from typing import Any
@@ -43,6 +43,7 @@ def attach(
     *,
     batch_norm: BatchNormPolicy = "clean",
     rng: RngPolicy = "same",
+    generators: Sequence[Any] = (),
     sync_ascent: bool = True,
 ) -> Attachment:
     """Make a module that returns its loss train with AMP in a plain ``loss.backward(); optimizer.step()`` loop.
@@ -60,6 +61,7 @@ def attach(
             :class:`amp_plugin.LossModule`. ``fully_shard`` comes first.
         batch_norm: passes that update running statistics, see :class:`amp_plugin.ExtraPasses`; default ``"clean"``.
         rng: random numbers of the passes, see :class:`amp_plugin.ExtraPasses`; default ``"same"``.
+        generators: generators of the module's own, see :class:`amp_plugin.ExtraPasses`; default none.
         sync_ascent: whether DDP's processes average the ascent's gradients, so that any number of them equals one; if
             not, each process perturbs along its own gradient. Default True.
 
@@ -67,7 +69,7 @@ def attach(
         The attachment, with the losses of the last forward pass. ``detach(module)`` undoes it.
 
     Raises:
-        TypeError: the optimizer is not AMP.
+        TypeError: the optimizer is not AMP, or a generator is of an unknown kind.
         ValueError: the module does not hold the optimizer's parameters; or it, a part of it or the optimizer is
             attached already.
     """
@@ -80,7 +82,8 @@ def attach(
         raise ValueError("this module, or a part of it, is attached already; detach() it first")
     _check_held(amp, module)
     amp.name_parameters(module)
-    return Attachment(amp, module, ExtraPasses(module, batch_norm=batch_norm, rng=rng), sync_ascent)
+    passes = ExtraPasses(module, batch_norm=batch_norm, rng=rng, generators=generators)
+    return Attachment(amp, module, passes, sync_ascent)
 
 
 def detach(module: nn.Module) -> None:

@@ -56,6 +56,10 @@ class AMPMixin(TrainerMixin):
     but ``loss`` and ``amp_passes`` are means over the steps that ascended; where the policy makes no pass at the clean
     weights, ``loss`` is the loss at the perturbed weights, and there is no ``sharpness``.
 
+    Attributes:
+        amp_generators: Generators that the model or the loss draws from besides torch's, numpy's and Python's global
+            ones, see :class:`amp_plugin.ExtraPasses`; default none. A subclass or the caller sets it before training.
+
     Raises:
         TypeError: The arguments are not :class:`amp_plugin.AMPArguments`.
         ValueError: The host cannot run AMP exactly (DeepSpeed, FSDP, XLA, optimizers that step inside backward);
@@ -63,6 +67,7 @@ class AMPMixin(TrainerMixin):
     """
 
     args: AMPArguments
+    amp_generators: Sequence[Any] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._amp_window = Window()
@@ -242,7 +247,12 @@ class AMPMixin(TrainerMixin):
         amp.total_steps = self.state.max_steps
         scale = scale_of(self.accelerator.scaler)
         if self._amp_extra_passes is None or self._amp_extra_passes.module is not model:
-            self._amp_extra_passes = ExtraPasses(model, batch_norm=self.args.amp_batch_norm, rng=self.args.amp_rng)  # type: ignore[arg-type]
+            self._amp_extra_passes = ExtraPasses(
+                model,
+                batch_norm=self.args.amp_batch_norm,  # type: ignore[arg-type]
+                rng=self.args.amp_rng,  # type: ignore[arg-type]
+                generators=self.amp_generators,
+            )
         passes, window = self._amp_extra_passes, self._amp_window
         made, k = 0, len(window.batches)
         window.descent = ExitStack()

@@ -173,6 +173,11 @@ def test_generators_that_the_user_names_are_replayed(generator: Any) -> None:
 def test_what_is_no_generator_is_refused() -> None:
     with pytest.raises(TypeError, match="generators must be of torch, numpy or Python's random, got int"):
         ExtraPasses(nn.Linear(1, 1), generators=[3])
+    net = Tiny()
+    amp = AMP(net.parameters(), 0.1)
+    with pytest.raises(TypeError, match="generators must be of torch, numpy or Python's random, got str"):
+        attach(amp, net, generators=["numpy"])
+    attach(amp, net)  # nothing of the attempt is left
 
 
 # --- state that cannot be written

@@ -155,11 +155,12 @@ class Spectral(Kind):
 
 
 class Masks(Kind):
-    """Dropout from a generator of torch's, numpy's or Python's."""
+    """Dropout from a generator of torch's, numpy's or Python's, or from one of its own."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
         self.source = source
+        self.own = SimpleNamespace(generator=np.random.default_rng(3))  # where nobody finds it
 
     def forward(self, h: Tensor) -> Tensor:
         n = h.numel()
@@ -167,6 +168,8 @@ class Masks(Kind):
             values = torch.rand(n)
         elif self.source == "numpy":
             values = torch.from_numpy(np.random.random(n))
+        elif self.source == "own":
+            values = torch.from_numpy(self.own.generator.random(n))
         else:
             values = torch.tensor([random.random() for _ in range(n)])
         return h * (values.view_as(h) > 0.3).to(h)
@@ -186,6 +189,7 @@ KINDS: dict[str, Callable[[], Kind]] = {
     "masks of torch": lambda: Masks("torch"),
     "masks of numpy": lambda: Masks("numpy"),
     "masks of Python": lambda: Masks("python"),
+    "masks of an own generator": lambda: Masks("own"),
 }
 
 
@@ -353,6 +357,8 @@ def by_hand(
                 for name, d in deltas.items():
                     size = float((every if norm == "global" else d).norm())
                     deltas[name] = d * min(1.0, EPSILON / max(size, 1e-300))
+        for own, last in zip(own_generators(net), own_generators(runs), strict=True):
+            own.bit_generator.state = last.bit_generator.state  # random numbers go on from the last pass
         with torch.no_grad():
             for p, g in zip([p for p in net.parameters() if p.requires_grad], grads, strict=True):
                 if g is not None:
@@ -364,8 +370,12 @@ def _amp(net: nn.Module, **kwargs: Any) -> AMP:
     return AMP(net.parameters(), LR, epsilon=EPSILON, inner_lr=INNER_LR, **kwargs)
 
 
+def own_generators(net: nn.Module) -> list[np.random.Generator]:
+    return [part.own.generator for part in net.modules() if isinstance(part, Masks)]
+
+
 def by_closure(net: nn.Module, data: Sequence[Batch], *, autocast: bool = False, **kwargs: Any) -> None:
-    amp, passes = _amp(net, **kwargs), ExtraPasses(net)
+    amp, passes = _amp(net, **kwargs), ExtraPasses(net, generators=own_generators(net))
     for batch in data:
 
         def closure(batch: Batch = batch) -> Tensor:
@@ -378,7 +388,7 @@ def by_closure(net: nn.Module, data: Sequence[Batch], *, autocast: bool = False,
 
 
 def by_passes(net: nn.Module, data: Sequence[Batch], *, autocast: bool = False, **kwargs: Any) -> None:
-    amp, passes = _amp(net, **kwargs), ExtraPasses(net)
+    amp, passes = _amp(net, **kwargs), ExtraPasses(net, generators=own_generators(net))
     for batch in data:
         made = 0
         for part in amp.ascent_passes([batch]):
@@ -393,7 +403,7 @@ def by_passes(net: nn.Module, data: Sequence[Batch], *, autocast: bool = False, 
 
 def by_attach(net: nn.Module, data: Sequence[Batch], *, autocast: bool = False, **kwargs: Any) -> None:
     amp = _amp(net, **kwargs)
-    attach(amp, net)
+    attach(amp, net, generators=own_generators(net))
     for batch in data:
         loss_of(net, batch, autocast).backward()
         amp.step()
@@ -405,7 +415,8 @@ def by_amp_backward(net: nn.Module, data: Sequence[Batch], *, autocast: bool = F
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if autocast else "no")
     model, optimizer = accelerator.prepare(net, _amp(net, **kwargs))
     for batch in data:
-        amp_backward(accelerator, model, optimizer, lambda b: loss_of(model, b), [batch])
+        own = own_generators(net)
+        amp_backward(accelerator, model, optimizer, lambda b: loss_of(model, b), [batch], generators=own)
         optimizer.step()
         optimizer.zero_grad()
     AcceleratorState._reset_state()
@@ -459,13 +470,15 @@ def by_trainer(
     names = ("box",) if isinstance(net, Boxed) else ("x", "labels")
     rows = [dict(zip(names, batch, strict=True)) for batch in data]
     args = AMPTrainingArguments(**settings)
-    _InOrder(
+    trainer = _InOrder(
         model=net,
         args=args,
         train_dataset=rows,  # type: ignore[arg-type]
         data_collator=lambda whole: whole[0],  # type: ignore[arg-type]
         callbacks=[_SeedAtFirstStep()],
-    ).train()
+    )
+    trainer.amp_generators = own_generators(net)
+    trainer.train()
 
 
 DOORS: dict[str, Callable[..., None]] = {
