@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from problems import closure_for, small_batches, small_net, train
+from torch import nn
 
 from amp_plugin import AMP
 
@@ -79,3 +80,47 @@ def test_torch_optims_names_come_with_torchs_defaults() -> None:
 
 
 # --- what the additional passes leave alone (amp_plugin.core.replay)
+
+
+class Steps(torch.optim.Optimizer):
+    """A base whose learning rate may be None, or not be there, as Adafactor's may; its steps are 0.1 long then."""
+
+    def __init__(self, params: Any, lr: float | None = None, *, has_lr: bool = True) -> None:
+        super().__init__(params, {"lr": lr} if has_lr else {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.sub_((0.1 if group.get("lr") is None else group["lr"]) * p.grad)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"lr": None}, {"has_lr": False}])
+def test_a_base_optimizer_may_have_no_learning_rate(kwargs: dict[str, Any]) -> None:
+    nets, batch = [small_net(), small_net()], small_batches(1)[0]
+    optimizer = AMP(nets[0].parameters(), base_optimizer=Steps, epsilon=1e-12, **kwargs)
+    base = Steps(nets[1].parameters(), **kwargs)
+    assert [group.get("lr") for group in optimizer.param_groups] == [None]
+    with pytest.raises(RuntimeError, match="would train without the perturbation"):
+        optimizer.step()
+    optimizer.step(closure_for(optimizer, nets[0], batch))
+    closure_for(base, nets[1], batch)()
+    base.step()
+    for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("base", ["SGD", "AdamW"])
+@pytest.mark.parametrize(("rates", "lr"), [((None, None), None), ((0.3, None), None), ((0.3, None), 0.2)])
+def test_learning_rates_are_the_base_optimizers_own_unless_they_are_given(
+    rates: tuple[float | None, ...], lr: float | None, base: str
+) -> None:
+    """As a default, in one group or in all; a schedule moves them."""
+    params = [nn.Parameter(torch.ones(2)) for _ in rates]
+    given = [{} if rate is None else {"lr": rate} for rate in rates]
+    ours, theirs = ([{"params": [p], **own} for p, own in zip(params, given, strict=True)] for _ in range(2))
+    optimizer = AMP(ours, lr, base_optimizer=base)
+    plain = getattr(torch.optim, base)(theirs, **({} if lr is None else {"lr": lr}))
+    for each in (optimizer, plain):
+        torch.optim.lr_scheduler.LambdaLR(each, lambda _: 0.5)
+    assert [g["lr"] for g in optimizer.param_groups] == [g["lr"] for g in plain.param_groups]
+    assert optimizer.base_optimizer.param_groups is optimizer.param_groups
