@@ -9,7 +9,6 @@ from torch import Tensor
 
 from amp_plugin.core.norms import LOW_PRECISION
 from amp_plugin.core.perturbation import Ascent
-from amp_plugin.core.sharding import is_distributed
 from amp_plugin.core.step import Step
 from amp_plugin.core.warn import warn_user
 
@@ -40,22 +39,13 @@ def check_ball(amp: AMP, ascents: Sequence[Ascent], *, along_gradients: bool) ->
         amp.warn_once("AMP on 16-bit weights loses small displacements; use float32 and autocast")
     if not ascents or not along_gradients or any(a.grad is not None for a in ascents):
         return
-    if any(a.param._post_accumulate_grad_hooks for a in ascents):
+    hooks = (hook for a in ascents for hook in (a.param._post_accumulate_grad_hooks or {}).values())
+    if not all(getattr(hook, "only_looks", False) for hook in hooks):
         raise RuntimeError(
             "AMP found no gradient after a pass, and the parameters have hooks: an optimizer that steps inside the"
             " backward pass cannot be used with AMP; let AMP's base_optimizer make the step"
         )
     amp.warn_once("AMP: a pass left no gradient to ascend along", RuntimeWarning)
-
-
-def check_gradients(amp: AMP) -> None:
-    """Raise RuntimeError if there is no gradient for an ascent that the loop asks for."""
-    if not amp.gradients():
-        sharded = any(is_distributed(p) for group in amp.param_groups for p in group["params"])
-        raise RuntimeError(
-            "ascend() found no gradient: call backward() on the loss at the current weights first"
-            + ("; under FSDP with gradient synchronisation on, model.set_requires_gradient_sync(True)" * sharded)
-        )
 
 
 def check_ascents(amp: AMP, step: Step) -> None:

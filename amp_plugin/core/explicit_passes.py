@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from amp_plugin.core import complaints
 from amp_plugin.core.compilation import not_compiled
 from amp_plugin.core.distributed import in_process_group
+from amp_plugin.core.sharding import is_distributed
 
 if TYPE_CHECKING:
     from amp_plugin.core.optimizer import AMP
@@ -88,7 +88,7 @@ def ascend(self: AMP, *, grad_scale: Scale = 1.0) -> None:
     if self.perturbs and not (self.ascends and self.policy.cost):
         _waste_pass(self)
         return
-    complaints.check_gradients(self)
+    _check_gradients(self)
     self.others_check.look(self._params())
     _, share = self.policy.select_batches(None)
     try:
@@ -96,6 +96,15 @@ def ascend(self: AMP, *, grad_scale: Scale = 1.0) -> None:
     except BaseException:
         self.restore()
         raise
+
+
+def _check_gradients(self: AMP) -> None:
+    if not self.gradients():
+        sharded = any(is_distributed(p) for group in self.param_groups for p in group["params"])
+        raise RuntimeError(
+            "ascend() found no gradient: call backward() on the loss at the current weights first"
+            + ("; under FSDP with gradient synchronisation on, model.set_requires_gradient_sync(True)" * sharded)
+        )
 
 
 def _waste_pass(self: AMP) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from amp_plugin.core.sharding import global_norms, local_shard, split_of
 
@@ -26,26 +27,27 @@ def entries_of(tensor: Tensor) -> Tensor:
 
 
 def norm_dtype(device: torch.device) -> torch.dtype:
-    """Return the type of norms: float64, in which squares of large finite entries are finite; MPS has float32 only."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    """Return the type of the norms of float32 tensors: float64, but on MPS, which has none, and mostly on the CPU."""
+    return torch.float32 if device.type in ("cpu", "mps") else torch.float64
 
 
 def norms_of(tensors: list[Tensor]) -> Tensor:
-    """Return the L2 norm of each tensor, as one vector of type :func:`norm_dtype`."""
+    """Return the L2 norm of each tensor, as one vector; its squares are summed so that they do not overflow."""
     device = tensors[0].device
-    if device.type == "cpu":  # float32 is five times as quick, and the host sees an overflow without waiting
+    # On the CPU a sum in float32 is five times as quick, and the host sees an overflow without waiting.
+    if device.type == "cpu" and not isinstance(tensors[0], FakeTensor):
         dtype = torch.float32 if tensors[0].dtype in LOW_PRECISION else None
-        norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype)).double()
+        norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
         if all(map(math.isfinite, norms.tolist())):
             return norms
-    return torch.stack(torch._foreach_norm(tensors, 2, dtype=norm_dtype(device)))
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32 if device.type == "mps" else torch.float64))
 
 
 def overall_norm(norms: Sequence[Tensor]) -> Tensor:
     """Return the L2 norm over vectors on one or several devices, as a 0-d tensor on the first vector's device."""
     device = norms[0].device
     together = torch.cat([n.to(device) for n in norms]) if len(norms) > 1 else norms[0]
-    norm: Tensor = torch.linalg.vector_norm(together)
+    norm: Tensor = torch.linalg.vector_norm(together, dtype=None if device.type == "mps" else torch.float64)
     return norm
 
 

@@ -178,17 +178,21 @@ class Perturbation:
         norms = [global_norms(norms_of(b.deltas), b.split) for b in buckets]
         ratios = [n * factor for n, factor in zip(norms, in_radii, strict=True)]
         overall = overall_norm(ratios) if self.norm == "global" else None
+
+        # 3. Project, delta * min(1, epsilon / ||delta||), and move the weights; by 0 if anything was not finite, which
+        # is what shrinks to NaN or to 0. So does a gradient that is too large for any factor of its type.
         lengths = [ratio if overall is None else overall.to(ratio.device) for ratio in ratios]
-        # A gradient so large that factor / length would be rounded to 0 is not finite either.
-        smallest = [torch.finfo(_wide(b)).smallest_normal / 1024 for b in buckets]
-        finite = all_true([n.max() * s < abs(f) for n, s, f in zip(lengths, smallest, factors, strict=True)])
+        shrinks = [
+            self._share(length).mul_(factor).to(_wide(b))
+            for b, factor, length in zip(buckets, factors, lengths, strict=True)
+        ]
+        descends = [b.inner_lr < 0 and not again for b in buckets]
+        finite = all_true([_are_factors(-s if down else s) for s, down in zip(shrinks, descends, strict=True)])
         if again and self._finite is not None:
             finite = finite & self._finite
-
-        # 3. Project, delta * min(1, epsilon / ||delta||), and move the weights; by 0 if anything was not finite.
-        for b, factor, length in zip(buckets, factors, lengths, strict=True):
-            ok = finite.to(length.device)
-            shrink = torch.where(ok, self._share(length).mul_(factor), 0.0).to(_wide(b))
+        for b, shrink in zip(buckets, shrinks, strict=True):
+            ok = finite.to(shrink.device)
+            shrink.nan_to_num_(0.0, 0.0, 0.0)
             bits = _BITS[b.deltas[0].element_size()]
             torch._foreach_mul_([d.view(bits) for d in b.deltas], ok.to(bits))  # 0 times NaN would be NaN
             if overall is None:
@@ -374,13 +378,18 @@ def _on_device(grad_scale: float | Tensor, bucket: _Bucket) -> float | Tensor:
     """Return the scale, if it is a tensor, beside the gradients and in the type of their norms."""
     if isinstance(grad_scale, Tensor):
         device = bucket.deltas[0].device
-        return grad_scale.to(device, norm_dtype(device))
+        return grad_scale.to(device, torch.promote_types(_wide(bucket), norm_dtype(device)))
     return grad_scale
 
 
 def _wide(bucket: _Bucket) -> torch.dtype:
     """Return the type of the numbers that deltas are multiplied by: their own, or float32 for 16-bit ones."""
     return torch.promote_types(bucket.deltas[0].dtype, torch.float32)
+
+
+def _are_factors(shrink: Tensor) -> Tensor:
+    """Return a 0-d bool, whether all entries are positive numbers, of which float32 keeps at least 13 bits."""
+    return shrink.min() >= torch.finfo(shrink.dtype).smallest_normal / 1024
 
 
 def _set_versions(params: Iterable[Tensor], versions: Iterable[int]) -> None:

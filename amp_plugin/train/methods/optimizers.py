@@ -25,7 +25,7 @@ class Sphere(Perturbation):
         return {name: value for name, value in super().statistics().items() if name != "clipped"}
 
     def _share(self, length: Tensor) -> Tensor:
-        return torch.where(length >= torch.finfo(torch.float32).tiny, length.reciprocal(), 0.0)
+        return torch.where(length >= torch.finfo(torch.float32).tiny, length.reciprocal(), 1.0)
 
 
 class AdaptiveSphere(Sphere):
