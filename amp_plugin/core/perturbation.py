@@ -190,9 +190,9 @@ class Perturbation:
         finite = all_true([_are_factors(-s if down else s) for s, down in zip(shrinks, descends, strict=True)])
         if again and self._finite is not None:
             finite = finite & self._finite
-        for b, shrink in zip(buckets, shrinks, strict=True):
-            ok = finite.to(shrink.device)
-            shrink.nan_to_num_(0.0, 0.0, 0.0)
+        for b, factor in zip(buckets, shrinks, strict=True):
+            ok = finite.to(factor.device)
+            shrink = factor.nan_to_num(0.0, 0.0, 0.0)
             bits = _BITS[b.deltas[0].element_size()]
             torch._foreach_mul_([d.view(bits) for d in b.deltas], ok.to(bits))  # 0 times NaN would be NaN
             if overall is None:
@@ -296,8 +296,8 @@ class Perturbation:
         device = self._ratios[0][0].device
         ratios = torch.cat([ratio.to(device) for ratio, _ in self._ratios])
         radii = torch.cat([ratio.new_full(ratio.shape, epsilon, device=device) for ratio, epsilon in self._ratios])
-        length = torch.linalg.vector_norm(ratios) if self.norm == "global" else ratios
-        norm = torch.linalg.vector_norm(radii * ratios * self._share(length))
+        length = overall_norm([ratios]) if self.norm == "global" else ratios
+        norm = overall_norm([radii * ratios * self._share(length)])
         clipped = (length > 1.0).float().mean()
         assert self._finite is not None
         moved = self._finite.to(device)  # the weights stay at theta where the ascent was not finite

@@ -116,8 +116,8 @@ PITFALLS = [
         "a NaN in the ascent's gradient makes the weights NaN",
         "two packages, by running them",
         "core/perturbation.py",
-        "            ok = finite.to(shrink.device)\n",
-        "            ok = torch.ones_like(finite, device=shrink.device)\n",
+        "            ok = finite.to(factor.device)\n",
+        "            ok = torch.ones_like(finite, device=factor.device)\n",
         "core/test_perturbation.py::test_non_finite_gradients_leave_every_tensor_alone",
     ),
     Pitfall(
