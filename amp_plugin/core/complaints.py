@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from amp_plugin.core.norms import LOW_PRECISION
-from amp_plugin.core.perturbation import Ascent
+from amp_plugin.core.perturbation import Ascent, is_hooked
 from amp_plugin.core.step import Step
 from amp_plugin.core.warn import warn_user
 
@@ -39,8 +39,7 @@ def check_ball(amp: AMP, ascents: Sequence[Ascent], *, along_gradients: bool) ->
         amp.warn_once("AMP on 16-bit weights loses small displacements; use float32 and autocast")
     if not ascents or not along_gradients or any(a.grad is not None for a in ascents):
         return
-    hooks = (hook for a in ascents for hook in (a.param._post_accumulate_grad_hooks or {}).values())
-    if not all(getattr(hook, "only_looks", False) for hook in hooks):
+    if any(is_hooked(a.param) for a in ascents):
         raise RuntimeError(
             "AMP found no gradient after a pass, and the parameters have hooks: an optimizer that steps inside the"
             " backward pass cannot be used with AMP; let AMP's base_optimizer make the step"

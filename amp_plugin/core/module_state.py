@@ -90,13 +90,13 @@ class ModuleState:
         candidates = [t for _, content in held for value in content.values() for t in _tensors(value)]
         if not self._holds(candidates):  # as it does in almost every step
             self._candidates = candidates
-            state = [t for t in {id(t): t for t in candidates}.values() if id(t) not in excluded and _is_dense(t)]
+            state = [t for t in {id(t): t for t in candidates}.values() if id(t) not in excluded and is_dense(t)]
             tensors = [local_shard(t) for t in state]
             values = [entry.value for entry in self._entries]
             if [_layout(t) for t in tensors] != [_layout(v) for v in values]:
                 values = [torch.empty_like(t) for t in tensors]
             pairs = zip(tensors, values, strict=True)
-            self._set_entries([_Entry(t, t.detach(), _place(t), value) for t, value in pairs])
+            self._set_entries([_Entry(t, t.detach(), place_of(t), value) for t, value in pairs])
         for tensors, values in self._alike:
             torch._foreach_copy_(values, tensors)
         self._versions = [e.tensor._version for e in self._entries]
@@ -116,7 +116,7 @@ class ModuleState:
         return (
             len(candidates) == len(self._candidates)
             and all(now is before for now, before in zip(candidates, self._candidates, strict=True))
-            and all(_place(tensor) == place for tensor, _, place, _ in self._entries)
+            and all(place_of(tensor) == place for tensor, _, place, _ in self._entries)
         )
 
     @not_compiled
@@ -133,7 +133,7 @@ class ModuleState:
             container.clear()
             (container.update if isinstance(container, dict) else container.extend)(before)
         for tensor, alias, place, _ in self._entries:
-            if _place(tensor) != place:
+            if place_of(tensor) != place:
                 tensor.data = alias  # the pass has given the tensor other data, or another size
         for tensors, values in self._alike:
             torch._foreach_copy_(tensors, values)
@@ -144,10 +144,16 @@ class ModuleState:
         tensors = tuple(entry.tensor for entry in self._entries)
         torch._C._autograd._unsafe_set_version_counter(tensors, tuple(self._versions))
 
-    def settle_attributes(self, parts: list[nn.Module]) -> list[Attribute]:
-        """Return the plain attributes that hold detached tensors and have changed; forget all others. This waits.
+    def settle_attributes(self, parts: list[nn.Module]) -> tuple[list[Attribute], list[Attribute]]:
+        """Find the plain attributes with detached tensors that have changed; forget all others. This waits.
 
         An attribute that requires a gradient belongs to the graph of a pass, and is left to the last one.
+
+        Args:
+            parts: parts of the module.
+
+        Returns:
+            These attributes; and those with containers of tensors that require a gradient and have become longer.
         """
         was: dict[tuple[int, str], list[_Container]] = {}
         for c in self._containers:
@@ -158,6 +164,7 @@ class ModuleState:
         changed = {id(e.tensor) for e in entries if not torch.equal(e.tensor, e.value)}
         owners = {id(vars(part)): weakref.ref(part) for part in parts}
         found: list[Attribute] = []
+        growing: list[Attribute] = []
         names: set[tuple[int, str]] = set()
         held: list[Held] = []
         for holder, content in self._held:
@@ -171,7 +178,10 @@ class ModuleState:
                     tensors = [*_tensors(before), *_tensors(now), *(t for c in inside for t in _tensors(c.content))]
                     is_other = before is not now or any(id(t) in changed for t in tensors)
                     is_other = is_other or any(_is_other(c.container, c.content) for c in inside)
-                    if is_other and tensors and not any(t.requires_grad for t in tensors):
+                    if any(t.requires_grad for t in tensors):
+                        if id(holder) in owners and any(_is_longer(c.container, c.content) for c in inside):
+                            growing.append((owners[id(holder)], name))
+                    elif is_other and tensors:
                         kept[name] = before
                 found += [(owners[id(holder)], name) for name in kept if id(holder) in owners]
                 names |= {(id(holder), name) for name in kept}
@@ -181,14 +191,19 @@ class ModuleState:
         self._containers = [c for key, inside in was.items() if key in names for c in inside]
         state = {id(t) for _, content in held for value in content.values() for t in _tensors(value)}
         self._set_entries([entry for entry in self._entries if id(entry.tensor) in state])
-        return found
+        return found, growing
 
 
-def buffers_and_frozen_of(parts: list[nn.Module], *, buffers: bool = True) -> list[Held]:
+def buffers_and_frozen_of(parts: list[nn.Module], *, buffers: bool, moving: Set[int]) -> list[Held]:
     """Return the buffers, if asked for, and the parameters that require no gradient, of the parts of a module.
 
     Frozen parameters that take more memory than the others are left out: they are a backbone, or what adapters were
-    added to, which no forward pass moves, and copies are dear.
+    added to, which no forward pass moves, and copies are dear; but for those that were found moving.
+
+    Args:
+        parts: parts of the module.
+        buffers: whether buffers are state.
+        moving: identities of frozen parameters that a pass moves.
     """
     found: list[Held] = []
     frozen: list[Held] = []
@@ -199,9 +214,15 @@ def buffers_and_frozen_of(parts: list[nn.Module], *, buffers: bool = True) -> li
         if held:
             frozen.append((part._parameters, held))
     if frozen:
-        size = sum(p.nbytes if not p.requires_grad else -p.nbytes for p in parameters_in(parts))
-        found += frozen if size <= 0 else []
+        if is_backbone(parameters_in(parts)):
+            frozen = [(holder, {n: p for n, p in held.items() if id(p) in moving}) for holder, held in frozen]
+        found += [(holder, held) for holder, held in frozen if held]
     return found
+
+
+def is_backbone(params: list[Tensor]) -> bool:
+    """Return whether the frozen ones among these parameters take more memory than the others."""
+    return sum(-p.nbytes if p.requires_grad else p.nbytes for p in params) > 0
 
 
 def attributes_of(parts: list[nn.Module]) -> list[Held]:
@@ -217,9 +238,9 @@ def held_now(attributes: list[Attribute]) -> list[Held]:
 
 def trained_among(module: nn.Module, held: list[Held]) -> set[int]:
     """Return the identities of tensors among these that are trained weights, or share the memory of some."""
-    weights = {_storage(local_shard(p)) for p in module.parameters() if p.requires_grad and _is_dense(p)}
+    weights = {_storage(local_shard(p)) for p in module.parameters() if p.requires_grad and is_dense(p)}
     found = {id(t): t for _, content in held for value in content.values() for t in _tensors(value)}
-    shared = {key for key, t in found.items() if _is_dense(t) and _storage(local_shard(t)) in weights}
+    shared = {key for key, t in found.items() if is_dense(t) and _storage(local_shard(t)) in weights}
     return shared | {key for key, t in found.items() if t.requires_grad}
 
 
@@ -258,7 +279,13 @@ def _is_other(container: Any, before: Any) -> bool:
     return len(now) != len(then) or any(k != n or v is not w for (k, v), (n, w) in zip(now, then, strict=True))
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def _is_longer(container: Any, before: Any) -> bool:
+    """Return whether things were added to a container, and none taken away."""
+    now, then = ({id(x) for x in (c.values() if isinstance(c, dict) else c)} for c in (container, before))
+    return len(container) > len(before) and then <= now
+
+
+def is_dense(tensor: Tensor) -> bool:
     """Return whether a tensor can be copied and written in place; torch refuses in-place writes to the others."""
     if type(tensor) is FakeTensor or tensor.is_nested or tensor.layout is not torch.strided or tensor.is_inference():
         return False
@@ -271,5 +298,6 @@ def _layout(tensor: Tensor) -> tuple[object, ...]:
     return tensor.shape, tensor.dtype, tensor.device
 
 
-def _place(tensor: Tensor) -> tuple[int, torch.Size]:
+def place_of(tensor: Tensor) -> tuple[int, torch.Size]:
+    """Return the address and the shape of a tensor."""
     return tensor.data_ptr(), tensor.shape

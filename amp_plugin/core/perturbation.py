@@ -218,7 +218,7 @@ class Perturbation:
         if not self._displaced:
             return
         versions = zip(self._displaced, self._moved_versions, strict=False)  # fewer versions, if an ascent failed
-        self.disturbed |= any(local_shard(p)._version != version and _is_hooked(p) for p, version in versions)
+        self.disturbed |= any(local_shard(p)._version != version and is_hooked(p) for p, version in versions)
         params = [local_tensor(p) for p in self._displaced]
         torch._foreach_copy_(params, [self._backups[id(p)] for p in self._displaced])
         # The parameter displaced first comes last: tensors in the same memory share a counter, and only the first saw
@@ -368,7 +368,7 @@ def _check_movable(param: Tensor, grad: Tensor | None) -> None:
         )
 
 
-def _is_hooked(param: Tensor) -> bool:
+def is_hooked(param: Tensor) -> bool:
     """Return whether a parameter's gradient sets something off, as it does for optimizers that step in backward."""
     hooks = [*(param._post_accumulate_grad_hooks or {}).values(), *(param._backward_hooks or {}).values()]
     return not all(getattr(hook, "only_looks", False) for hook in hooks)

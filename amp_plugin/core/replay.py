@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import random
 import sys
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, get_args
@@ -17,15 +16,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from amp_plugin.core.compilation import not_compiled
 from amp_plugin.core.deprecation import Renamed
 from amp_plugin.core.module_parts import parameters_of, parts_of
-from amp_plugin.core.module_state import (
-    Attribute,
-    ModuleState,
-    attributes_of,
-    buffers_and_frozen_of,
-    held_now,
-    trained_among,
-)
+from amp_plugin.core.module_state import ModuleState
 from amp_plugin.core.other_gradients import GradientsAside, leaves_of
+from amp_plugin.core.state_search import StateSearch
 
 BatchNormPolicy = Literal["clean", "all"]
 RngPolicy = Literal["same", "fresh"]
@@ -38,8 +31,8 @@ class ExtraPasses:
     Every pass starts from the state that the clean pass, at theta, started from, and the step ends with the state that
     the clean pass has left. State is buffers of any layer, parameters that require no gradient (a momentum encoder; but
     not where they take more memory than the trained ones, as a frozen backbone does), and detached tensors in plain
-    attributes and in containers there, which are looked for in the first clean pass, and in the first one after a layer
-    was replaced.
+    attributes and in containers there. Which of them change is looked for in the first clean pass, the second, the
+    fourth, and so on; a warning tells what is found late, and of such a backbone that a pass moves after all.
 
     Args:
         module: module whose state and whose devices' random number generators are replayed.
@@ -79,13 +72,12 @@ class ExtraPasses:
         self._known_devices: set[torch.device] = set()
         self._restore_random: list[Callable[[], object]] = []
         self._start, self._end = ModuleState(), ModuleState()
-        self._excluded: set[int] = set()  # identities of weights that a plain attribute holds too
+        self._search = StateSearch(module, buffers=batch_norm == "clean")
         self._states: dict[torch.device, Tensor] = {}  # of the devices' generators, before the first clean pass
-        self._drawing: set[torch.device] | None = None  # devices whose generator that pass drew from
+        self._drawing: set[torch.device] = set()  # devices whose generator that pass drew from
+        self._looked = False  # whether there was such a pass
         self._own: set[int] = set()  # identities of the optimizer's parameters
         self._aside: GradientsAside | None = None  # gradients of all others, in a pass of the ascent
-        self._attributes: list[Attribute] | None = None  # None until a clean pass has shown which ones change
-        self._parts: list[weakref.ref[nn.Module]] = []  # parts of the module in that pass
 
     @contextmanager
     def clean(self) -> Iterator[None]:
@@ -97,7 +89,7 @@ class ExtraPasses:
     @contextmanager
     def perturbed(self) -> Iterator[None]:
         """Guard a pass at theta + delta: replay state and random numbers, and put the state back afterwards."""
-        self._save(self._end)
+        self._search.save(self._end)
         try:
             self._replay()
             yield
@@ -133,13 +125,13 @@ class ExtraPasses:
     def seen(self) -> ModuleState:
         """Return, at the end of a perturbed forward pass, the state that its backward pass may need to find."""
         seen = ModuleState()
-        self._save(seen)
+        self._search.save(seen)
         return seen
 
     @contextmanager
     def backward(self, seen: ModuleState) -> Iterator[None]:
         """Guard the backward pass of a perturbed forward pass that is over; checkpointed layers run again in it."""
-        self._save(self._end)
+        self._search.save(self._end)
         try:
             seen.load_for_graph()
             yield
@@ -148,27 +140,24 @@ class ExtraPasses:
 
     @not_compiled
     def _begin(self) -> None:
-        parts = parts_of(self.module)
-        if not self._knows(parts):
-            self._attributes = None  # a layer was replaced, and the new one may have state of its own
-            self._held_generators = _generators_of(parts)
+        capturing = _is_capturing()
+        self._search.begin(self._start, may_wait=not capturing)
         if self.rng == "same":
-            if self._attributes is None:
+            if self._search.looks:
+                self._held_generators = _generators_of(self.module)
                 self._states = {device: _state(device) for device in self._devices()}
             generators = list(self._all_generators())
-            if _is_capturing():
+            if capturing:
                 generators = [g for g in generators if not self._is_captured(g)]
             self._restore_random = [_restorer(generator) for generator in generators]
-        self._save(self._start, parts)
 
     @not_compiled
     def _settle(self) -> None:
-        if self._attributes is None:
-            parts = parts_of(self.module)
-            self._attributes = self._start.settle_attributes(parts)
-            self._parts = [weakref.ref(part) for part in parts]
+        if self._search.looks:
+            self._search.settle(self._start)
             with _disable_current_modes():  # states are real tensors, also where a mode makes fake ones
-                self._drawing = {d for d, state in self._states.items() if not torch.equal(state, _state(d))}
+                self._drawing |= {d for d, state in self._states.items() if not torch.equal(state, _state(d))}
+            self._looked = True
 
     @not_compiled
     def _replay(self) -> None:
@@ -176,32 +165,16 @@ class ExtraPasses:
             restore()
         self._start.load()
 
-    @not_compiled
-    def _save(self, state: ModuleState, parts: list[nn.Module] | None = None) -> None:
-        parts = parts_of(self.module) if parts is None else parts
-        held = buffers_and_frozen_of(parts, buffers=self.batch_norm == "clean")
-        if self._attributes is None:  # the first pass shows which attributes change, and so are state
-            held += attributes_of(parts)
-            self._excluded = trained_among(self.module, held)
-        else:
-            held += held_now(self._attributes)
-        state.save(held, self._excluded)
-
     def _is_captured(self, generator: Any) -> bool:
         """Return whether the state of a generator cannot be read, in a CUDA graph; raise if that matters."""
         if not isinstance(generator, torch.device) or generator.type not in _CAPTURED:
             return False
-        if self._drawing is None or generator in self._drawing:
+        if not self._looked or generator in self._drawing:
             raise RuntimeError(
                 f"the passes of a captured step cannot draw the same random numbers ({type(self.module).__name__} draws"
                 f" some on {generator}): take rng='fresh', an option of ExtraPasses, of attach() and of the Trainer"
             )
         return True
-
-    def _knows(self, parts: list[nn.Module]) -> bool:
-        """Return whether these are the parts that the module had when its attributes were looked at."""
-        same = len(parts) == len(self._parts)
-        return same and all(ref() is part for ref, part in zip(self._parts, parts, strict=True))
 
     def _all_generators(self) -> Iterator[Any]:
         yield random
@@ -218,12 +191,12 @@ class ExtraPasses:
         return self._known_devices
 
 
-def _generators_of(parts: list[nn.Module]) -> list[Any]:
-    """Return the random number generators in plain attributes of the parts of a module."""
+def _generators_of(module: nn.Module) -> list[Any]:
+    """Return the random number generators in plain attributes of a module and its parts."""
     kinds: tuple[type, ...] = (torch.Generator, random.Random)
     if "numpy" in sys.modules:
         kinds += sys.modules["numpy"].random.Generator, sys.modules["numpy"].random.RandomState
-    held = (value for part in parts for value in vars(part).values())
+    held = (value for part in parts_of(module) for value in vars(part).values())
     return [g for g in held if isinstance(g, kinds) and not isinstance(g, random.SystemRandom)]
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
 from pathlib import Path
 
 import torch
 
-_OTHERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")  # "<" begins the name of no file
+# "<" begins the name of no file.
+_OTHERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), contextlib.__file__, "<")
 
 
 def warn_user(message: str, category: type[Warning] = UserWarning) -> None:

@@ -214,6 +214,134 @@ def test_a_backbone_larger_than_what_is_trained_is_not_copied() -> None:
     assert backbone.weight._version == version
 
 
+class Follows(Tiny):
+    """Frozen parameters, larger than the trained ones, that every pass moves by 1, in one of three ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.key = way, nn.Sequential(nn.Linear(9, 9)).double().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward_key(self) -> None:
+        for p in self.key.parameters():
+            if self.way == "in place":
+                p.add_(1)
+            elif self.way == "data in place":
+                p.data.add_(1)
+            else:
+                p.data = p.data + 1
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        self.forward_key()
+        return super().forward(x, y) * self.key[0].bias.sum()
+
+
+@pytest.mark.parametrize("inner_iter", [1, 2])
+@pytest.mark.parametrize("way", ["in place", "data in place", "new data"])
+def test_a_large_momentum_encoder_is_moved_once_a_step_and_told(way: str, inner_iter: int) -> None:
+    net = Follows(way)
+    amp, start = AMP(net.parameters(), 0.1, inner_iter=inner_iter), [p.clone() for p in net.key.parameters()]
+    attach(amp, net)
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        for k, batch in enumerate(tiny_batches(4), 1):
+            net(*batch).backward()
+            amp.step()
+            amp.zero_grad()
+            for p, q in zip(net.key.parameters(), start, strict=True):
+                torch.testing.assert_close(p.data, q + k)
+    (one,) = told(record, "key.0.weight (and 1 more) of Follows is frozen, but a pass moves it")
+    assert one.filename == __file__
+
+
+def test_a_large_momentum_encoder_that_starts_as_the_trained_weights_is_right_from_the_second_step_on() -> None:
+    """In the first pass the mean of two equal weights is written through `.data`, which leaves no trace at all."""
+
+    class Net(Tiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.keys = nn.ModuleList(copy.deepcopy(self.first) for _ in range(4)).requires_grad_(False)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            for key in self.keys:
+                for k, q in zip(key.parameters(), self.first.parameters(), strict=True):
+                    k.data.lerp_(q.data, 0.5)
+            return super().forward(x, y)
+
+    net = Net()
+    amp = AMP(net.parameters(), 0.1)
+    attach(amp, net)
+    for step, batch in enumerate(tiny_batches(4)):
+        expected = [
+            [k.lerp(q, 0.5) for k, q in zip(key.parameters(), net.first.parameters(), strict=False)] for key in net.keys
+        ]
+        net(*batch).backward()
+        amp.step()
+        amp.zero_grad()
+        if step:
+            torch.testing.assert_close([list(key.parameters()) for key in net.keys], expected, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("begins", [2, 3, 4, 9])
+def test_state_that_begins_to_change_later_is_replayed_from_the_next_look_on_and_told(begins: int) -> None:
+    class Net(Tiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = nn.Identity()
+            self.part.total = torch.zeros(())  # type: ignore[assignment]
+            self.begun = False
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            if self.begun:
+                self.part.total = self.part.total + 1
+            return super().forward(x, y)
+
+    net, totals = Net(), []
+    amp = AMP(net.parameters(), 0.1)
+    attach(amp, net)
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        for k, batch in enumerate(tiny_batches(20), 1):
+            net.begun = k >= begins
+            before = float(net.part.total)  # type: ignore[arg-type]
+            net(*batch).backward()
+            amp.step()
+            amp.zero_grad()
+            totals.append(float(net.part.total) - before)  # type: ignore[arg-type]
+    look = next(n for n in (1, 2, 4, 8, 16) if n >= begins)
+    assert totals == [0] * (begins - 1) + [2] * (look - begins) + [1] * (21 - look)
+    words = "part.total of Net changes in a pass, which is seen only now"
+    assert len(told(record, words)) == (look > 2)
+
+
+@pytest.mark.parametrize("cleared", ["never", "by the loop", "by the module"])
+def test_a_list_of_tensors_with_graphs_that_every_pass_makes_longer_is_told(cleared: str) -> None:
+    class Net(Tiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.losses: list[Tensor] = []
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            if cleared == "by the module":
+                self.losses.clear()
+            loss = super().forward(x, y)
+            self.losses.append(loss)
+            return loss
+
+    net = Net()
+    amp = AMP(net.parameters(), 0.1)
+    attach(amp, net)
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        for batch in tiny_batches(5):
+            net(*batch).backward()
+            amp.step()
+            amp.zero_grad()
+            if cleared == "by the loop":
+                net.losses.clear()
+    assert len(told(record, "losses of Net grows in every pass of a step")) == (cleared != "by the module")
+
+
 # --- gradients of others
 
 

@@ -740,7 +740,7 @@ def test_a_step_that_skips_a_micro_batch_skips_it_in_every_pass() -> None:
 def test_a_step_that_skips_a_whole_batch_is_told() -> None:
     data = batches(3)
     data[1][1][0] = 0
-    with pytest.raises(RuntimeError, match="found no gradient"):
+    with pytest.warns(RuntimeWarning, match="a pass left no gradient to ascend along"):
         trained_by(Skips, Net([]), [{"x": x, "labels": y} for x, y in data])
 
 
@@ -799,7 +799,7 @@ def test_a_model_that_was_copied_after_the_optimizer_was_made_is_refused_or_told
         with pytest.warns(RuntimeWarning, match="a pass left no gradient to ascend along"):
             amp.step(lambda: net(*batch)["loss"].backward())
     elif door == "passes":
-        with pytest.raises(RuntimeError, match="found no gradient"):
+        with pytest.warns(RuntimeWarning, match="a pass left no gradient to ascend along"):
             pass_by_hand()
     else:
         with pytest.raises(ValueError, match="not in the module"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import random
 import tempfile
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -128,6 +128,37 @@ class Hidden(Kind):
         return y
 
 
+class History(Kind):
+    """Features of earlier batches in a list that grows and is empty at first, or in lists in a dictionary."""
+
+    def __init__(self, *, nested: bool) -> None:
+        super().__init__()
+        self.nested = nested
+        self.bank: Any = defaultdict(list) if nested else []
+
+    def forward(self, h: Tensor) -> Tensor:
+        bank = self.bank["features"] if self.nested else self.bank
+        y = h + 0.1 * torch.stack([h.detach()[0], *bank]).sum(0)
+        bank.append(h.detach()[0])
+        return y
+
+
+class Late(Kind):
+    """A mean of features in a plain attribute, which is a number until the second batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean: Any = 0.0
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, h: Tensor) -> Tensor:
+        y = h + self.mean
+        if self.seen > 0:
+            self.mean = 0.5 * self.mean + h.detach().mean(0)
+        self.seen += 1
+        return y
+
+
 class Centre(Kind):
     """A running centre in a parameter that requires no gradient, and a count of batches in another."""
 
@@ -184,6 +215,9 @@ KINDS: dict[str, Callable[[], Kind]] = {
     "observer": Observer,
     "codebook": Codebook,
     "hidden state": Hidden,
+    "history": lambda: History(nested=False),
+    "history in a dictionary": lambda: History(nested=True),
+    "mean from the second batch on": Late,
     "centre": Centre,
     "spectral norm": Spectral,
     "masks of torch": lambda: Masks("torch"),
