@@ -351,6 +351,7 @@ class AMP(OptimizerWrapper):
         super().add_param_group(param_group)
         self.selection.choose_anew(self.param_groups)
 
+    @not_compiled
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients, also those that :meth:`step` keeps aside for the descent."""
         self.progress.drop_gradients()
