@@ -16,7 +16,8 @@ def parts_of(module: nn.Module) -> list[nn.Module]:
         part = waiting.pop()
         if id(part) not in found:
             found[id(part)] = part
-            waiting += [child for child in reversed(part._modules.values()) if child is not None]
+            if part._modules:  # most have none
+                waiting += [child for child in reversed(part._modules.values()) if child is not None]
     return list(found.values())
 
 
