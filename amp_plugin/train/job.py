@@ -156,7 +156,7 @@ def report(metrics: dict[str, float], where: str, folder: Path) -> None:
         f"{where} error": f"{metrics['eval_error']:.2f} %",
         f"{where} NLL": f"{metrics['eval_nll']:.4f}",
         f"{where} ECE": f"{metrics['eval_ece']:.4f}",
-        "sharpness": f"{metrics['sharpness']:.4f}" if "sharpness" in metrics else "- (no AMP)",
+        "sharpness": f"{metrics['sharpness']:.4f}" if "sharpness" in metrics else "- (none logged)",
         "time": f"{metrics['seconds']:.0f} s",
     }
     print(f"{table(rows)}\nmodel: {folder}")
