@@ -97,7 +97,9 @@ def test_scalar_parameter() -> None:
 
 
 def test_a_zero_gradient_moves_nothing() -> None:
-    assert moved(Perturbation(), torch.ones(3), torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]
+    perturbation = Perturbation()
+    assert moved(perturbation, torch.ones(3), torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]
+    assert perturbation.was_finite(), "the step is not skipped"
 
 
 @pytest.mark.parametrize("norm", ["tensor", "global"])
