@@ -109,7 +109,7 @@ PITFALLS = [
         "google-deepmind/optax#1743",
         "core/perturbation.py",
         ".reciprocal().clamp_(max=1.0)",
-        ".reciprocal()",
+        ".div(length.square()).clamp_(max=1.0)",
         "core/test_perturbation.py::test_a_zero_gradient_moves_nothing",
     ),
     Pitfall(
