@@ -52,6 +52,14 @@ def _accelerate_starts_afresh() -> None:
 
 
 @pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """One process, which is a group."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
 def ctrl_c() -> Iterator[None]:
     """SIGINT is a KeyboardInterrupt, also where the tests run in the background and a shell has had it ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
+from amp_plugin.core.outputs import attributes_in
+
 
 def map_tensors(function: Callable[[Any], Any], batch: Any) -> Any:
     """Return nested containers like these, with the function's value in place of each thing in them."""
@@ -86,7 +88,7 @@ def _leaves(thing: Any, seen: set[int]) -> Iterator[Any]:
     elif isinstance(thing, (tuple, list, set, frozenset)):
         parts = thing
     elif _is_holder(thing):
-        parts = _attributes(thing)
+        parts = [value for _, _, value in attributes_in(thing)]
     else:
         return
     if id(thing) not in seen:  # an object may hold itself
@@ -99,13 +101,6 @@ def _is_holder(thing: Any) -> bool:
     """Return whether a thing is an object whose attributes belong to the batch."""
     has_attributes = hasattr(thing, "__dict__") or hasattr(thing, "__slots__")
     return has_attributes and not isinstance(thing, (type, Tensor, nn.Module)) and not callable(thing)
-
-
-def _attributes(thing: Any) -> list[Any]:
-    """Return the values of an object's attributes, in its dictionary and in slots."""
-    slots = [getattr(cls, "__slots__", ()) for cls in type(thing).__mro__]
-    names = [name for found in slots for name in ([found] if isinstance(found, str) else found)]
-    return [*getattr(thing, "__dict__", {}).values(), *(getattr(thing, name) for name in names if hasattr(thing, name))]
 
 
 def is_array(thing: Any) -> bool:

@@ -59,7 +59,7 @@ class _Exchange:
                 old = thing[key]
                 if (new := self(old)) is not old:
                     thing[key] = new
-        for holder, name, old in _attributes(thing):
+        for holder, name, old in attributes_in(thing):
             if (new := self(old)) is old:
                 continue
             if holder is None:
@@ -73,7 +73,7 @@ class _Exchange:
         return thing
 
 
-def _attributes(thing: Any) -> Iterator[tuple[dict[str, Any] | None, str, Any]]:
+def attributes_in(thing: Any) -> Iterator[tuple[dict[str, Any] | None, str, Any]]:
     """Yield the attributes of an object: the dictionary that holds it, None for a slot; its name; its value."""
     if callable(thing):
         return

@@ -72,11 +72,11 @@ def global_norms(norms: Tensor, split: Split | None) -> Tensor:
     """Return the L2 norms of whole tensors, shape (tensors,), from the norms of the parts that this process holds.
 
     Each dimension that splits costs one collective, which all processes of the mesh have to enter. Every process gets
-    the same result, so a NaN in one part is seen by all; the squares overflow only where one process's would.
+    the same result, so a NaN in one part is seen by all.
     """
     if split is None:
         return norms
-    squares = norms.square()
+    squares = norms.double().square()  # of one type in all processes, whose own norms need not be; and no overflow
     for dim in split.dims:
         torch.distributed.all_reduce(squares, group=split.mesh.get_group(dim))
     return squares.sqrt()

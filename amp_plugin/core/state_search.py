@@ -28,10 +28,10 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class StateSearch:
-    """What is saved of a module around a pass. The search goes on in the clean passes 1, 2, 4, 8, and so on.
+    """A `StateSearch` decides what is saved of a module around a pass, by what the clean passes 1, 2, 4, 8, ... change.
 
-    In between nothing is added to a step. A warning tells what is found so late that it was not replayed before. When a
-    layer is replaced the search begins anew.
+    The search adds nothing to the steps in between. A warning tells what was found so late that it had not been
+    replayed before. The search begins anew when a layer is replaced.
 
     Args:
         module: module whose state is looked for.

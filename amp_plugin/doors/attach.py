@@ -29,7 +29,7 @@ from amp_plugin.core.outputs import graph_tensors
 from amp_plugin.core.replay import BatchNormPolicy, ExtraPasses, RngPolicy
 from amp_plugin.core.sharding import is_distributed
 from amp_plugin.doors.perturbed_backward import AtDisplacement, PerturbedBackward
-from amp_plugin.doors.window import ascend_over, trained_beside
+from amp_plugin.doors.window import ascend_over
 
 # The attachment, in this thread, whose module is between the begin and the end of its perturbed forward pass.
 _running: ContextVar[Attachment | None] = ContextVar("running", default=None)
@@ -263,7 +263,7 @@ class Attachment:
     def _passes(self, amp: AMP, passes: ExtraPasses, module: nn.Module, args: Any, kwargs: Any) -> _Passes:
         """Make the ascent; return the number of its passes."""
         made, self.loss = 0, None
-        if all(p.grad is None for p in trained_beside(amp, module)):
+        if not amp.gradients() and all(p.grad is None for p in parameters_of(module)):
             amp.zero_grad()  # forget a step that the gradient scaler skipped
         ddp = data_parallel(module)
         if ddp is not None and ddp.static_graph:

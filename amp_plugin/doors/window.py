@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from amp_plugin.core.distributed import average_gradients, data_parallel, share_overflow
 from amp_plugin.core.inputs import BatchWatch
-from amp_plugin.core.module_parts import parameters_of
 from amp_plugin.core.optimizer import AMP
 from amp_plugin.core.other_gradients import GradientsAside
 from amp_plugin.core.replay import ExtraPasses
@@ -73,12 +72,6 @@ def ascend_over(
 def note_idle(amp: AMP) -> None:
     """Note, after all passes of a step, if none has left a gradient: ``step()`` does nothing then, which is right."""
     amp.progress.idle = not amp.gradients()
-
-
-def trained_beside(amp: AMP, model: nn.Module) -> list[Tensor]:
-    """Return the parameters of the optimizer and of the model, which other optimizers may train."""
-    own = (p for group in amp.param_groups for p in group["params"])
-    return list({id(p): p for p in (*parameters_of(model), *own)}.values())  # by id, because torch hashes in Python
 
 
 def _perturbed(amp: AMP) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,13 @@ def test_a_nan_in_the_part_of_one_process_makes_all_skip_the_step(norm: str, bad
     ascents, step, next_step = [bad_ascent > 0, False], False, True
     for seen in two:
         assert seen[f"NaN in ascent {bad_ascent}, {norm}"] == {"moved": [*ascents, step, next_step], "skipped": 1}
+
+
+@pytest.mark.parametrize("entry", [1.0, 1e20, math.nan])
+def test_norms_of_float32_parts_add_up_whatever_one_process_finds_in_its_own(entry: float, two: Facts) -> None:
+    for facts in two:
+        expected = 0.5 if math.isfinite(entry) else 0.0
+        assert facts[f"entry {entry}"] == {"length": pytest.approx(expected), "finite": math.isfinite(entry)}
 
 
 @pytest.mark.parametrize("reshard", [True, False])

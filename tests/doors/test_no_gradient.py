@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from stateful import EPSILON, INNER_LR, LR, SGD_OF_TRAINER, trainer_settings
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 from amp_plugin import AMP, AMPTrainer, AMPTrainingArguments, amp_backward, attach
 
-LR, OPTIONS = 0.1, {"epsilon": 0.3, "inner_lr": 0.5}
+OPTIONS = {"epsilon": EPSILON, "inner_lr": INNER_LR}
 Batch = tuple[Tensor, Tensor]
 
 
@@ -118,31 +118,14 @@ def _by_trainer(kind: type[Trainer], args: TrainingArguments, net: Net, data: li
     InOrder(model=net, args=args, train_dataset=list(range(len(data))), data_collator=collate, **kwargs).train()
 
 
-def _settings(data: list[Batch]) -> dict[str, Any]:
-    return {
-        "output_dir": tempfile.gettempdir(),  # nothing is written
-        "learning_rate": LR,
-        "lr_scheduler_type": "constant",
-        "max_steps": len(data),
-        "max_grad_norm": 0.0,
-        "per_device_train_batch_size": 1,
-        "use_cpu": True,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-    }
-
-
 def by_amp_trainer(net: Net, data: list[Batch], parameters: str | None = None) -> None:
     options = {"amp_parameters": parameters, **{f"amp_{name}": value for name, value in OPTIONS.items()}}
-    sgd = {"optim": "amp", "optim_args": "momentum=0.0,nesterov=False"}
-    _by_trainer(AMPTrainer, AMPTrainingArguments(**_settings(data), **sgd, **options), net, data)
+    _by_trainer(AMPTrainer, AMPTrainingArguments(**trainer_settings(len(data)), **SGD_OF_TRAINER, **options), net, data)
 
 
 def by_stock_trainer(net: Net, data: list[Batch], **kwargs: Any) -> None:
     amp = _amp(net, **kwargs)
-    args = TrainingArguments(**_settings(data))
+    args = TrainingArguments(**trainer_settings(len(data)))
     _by_trainer(Trainer, args, net, data, optimizers=(amp, LambdaLR(amp, lambda _: 1.0)))
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import random
-import tempfile
 import warnings
 from collections import UserDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +23,7 @@ from stateful import (
     HIDDEN,
     INNER_LR,
     LR,
+    SGD_OF_TRAINER,
     Batch,
     Kind,
     Net,
@@ -32,6 +31,7 @@ from stateful import (
     by_hand,
     difference,
     seed,
+    trainer_settings,
 )
 from torch import Tensor, nn
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
@@ -554,13 +554,6 @@ def test_a_batch_that_the_loop_skips_leaves_nothing(door: str, try_batch: Any, s
 # --- optimizers around AMP, and AMP around AMP
 
 
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.usefixtures("process_group")
 def test_local_sgd_around_amp() -> None:
     net = Net([])
@@ -673,23 +666,8 @@ def _mixed(net: Net, x: Tensor, y: Tensor) -> Tensor:
 
 
 def trained_by(kind: type[_InOrder], model: nn.Module, rows: Sequence[Any], **kwargs: Any) -> None:
-    settings: dict[str, Any] = {
-        "output_dir": tempfile.gettempdir(),  # nothing is written
-        "optim": "amp",
-        "optim_args": "momentum=0.0,nesterov=False",
-        "learning_rate": LR,
-        "lr_scheduler_type": "constant",
-        "amp_epsilon": EPSILON,
-        "amp_inner_lr": INNER_LR,
-        "max_steps": len(rows),
-        "max_grad_norm": 0.0,
-        "per_device_train_batch_size": 1,
-        "use_cpu": True,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-    }
+    ball = {"amp_epsilon": EPSILON, "amp_inner_lr": INNER_LR}
+    settings = {**trainer_settings(len(rows)), **SGD_OF_TRAINER, **ball}
     args = AMPTrainingArguments(**{**settings, **kwargs})
     trainer = kind(model=model, args=args, train_dataset=rows, data_collator=lambda whole: whole[0])  # type: ignore[arg-type]
     seed_at_first = trainer.get_batch_samples

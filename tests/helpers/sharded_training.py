@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_module, distribu
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from amp_plugin import AMP, LossModule, attach
+from amp_plugin import AMP, LossModule, Perturbation, attach
+from amp_plugin.core.perturbation import Ascent
 
 PATIENCE = timedelta(minutes=2)  # with a process that does not come to a collective
 STEPS = 10
@@ -330,6 +331,17 @@ def attached_too_early(case: Case) -> str:
     return ""
 
 
+def entry_of_one_process(entry: float) -> dict[str, Any]:
+    """One process's part of a float32 gradient holds a number that is not finite, or whose square is not."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight, grad = torch.zeros(4, 3), torch.ones(4, 3)
+    grad[0, 0] = entry
+    param, part = (distribute_tensor(t, mesh, [Shard(0)]) for t in (weight, grad))
+    ball = Perturbation()
+    ball.ascend([Ascent(param, part, 1.0, 0.5)])
+    return {"length": param.full_tensor().norm().item(), "finite": ball.was_finite()}
+
+
 def collectives(case: Case) -> dict[str, int]:
     """How many times one ascent communicates."""
     run, (batch,) = Run(case), batches(steps=1)
@@ -348,6 +360,7 @@ def all_facts(world: int) -> dict[str, Any]:
             facts |= {f"{name}, {norm}": check(Case(norm, 2, door="ascend()")) for norm in NORMS}
         for reshard in (True, False):
             facts[f"failing closure, {reshard}"] = failing_closure(Case("tensor", 2, reshard_after_forward=reshard))
+        facts |= {f"entry {entry}": entry_of_one_process(entry) for entry in (1.0, 1e20, torch.nan)}
         facts["no sync"] = no_sync(Case("tensor"))
         facts["attached root"] = attached_root(Case("tensor", 2, reshard_after_forward=False))
         facts["attached too early"] = attached_too_early(Case("tensor"))

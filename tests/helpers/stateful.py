@@ -469,6 +469,26 @@ class _SeedAtFirstStep(TrainerCallback):
             seed()
 
 
+SGD_OF_TRAINER = {"optim": "amp", "optim_args": "momentum=0.0,nesterov=False"}
+
+
+def trainer_settings(steps: int) -> dict[str, Any]:
+    """Options of a Trainer that makes plain steps at a constant rate, one row a batch, and leaves nothing behind."""
+    return {
+        "output_dir": tempfile.gettempdir(),  # nothing is written
+        "learning_rate": LR,
+        "lr_scheduler_type": "constant",
+        "max_steps": steps,
+        "max_grad_norm": 0.0,
+        "per_device_train_batch_size": 1,
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }
+
+
 def by_trainer(
     net: nn.Module,
     data: Sequence[Batch],
@@ -478,27 +498,16 @@ def by_trainer(
     norm: str = "tensor",
     autocast: bool = False,
 ) -> None:
-    settings: dict[str, Any] = {
-        "output_dir": tempfile.gettempdir(),  # nothing is written
-        "optim": "amp",
-        "optim_args": "momentum=0.0,nesterov=False",
-        "learning_rate": LR,
-        "lr_scheduler_type": "constant",
+    settings = {
+        **trainer_settings(len(data)),
+        **SGD_OF_TRAINER,
         "amp_epsilon": EPSILON,
         "amp_inner_lr": INNER_LR,
         "amp_inner_iter": inner_iter,
         "amp_ascent": ascent,
         "amp_norm": norm,
         "bf16": autocast,
-        "max_steps": len(data),
-        "max_grad_norm": 0.0,
-        "per_device_train_batch_size": 1,
-        "use_cpu": True,
-        "report_to": [],
-        "save_strategy": "no",
         "logging_steps": len(data),
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
         "seed": 5,
     }
     names = ("box",) if isinstance(net, Boxed) else ("x", "labels")
