@@ -17,7 +17,8 @@ from amp_plugin.core.optimizer import AMP
 from amp_plugin.core.perturbation import Perturbation
 from amp_plugin.core.replay import ExtraPasses
 from amp_plugin.doors.accelerate import amp_backward, watch_accelerate
-from amp_plugin.doors.attach import Attachment, attach, detach
+from amp_plugin.doors.attach import attach, detach
+from amp_plugin.doors.attachment import Attachment
 from amp_plugin.doors.stock_trainer import watch_trainer
 from amp_plugin.doors.timm import register_optimizers
 from amp_plugin.doors.timm_tasks import watch_tasks

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from amp_plugin.core.bucket import Ascent
 from amp_plugin.core.norms import LOW_PRECISION
-from amp_plugin.core.perturbation import Ascent, is_hooked
+from amp_plugin.core.perturbation import is_hooked
 from amp_plugin.core.step import Step
 from amp_plugin.core.warn import warn_user
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from amp_plugin.core.async_scalar import AsyncScalar
+from amp_plugin.core.bucket import Ascent
 from amp_plugin.core.norms import norms_of, overall_norm
-from amp_plugin.core.perturbation import Ascent, Perturbation
+from amp_plugin.core.perturbation import Perturbation
 from amp_plugin.core.sharding import is_distributed
 
 _SMALL = 1e-3  # a displacement below this share of the weights may change no gradient that float32 can show

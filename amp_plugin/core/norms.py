@@ -40,7 +40,7 @@ def norms_of(tensors: list[Tensor]) -> Tensor:
         norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
         if all(map(math.isfinite, norms.tolist())):
             return norms
-    return torch.stack(torch._foreach_norm(tensors, 2, dtype=None if device.type == "mps" else torch.float64))
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32 if device.type == "mps" else torch.float64))
 
 
 def overall_norm(norms: Sequence[Tensor]) -> Tensor:

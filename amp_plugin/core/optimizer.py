@@ -22,13 +22,12 @@ from torch.optim import SGD
 from torch.optim.optimizer import ParamsT
 from torch.utils._pytree import tree_map_only
 
-from amp_plugin.core import complaints, explicit_passes, grad_scaler
+from amp_plugin.core import closure_passes, complaints, explicit_passes, grad_scaler
 from amp_plugin.core.base_optimizer import OptimizerFactory, make_base
 from amp_plugin.core.checks import check_count, check_not_negative
 from amp_plugin.core.compilation import not_compiled
 from amp_plugin.core.delta_check import DeltaCheck
 from amp_plugin.core.deprecation import Renamed
-from amp_plugin.core.distributed import in_process_group
 from amp_plugin.core.explicit_passes import Batches, Scale
 from amp_plugin.core.fused import step_where_finite
 from amp_plugin.core.other_gradients import OthersCheck
@@ -173,35 +172,7 @@ class AMP(OptimizerWrapper):
         self._descend(trains)
         return tree_map_only(Tensor, Tensor.detach, result)
 
-    def _passes_by_closure(self, closure: Callable[[], Any], passes: ExtraPasses | None) -> Any:
-        """Make all passes of a step by calls of the closure; return what the first call returned."""
-        if self.progress.moved:
-            self.restore()
-            raise RuntimeError("step(closure) after ascend(): call step() without a closure; the ascent was dropped")
-        step, ascends, ascended = self.progress, self.ascends, False
-        results: list[Any] = []
-        step.set_aside = {p: p.grad for p in self._params() if p.grad is not None} if ascends else {}
-        try:
-            if ascends:
-                self._set_gradients({})
-            for _ in self.passes_of_step(None, prune=not in_process_group(), passes=passes):
-                results.append(closure())
-                ascended |= bool(self.gradients())
-            if ascends:
-                self._set_gradients(step.set_aside)
-            before, versions = step.set_aside, [grad._version for grad in step.set_aside.values()]
-            with passes.nth(len(results)) if passes else nullcontext():
-                results.append(closure())
-            complaints.check_closure_gradients(self, ascended, before, versions)
-            self.restore()
-        except BaseException:
-            self.restore()
-            self._set_gradients({})
-            self._end_step()
-            raise
-        finally:
-            step.set_aside = None
-        return results[0]
+    _passes_by_closure = closure_passes.passes_by_closure
 
     def passes_of_step(
         self, batches: Batches, grad_scale: Scale = 1.0, *, prune: bool = True, passes: ExtraPasses | None = None

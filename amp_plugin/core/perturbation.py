@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from amp_plugin.core.async_scalar import AsyncScalar
+from amp_plugin.core.bucket import Ascent, Bucket, check_movable
 from amp_plugin.core.compilation import not_compiled
-from amp_plugin.core.norms import all_true, local_tensor, norm_dtype, norms_of, overall_norm
-from amp_plugin.core.sharding import Split, global_norms, local_shard, redistribute_like, split_of
+from amp_plugin.core.norms import all_true, local_tensor, norms_of, overall_norm
+from amp_plugin.core.sharding import global_norms, local_shard, redistribute_like, split_of
 from amp_plugin.core.shared_memory import clone_overlapping
 
 Norm = Literal["tensor", "global"]
@@ -29,22 +30,6 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Version counters of displaced weights. They start out of reach of the small numbers that ordinary changes count to,
 # and leave room between them for the changes that a module makes to its own weights (nn.Embedding's max_norm).
 _displacements = itertools.count(2**31, 64)
-
-
-class Ascent(NamedTuple):
-    """What one parameter contributes to an ascent step.
-
-    Attributes:
-        param: parameter of any shape; complex numbers count as pairs of reals.
-        grad: gradient of the same shape, which the step **overwrites**; None if the parameter received none.
-        inner_lr: step length (zeta in the paper), > 0; or < 0 to go downhill, the worst direction when maximising.
-        epsilon: radius of the ball, in the units of the weights, > 0.
-    """
-
-    param: Tensor
-    grad: Tensor | None
-    inner_lr: float
-    epsilon: float
 
 
 class Displacement(NamedTuple):
@@ -69,26 +54,6 @@ class Displacement(NamedTuple):
     def was_finite(self) -> bool:
         """Return whether all gradients of the ascent were finite; wait for the device if that is not known yet."""
         return self.flag is None or bool(self.flag.value())
-
-
-class _Bucket(NamedTuple):
-    """Parameters that one batched kernel can treat together, as local real tensors.
-
-    Attributes:
-        inner_lr: step length of all these parameters.
-        epsilon: radius of their balls.
-        split: processes that the parameters are split between; None if each process has all of them.
-        params: values of the parameters, in their own storage.
-        backups: copies of theta.
-        deltas: gradients at first, then steps, then displacements, in the storage of the gradients.
-    """
-
-    inner_lr: float
-    epsilon: float
-    split: Split | None
-    params: list[Tensor]
-    backups: list[Tensor]
-    deltas: list[Tensor]
 
 
 class Perturbation:
@@ -162,12 +127,12 @@ class Perturbation:
         # 1. The steps: delta + inner_lr * grad / grad_scale. In the first ascent delta is 0, so the bare gradients stay
         # in b.deltas, and `factors` waits for the one multiplication in 3. The division by grad_scale comes last: so a
         # grad_scale that is a power of two changes no bit of the result.
-        divisors = [_on_device(grad_scale, b) for b in buckets]
+        divisors = [b.beside(grad_scale) for b in buckets]
         factors: list[Any] = [b.inner_lr / d for b, d in zip(buckets, divisors, strict=True)]  # floats or 0-d tensors
         in_radii: list[Any] = [abs(b.inner_lr) / b.epsilon / d for b, d in zip(buckets, divisors, strict=True)]
         if again:
             for b, factor in zip(buckets, factors, strict=True):
-                torch._foreach_mul_(b.deltas, factor.to(_wide(b)) if isinstance(factor, Tensor) else factor)
+                torch._foreach_mul_(b.deltas, factor.to(b.factor_dtype) if isinstance(factor, Tensor) else factor)
                 torch._foreach_add_(b.deltas, b.params)
                 torch._foreach_sub_(b.deltas, b.backups)
             factors, in_radii = [1.0 for _ in buckets], [1.0 / b.epsilon for b in buckets]
@@ -183,7 +148,7 @@ class Perturbation:
         # is what shrinks to NaN or to 0. So does a gradient that is too large for any factor of its type.
         lengths = [ratio if overall is None else overall.to(ratio.device) for ratio in ratios]
         shrinks = [
-            self._share(length).mul_(factor).to(_wide(b))
+            self._share(length).mul_(factor).to(b.factor_dtype)
             for b, factor, length in zip(buckets, factors, lengths, strict=True)
         ]
         descends = [b.inner_lr < 0 and not again for b in buckets]
@@ -313,13 +278,13 @@ class Perturbation:
         This is called twice in an ascent: before the steps are measured, and after they are projected.
         """
 
-    def _buckets(self, ascents: Iterable[Ascent]) -> list[_Bucket]:
+    def _buckets(self, ascents: Iterable[Ascent]) -> list[Bucket]:
         """Back up parameters that are not displaced yet; group all by device, dtype, hyper-parameters and sharding."""
-        buckets: dict[tuple[object, ...], _Bucket] = {}
+        buckets: dict[tuple[object, ...], Bucket] = {}
         entering: dict[Tensor, int] = {}
         known, ascents = len(self._backups), list(ascents)
         for param, grad, inner_lr, epsilon in ascents:
-            _check_movable(param, grad)
+            check_movable(param, grad)
             plain = local_tensor(param)
             if param not in self._displaced:
                 if grad is None:
@@ -328,7 +293,7 @@ class Perturbation:
             split = split_of(param)
             delta = torch.zeros_like(plain) if grad is None else local_tensor(redistribute_like(grad, param))
             key = (plain.device, plain.dtype, delta.dtype, inner_lr, epsilon, split)
-            bucket = buckets.setdefault(key, _Bucket(inner_lr, epsilon, split, [], [], []))
+            bucket = buckets.setdefault(key, Bucket(inner_lr, epsilon, split, [], [], []))
             bucket.params.append(plain)
             bucket.backups.append(self._backup(param, plain))
             bucket.deltas.append(delta)
@@ -358,33 +323,10 @@ def clear_weight_caches() -> None:
     parametrize._cache.clear()
 
 
-def _check_movable(param: Tensor, grad: Tensor | None) -> None:
-    if hasattr(param, "_fsdp_flattened"):  # its norm would be that of this process's piece of a flat buffer
-        raise RuntimeError("AMP does not support FullyShardedDataParallel (FSDP1); use fully_shard (FSDP2) or DDP")
-    if grad is not None and grad.layout != torch.strided:
-        raise RuntimeError(
-            f"AMP does not support sparse gradients (parameter of shape {tuple(param.shape)}); make them dense, e.g."
-            " nn.Embedding(sparse=False), or put the parameter in a group with epsilon=0"
-        )
-
-
 def is_hooked(param: Tensor) -> bool:
     """Return whether a parameter's gradient sets something off, as it does for optimizers that step in backward."""
     hooks = [*(param._post_accumulate_grad_hooks or {}).values(), *(param._backward_hooks or {}).values()]
     return not all(getattr(hook, "only_looks", False) for hook in hooks)
-
-
-def _on_device(grad_scale: float | Tensor, bucket: _Bucket) -> float | Tensor:
-    """Return the scale, if it is a tensor, beside the gradients and in the type of their norms."""
-    if isinstance(grad_scale, Tensor):
-        device = bucket.deltas[0].device
-        return grad_scale.to(device, torch.promote_types(_wide(bucket), norm_dtype(device)))
-    return grad_scale
-
-
-def _wide(bucket: _Bucket) -> torch.dtype:
-    """Return the type of the numbers that deltas are multiplied by: their own, or float32 for 16-bit ones."""
-    return torch.promote_types(bucket.deltas[0].dtype, torch.float32)
 
 
 def _are_factors(shrink: Tensor) -> Tensor:

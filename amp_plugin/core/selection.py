@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
+from amp_plugin.core.bucket import Ascent
 from amp_plugin.core.checks import check_not_negative
-from amp_plugin.core.perturbation import Ascent
 from amp_plugin.core.sharding import is_distributed
 from amp_plugin.core.shared_memory import overwritable_gradient
 from amp_plugin.suggest import did_you_mean

@@ -12,7 +12,8 @@ from transformers.utils import logging
 
 from amp_plugin.core.find import find_amp
 from amp_plugin.core.optimizer import AMP
-from amp_plugin.doors.attach import Attachment, attach, attachments
+from amp_plugin.doors.attach import attach, attachments
+from amp_plugin.doors.attachment import Attachment
 
 logger = logging.get_logger(__name__)
 

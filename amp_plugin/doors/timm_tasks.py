@@ -16,7 +16,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from amp_plugin.core.compilation import not_compiled, not_compiled_itself
 from amp_plugin.core.optimizer import AMP, _instances
-from amp_plugin.doors.attach import Attachment, attach
+from amp_plugin.doors.attach import attach
+from amp_plugin.doors.attachment import Attachment
 
 _logger = logging.getLogger(__name__)
 

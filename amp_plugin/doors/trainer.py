@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from amp_plugin.core.find import find_amp
@@ -28,6 +28,7 @@ from amp_plugin.doors.means import Means
 from amp_plugin.doors.num_items import uses_num_items
 from amp_plugin.doors.trainer_mixin import TrainerMixin
 from amp_plugin.doors.trainer_window import (
+    EndOfEpoch,
     TrainingStep,
     Window,
     backward_observed,
@@ -88,7 +89,7 @@ class AMPMixin(TrainerMixin):
                 f" {self.args.optim!r}; optim='amp_{self.args.optim}' trains with it"
             )
         self.remove_callback(AttachCallback)  # this callback is for a Trainer without the mixin
-        self.callback_handler.callbacks.insert(0, _EndOfEpoch(self))
+        self.callback_handler.callbacks.insert(0, EndOfEpoch(self))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let a subclass's own `training_step` and `_prepare_inputs` take part in every pass of a step."""
@@ -326,15 +327,3 @@ class AMPMixin(TrainerMixin):
         for reason, applies in reasons.items():
             if applies:
                 raise ValueError(f"--optim {self.args.optim} does not work exactly with {reason}")
-
-
-class _EndOfEpoch(TrainerCallback):
-    """Ends a window that a stop has cut short, so that the save which follows finds the unperturbed weights."""
-
-    def __init__(self, trainer: AMPMixin) -> None:
-        self._trainer = trainer
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._trainer._end_amp_window()

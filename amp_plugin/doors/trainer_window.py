@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 if TYPE_CHECKING:
     from amp_plugin.doors.trainer import AMPMixin
@@ -72,7 +73,7 @@ def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
 @contextmanager
 def backward_observed(accelerator: Accelerator, observe: Callable[[Tensor], None]) -> Iterator[None]:
     """Let a function see every loss before accelerate makes its backward pass."""
-    backward = accelerator.backward
+    backward, own = accelerator.backward, vars(accelerator).get("backward")  # the user may have set one
 
     @functools.wraps(backward)
     def observed(loss: Tensor, **kwargs: Any) -> None:
@@ -84,3 +85,18 @@ def backward_observed(accelerator: Accelerator, observe: Callable[[Tensor], None
         yield
     finally:
         del accelerator.backward
+        if own is not None:
+            vars(accelerator)["backward"] = own
+
+
+class EndOfEpoch(TrainerCallback):
+    """Ends a window that a stop has cut short, so that the save which follows finds the unperturbed weights."""
+
+    def __init__(self, trainer: AMPMixin) -> None:
+        self._trainer = trainer
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End the window."""
+        self._trainer._end_amp_window()

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from amp_plugin.core.bucket import Ascent
 from amp_plugin.core.norms import norms_of, overall_norm
-from amp_plugin.core.perturbation import Ascent, Norm, Perturbation
+from amp_plugin.core.perturbation import Norm, Perturbation
 from amp_plugin.flatness.objective import Objective, progress_bar
 
 

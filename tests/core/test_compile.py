@@ -19,7 +19,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.nn import functional as F
 
 from amp_plugin import AMP, LossModule, Perturbation, attach
-from amp_plugin.core.perturbation import Ascent
+from amp_plugin.core.bucket import Ascent
 
 STEPS, INNER_ITER = 10, 2
 Way = Callable[[nn.Module, AMP, Any], Step]  # given a model, its optimizer and a backend

@@ -16,6 +16,7 @@ from torch.utils.data import SequentialSampler
 
 from amp_plugin import AMP, AMPTrainer, AMPTrainingArguments, ExtraPasses, LossModule, amp_backward, attach
 from amp_plugin.core.other_gradients import leaves_of
+from amp_plugin.doors.trainer_window import backward_observed
 
 LR, EPSILON, INNER_LR, OTHER_LR, MAX_NORM = 0.1, 0.3, 0.5, 0.2, 0.05
 Batch = tuple[Tensor, Tensor]
@@ -235,6 +236,19 @@ def test_only_the_descents_gradient_counts_in_a_trainer(others: str) -> None:
         trainer.train()
     expected = by_hand(others, inner_iter=1, clip=False)
     torch.testing.assert_close(problem.state(), expected, rtol=0, atol=1e-12)
+
+
+def test_a_backward_of_the_users_own_stays_that_of_the_accelerator() -> None:
+    accelerator, calls = Accelerator(cpu=True), []
+    for own in (False, True):
+        if own:
+            accelerator.backward = lambda loss, **kwargs: calls.append("own")  # type: ignore[method-assign]
+        before = accelerator.backward
+        for _ in range(2):
+            with backward_observed(accelerator, lambda loss: calls.append("seen")):
+                accelerator.backward(torch.ones((), requires_grad=True))
+            assert accelerator.backward == before
+    assert calls == ["seen", "seen", "seen", "own", "seen", "own"]
 
 
 # --- loops that do not tell the module

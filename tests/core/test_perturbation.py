@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from amp_plugin.core.perturbation import Ascent, Perturbation
+from amp_plugin.core.bucket import Ascent
+from amp_plugin.core.perturbation import Perturbation
 from amp_plugin.core.shared_memory import clone_overlapping
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from amp_plugin import AMP, LossModule, Perturbation, attach
-from amp_plugin.core.perturbation import Ascent
+from amp_plugin.core.bucket import Ascent
 
 SGD: dict[str, Any] = {**SGD_ARGS, "foreach": True}
 

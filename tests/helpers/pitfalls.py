@@ -83,9 +83,9 @@ PITFALLS = [
     Pitfall(
         "an exception in the second pass leaves the weights perturbed",
         "three packages, by running them",
-        "core/optimizer.py",
-        "        except BaseException:\n            self.restore()\n            self._set_gradients({})\n",
-        "        except BaseException:\n            self._set_gradients({})\n",
+        "core/closure_passes.py",
+        "    except BaseException:\n        self.restore()\n        self._set_gradients({})\n",
+        "    except BaseException:\n        self._set_gradients({})\n",
         "core/test_optimizer.py::test_an_exception_in_any_pass_leaves_the_weights_as_they_were",
     ),
     Pitfall(
@@ -123,9 +123,9 @@ PITFALLS = [
     Pitfall(
         "a loss of exactly 0.0 is taken for a failed step",
         "mosaicml/composer",
-        "core/optimizer.py",
-        "                results.append(closure())\n",
-        "                results.append(closure())\n                assert results[-1]\n",
+        "core/closure_passes.py",
+        "            results.append(closure())\n",
+        "            results.append(closure())\n            assert results[-1]\n",
         "core/test_optimizer.py::test_a_loss_of_exactly_zero_is_a_loss_like_any_other",
     ),
     Pitfall(
@@ -252,7 +252,7 @@ PITFALLS = [
         "a stop in the middle of a window saves perturbed weights",
         "by running other implementations",
         "doors/trainer.py",
-        "        self.callback_handler.callbacks.insert(0, _EndOfEpoch(self))\n",
+        "        self.callback_handler.callbacks.insert(0, EndOfEpoch(self))\n",
         "",
         "doors/test_transformers.py::test_a_stop_in_the_middle_of_a_window_saves_clean_weights",
     ),
@@ -315,7 +315,7 @@ PITFALLS = [
     Pitfall(
         "gradients of a loss's own parameters, which no module holds, add up over the passes",
         "KaiyangZhou/pytorch-center-loss#22",
-        "doors/attach.py",
+        "doors/attachment.py",
         "                    passes.spare_leaves(loss)\n",
         "",
         "core/test_other_gradients.py::test_only_the_descents_gradient_counts",
@@ -331,9 +331,9 @@ PITFALLS = [
     Pitfall(
         "a closure that does nothing makes a plain step with the gradients that lie there",
         "Lightning's manual optimization",
-        "core/optimizer.py",
-        "                ascended |= bool(self.gradients())\n",
-        "                ascended = True\n",
+        "core/closure_passes.py",
+        "            ascended |= bool(self.gradients())\n",
+        "            ascended = True\n",
         "core/test_optimizer.py::test_a_closure_without_backward_is_an_error",
     ),
     Pitfall(
@@ -491,7 +491,7 @@ PITFALLS = [
     Pitfall(
         "a compiled module writes its next pass over the loss that is kept, so the loss at theta + delta is logged",
         "CUDA graphs of torch.compile",
-        "doors/attach.py",
+        "doors/attachment.py",
         "self.loss = loss.detach().clone()",
         "self.loss = loss.detach()",
         "doors/test_attach.py::test_a_module_may_return_its_loss_in_the_same_memory_in_every_pass",

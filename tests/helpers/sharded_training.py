@@ -23,7 +23,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from amp_plugin import AMP, LossModule, Perturbation, attach
-from amp_plugin.core.perturbation import Ascent
+from amp_plugin.core.bucket import Ascent
 
 PATIENCE = timedelta(minutes=2)  # with a process that does not come to a collective
 STEPS = 10
