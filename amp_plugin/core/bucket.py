@@ -12,7 +12,7 @@ from amp_plugin.core.sharding import Split
 
 
 class Ascent(NamedTuple):
-    """What one parameter contributes to an ascent step.
+    """An `Ascent` says what one parameter contributes to an ascent step.
 
     Attributes:
         param: parameter of any shape; complex numbers count as pairs of reals.
@@ -48,7 +48,7 @@ class Bucket(NamedTuple):
 
     @property
     def factor_dtype(self) -> torch.dtype:
-        """Type of the numbers that deltas are multiplied by: that of the deltas, or float32 for 16-bit ones."""
+        """The numbers that deltas are multiplied by have this type: that of the deltas, or float32 for 16-bit ones."""
         return torch.promote_types(self.deltas[0].dtype, torch.float32)
 
     def beside(self, grad_scale: float | Tensor) -> float | Tensor:

@@ -54,7 +54,7 @@ def holds_tensors(thing: Any) -> bool:
 
 
 class BatchWatch:
-    """What a batch was at the begin of a step.
+    """A `BatchWatch` remembers what a batch was at the begin of a step, and tells whether a pass has changed it.
 
     Args:
         batch: tensors and numpy arrays in tuples, lists, mappings, dataclasses and other objects.

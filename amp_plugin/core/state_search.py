@@ -110,9 +110,10 @@ class StateSearch:
 
 
 class Fingerprint:
-    """What tells later whether frozen parameters that are not copied have moved: version counters, places and sums.
+    """A `Fingerprint` tells later whether frozen parameters that are not copied have moved.
 
-    The sums are over the bits of all numbers, read as integers, because writes through ``.data`` leave no other trace.
+    A fingerprint holds version counters, places and sums. The sums are over the bits of all numbers, read as integers,
+    because writes through ``.data`` leave no other trace.
 
     Args:
         parts: parts of a module whose frozen parameters are looked at, if they take more memory than the others.
