@@ -10,70 +10,19 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.counting import CountCalls
+from tape import on_tape
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from amp_plugin import AMP, CapturedStep, ExtraPasses, LossModule, attach
-from amp_plugin.core import capture as capture_module
-from amp_plugin.core import replay
+from amp_plugin.core import capture, captured_call, replay
 from amp_plugin.core.async_scalar import AsyncScalar
 
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01, "fused": True}
 ADAMW: dict[str, Any] = {"base_optimizer": "AdamW", "lr": 0.01, "fused": True}
 BASES = pytest.mark.parametrize("base", [SGD, ADAMW], ids=["sgd", "adamw"])
 Step = Callable[[Tensor, Tensor], Tensor]
-
-
-class Tape(TorchDispatchMode):
-    """Notes the operators of a step, as a CUDA graph does, and undoes what they did; `replay` makes them again.
-
-    They read and write the memory that they did while noted. Whatever else Python did is not repeated.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[Any] = []
-        self.before: dict[int, tuple[Tensor, Tensor]] = {}
-        self.made: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            writes = argument.alias_info is not None and argument.alias_info.is_write
-            if writes or argument.name in ("running_mean", "running_var"):  # which batch norm does not declare
-                for tensor in tree_leaves(value):
-                    if _place(tensor) not in self.made:
-                        self.before.setdefault(_place(tensor), (tensor, tensor.clone()))
-        out = func(*args, **kwargs)
-        known = {_place(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        self.made |= {_place(t) for t in tree_leaves(out) if isinstance(t, Tensor)} - known
-        self.calls.append((func, args, kwargs, out))
-        return out
-
-    def replay(self) -> None:
-        with torch.no_grad():
-            for func, args, kwargs, out in self.calls:
-                for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
-                    if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
-                        old.detach().copy_(new)
-
-
-def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def on_tape(step: Callable[[], Any], stream: Any = None) -> tuple[Callable[[], Any], Any]:
-    tape = Tape()
-    try:
-        with tape:
-            result = step()
-    finally:
-        with torch.no_grad():
-            for tensor, value in tape.before.values():
-                tensor.detach().copy_(value)
-    return tape.replay, result
 
 
 def net() -> nn.Module:
@@ -193,7 +142,7 @@ def test_the_device_decides_as_the_host_does(way: Any, base: dict[str, Any], spo
 def test_replayed_steps_are_those_of_python(
     way: Any, base: dict[str, Any], inner_iter: int, spoilt: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(capture_module.RECORDERS, "cpu", on_tape)
+    monkeypatch.setitem(captured_call.RECORDERS, "cpu", on_tape)
     data = batches(6, spoilt)
     eager = trained(way, data, capturable=True, inner_iter=inner_iter, **base)
     replayed = trained(way, data, capture=True, capturable=True, inner_iter=inner_iter, **base)
@@ -280,7 +229,7 @@ def test_a_step_that_cannot_be_captured_is_told_and_made_as_it_is(
 
     data = batches(6)
     expected = trained(way, data, capturable=True, **SGD)
-    monkeypatch.setitem(capture_module.RECORDERS, "cpu", record)
+    monkeypatch.setitem(captured_call.RECORDERS, "cpu", record)
     passes: list[int] = []
     model = net()
     model.register_forward_pre_hook(fail)
@@ -309,7 +258,7 @@ def test_a_step_that_cannot_be_captured_is_told_and_made_as_it_is(
 
 
 def test_a_learning_rate_that_is_a_number_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(capture_module.RECORDERS, "cpu", on_tape)
+    monkeypatch.setitem(captured_call.RECORDERS, "cpu", on_tape)
     optimizer = AMP(net().parameters(), capturable=True, **SGD)
     with pytest.warns(UserWarning, match="repeats the learning rate of its capture"):
         CapturedStep(lambda: None, optimizer)
@@ -327,8 +276,8 @@ def test_a_process_group_takes_longer_to_warm_up(together: bool, calls: int, mon
         recorded.append(len(made))
         return step, None
 
-    monkeypatch.setitem(capture_module.RECORDERS, "cpu", record)
-    monkeypatch.setattr(capture_module, "in_process_group", lambda: together)
+    monkeypatch.setitem(captured_call.RECORDERS, "cpu", record)
+    monkeypatch.setattr(capture, "in_process_group", lambda: together)
     made: list[int] = []
     optimizer = AMP(net().parameters(), capturable=True, **{**SGD, "lr": torch.tensor(0.1)})
     captured = CapturedStep(lambda: made.append(1), optimizer)
