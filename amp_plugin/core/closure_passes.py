@@ -38,7 +38,7 @@ def passes_by_closure(self: AMP, closure: Callable[[], Any], passes: ExtraPasses
     except BaseException:
         self.restore()
         self._set_gradients({})
-        self._end_step()
+        self.end_step()
         raise
     finally:
         step.set_aside = None

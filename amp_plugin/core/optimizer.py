@@ -233,7 +233,7 @@ class AMP(OptimizerWrapper):
 
     def _descend(self, trains: bool) -> None:
         """Let the base optimizer step at theta, unless an ascent was not finite; tell the policy if the step trains."""
-        step = self._end_step()
+        step = self.end_step()
         complaints.check_step(self, step)
         if self.capturable:
             flags = [d.finite for d in step.descents] + ([self.perturbation.finite] if step.ascents else [])
@@ -249,7 +249,7 @@ class AMP(OptimizerWrapper):
             with self.policy.around_step(self.base_optimizer, ball) if trains else nullcontext():
                 self.base_optimizer.step()
 
-    def _end_step(self) -> Step:
+    def end_step(self) -> Step:
         """Begin a new step; return the one that is over."""
         step, self.progress = self.progress, Step(unread=self.progress.factors)
         self._last_passes = step.passes

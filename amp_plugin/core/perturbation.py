@@ -242,6 +242,15 @@ class Perturbation:
             )
 
     @property
+    def outcome(self) -> tuple[Any, ...]:
+        """What the last ascents have found: a door that replays a captured step sets it to what its graph writes."""
+        return self._ratios, self._finite, self._flag
+
+    @outcome.setter
+    def outcome(self, outcome: tuple[Any, ...]) -> None:
+        self._ratios, self._finite, self._flag = outcome
+
+    @property
     def finite(self) -> Tensor | None:
         """Whether all gradients since theta were finite, a 0-d bool on the device; None if there was none."""
         return self._finite

@@ -8,6 +8,8 @@ So k accumulation steps equal one batch that is k times larger.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
@@ -24,6 +26,7 @@ from amp_plugin.core.inputs import detached_inputs
 from amp_plugin.core.optimizer import AMP
 from amp_plugin.core.replay import ExtraPasses
 from amp_plugin.doors.attach_callback import AttachCallback, release
+from amp_plugin.doors.captured_training import CapturedTraining, Passes
 from amp_plugin.doors.means import Means
 from amp_plugin.doors.num_items import uses_num_items
 from amp_plugin.doors.trainer_mixin import TrainerMixin
@@ -73,6 +76,7 @@ class AMPMixin(TrainerMixin):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._amp_window = Window()
         self._amp_extra_passes: ExtraPasses | None = None
+        self._amp_captured: CapturedTraining | None = None
         self._loss_uses_num_items: bool | None = None
         super().__init__(*args, **kwargs)
         self._amp_means = Means(finite_only=self.args.logging_nan_inf_filter)
@@ -108,7 +112,8 @@ class AMPMixin(TrainerMixin):
     def get_optimizer_cls_and_kwargs(cls, args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
         """Return the Trainer's choice of the base optimizer, inside AMP if ``args.optim`` asks for it."""
         if not isinstance(args, AMPArguments) or not args.uses_amp:
-            return super().get_optimizer_cls_and_kwargs(args, model)
+            plain, kwargs = super().get_optimizer_cls_and_kwargs(args, model)
+            return plain, kwargs | _fused(plain, args)
         refusal = ValueError(
             f"--optim {args.optim}: this base optimizer takes over the parameters or the backward pass, so AMP"
             " cannot perturb the weights around it; use e.g. amp (SGD), amp_adamw_torch or amp_adafactor"
@@ -121,10 +126,11 @@ class AMPMixin(TrainerMixin):
                 " which it does by the optimizer's class and so not inside AMP; use e.g. amp_adamw_torch_8bit (torchao)"
             )
         base, kwargs = super().get_optimizer_cls_and_kwargs(args.base_arguments(), model)
+        kwargs |= _fused(base, args)
         special = {"params", "model", "optimizer_dict"} & kwargs.keys()
         if special or not (isinstance(base, type) and issubclass(base, Optimizer)):
             raise refusal
-        return AMP, {**kwargs, **args.optimizer_kwargs(), "base_optimizer": base}
+        return AMP, {**kwargs, **args.optimizer_kwargs(), "base_optimizer": base, "capturable": args.captures}
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Return all names with ``--decay_all_parameters`` (the paper's setting), else the Trainer's choice."""
@@ -147,6 +153,9 @@ class AMPMixin(TrainerMixin):
             return super().train(*args, **kwargs)
         finally:
             self._end_amp_window()
+            if self._amp_captured is not None:
+                self._amp_captured.close()
+                self._amp_captured = None
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Return the Trainer's window of micro-batches, which is remembered for the ascent."""
@@ -187,6 +196,8 @@ class AMPMixin(TrainerMixin):
         amp, window = self.amp, self._amp_window
         if amp is None and self.args.uses_amp:
             raise RuntimeError(f"--optim {self.args.optim}, but the optimizer given to AMPTrainer is not AMP")
+        if self.args.captures:
+            return self._captured_training_step(step, model, num_items)
         if amp is None or not amp.perturbs:
             return step(model, inputs, num_items)
         window.in_step = True
@@ -204,7 +215,7 @@ class AMPMixin(TrainerMixin):
         if window.clean_losses:
             loss = window.clean_losses[len(window.amp_losses) - 1]
         if len(window.amp_losses) == len(window.batches):
-            self._record_amp_step(amp)
+            self._add_to_means(self._measures(amp))
             note_idle(amp)
             self._end_amp_window()
             if self.accelerator.scaler is not None:
@@ -299,17 +310,56 @@ class AMPMixin(TrainerMixin):
         if window.descent is not None:
             window.descent.close()
 
-    def _record_amp_step(self, amp: AMP) -> None:
-        """Add this step to the means that the next log shows."""
-        self._amp_means.add("amp_passes", amp.passes)
+    def _measures(self, amp: AMP) -> dict[str, Tensor | float]:
+        """Return what this step adds to the means that the next log shows."""
+        measures: dict[str, Tensor | float] = {"amp_passes": amp.passes}
         if not amp.perturbed:
-            return
-        amp_loss = torch.stack(self._amp_window.amp_losses).sum()
-        self._amp_means.add("amp_loss", amp_loss)
+            return measures
+        amp_loss = measures["amp_loss"] = torch.stack(self._amp_window.amp_losses).sum()
         if self._amp_window.clean_losses:
-            self._amp_means.add("sharpness", amp_loss - torch.stack(self._amp_window.clean_losses).sum())
-        for name, value in amp.statistics().items():
+            measures["sharpness"] = amp_loss - torch.stack(self._amp_window.clean_losses).sum()
+        return measures | amp.statistics()
+
+    def _add_to_means(self, measures: dict[str, Tensor | float]) -> None:
+        for name, value in measures.items():
             self._amp_means.add(name, value)
+
+    def _captured_training_step(self, step: TrainingStep, model: nn.Module, num_items: Any) -> Tensor:
+        """Make all passes over the window at its first micro-batch, or replay them; then return a loss a call."""
+        window = self._amp_window
+        if not window.returned:
+            captured = self._amp_captured
+            if captured is None or captured.model is not model:
+                optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's
+                captured = self._amp_captured = CapturedTraining(model, optimizer, self.amp, self.args.device)
+            passes = functools.partial(self._passes, step, model)
+            made = captured.passes(passes, window.batches, num_items)
+            self._add_to_means(made.measures)
+            window.returned, self._amp_window = list(made.losses), window
+        return window.returned.pop(0)
+
+    def _passes(self, step: TrainingStep, model: nn.Module, batches: Sequence[Any], num_items: Any) -> Passes:
+        """Make all passes over a window, from theta and back to it."""
+        amp = self.amp
+        window = self._amp_window = Window(batches, in_step=True)
+        try:
+            if amp is not None and amp.perturbs:
+                self._ascend(amp, step, model, num_items)
+            for k, inputs in enumerate(batches, 1):
+                window.current = id(inputs)
+                with gradient_sync(model, k == len(batches)):
+                    window.amp_losses.append(step(model, inputs, num_items))
+            measures = {}
+            if amp is not None and amp.perturbs:
+                measures = self._measures(amp)
+                note_idle(amp)
+            return Passes(window.clean_losses or window.amp_losses, measures)
+        finally:
+            self._end_amp_window()
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        clip = functools.partial(super()._clip_grad_norm, model)
+        return clip() if self._amp_captured is None else self._amp_captured.clip(clip)
 
     def _check_clean_weights(self, action: str) -> None:
         if self.amp is not None and self.amp.perturbed:
@@ -323,7 +373,21 @@ class AMPMixin(TrainerMixin):
             "DeepSpeed (it steps inside backward); use DDP": self.is_deepspeed_enabled,
             "FSDP; use DDP": self.is_fsdp_enabled,
             "XLA; use CUDA or CPU": bool(self.is_fsdp_xla_enabled) or self.args.device.type == "xla",
+            "amp_capture and DataParallel; launch one process for each GPU": self.args.captures and self.args.n_gpu > 1,
         }
         for reason, applies in reasons.items():
             if applies:
                 raise ValueError(f"--optim {self.args.optim} does not work exactly with {reason}")
+
+
+def _fused(optimizer: Any, args: Any) -> dict[str, Any]:
+    """Return what an optimizer needs for a step that is captured."""
+    if not isinstance(args, AMPArguments) or not args.captures:
+        return {}
+    options = inspect.signature(optimizer).parameters
+    if "fused" not in options:
+        raise ValueError(
+            f"--optim {args.optim}: amp_capture needs an optimizer with fused kernels, of torch's SGD, Adam, AdamW and"
+            f" Adagrad; leave amp_capture out for {getattr(optimizer, '__name__', optimizer)}"
+        )
+    return {"fused": True} | ({"capturable": True} if "capturable" in options else {})

@@ -30,6 +30,7 @@ class Window:
     prepared: dict[int, Any] = field(default_factory=dict)  # by identity of the micro-batch
     current: int = 0  # identity of the micro-batch whose step is being made
     in_step: bool = False  # whether a pass is under way, in which the Trainer's steps are its own
+    returned: list[Tensor] = field(default_factory=list)  # losses that the loop has not asked for yet, if captured
 
 
 def step_in_every_pass(training_step: Callable[..., Tensor]) -> Callable[..., Tensor]:

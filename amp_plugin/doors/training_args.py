@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from amp_plugin.core.policies import make_policy
+from amp_plugin.core.captured_call import can_capture
+from amp_plugin.core.policies import AscentPolicy, make_policy
 from amp_plugin.core.replay import check_policies
 from amp_plugin.suggest import did_you_mean
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 # The base optimizer of the paper.
 SGD_ARGS = "momentum=0.9,nesterov=True"
 _PREFIX = "amp_"
+_OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile
 
 
 @dataclass
@@ -61,6 +63,13 @@ class _AMPOptions:
         metadata={
             "help": "Average the ascent gradient over processes, so that any number of them equals one. False: each"
             " process perturbs along its own gradient and saves that communication."
+        },
+    )
+    amp_capture: bool = field(
+        default=False,
+        metadata={
+            "help": "On CUDA: replay each step as CUDA graphs, without Python between the kernels. The batches need a"
+            " fixed shape, the model a code path that does not depend on values."
         },
     )
     decay_all_parameters: bool = field(
@@ -119,7 +128,9 @@ class AMPArguments(_AMPOptions, TrainingArguments):
         if self.uses_amp and self.base_optim == "sgd" and self.optim_args is None:
             self.optim_args = SGD_ARGS
         check_policies(self.amp_batch_norm, self.amp_rng)
-        make_policy(self.amp_ascent)
+        policy = make_policy(self.amp_ascent)
+        if self.amp_capture:
+            self._check_capture(policy)
         options = [f for f in fields(_AMPOptions) if f.name.startswith(_PREFIX)]
         given = [f.name for f in options if getattr(self, f.name) != f.default]
         if given and not self.uses_amp and not self.compares_with_amp:
@@ -143,6 +154,26 @@ class AMPArguments(_AMPOptions, TrainingArguments):
     def base_optim(self) -> str:
         """Stock name of the optimizer that makes the descent: the one inside AMP, or `optim` itself."""
         return "sgd" if self.optim == "amp" else self.optim.removeprefix(_PREFIX)
+
+    @property
+    def captures(self) -> bool:
+        """Whether the steps are captured: `amp_capture` asks for it, and the device can."""
+        return self.amp_capture and can_capture(self.device)
+
+    def _check_capture(self, policy: AscentPolicy) -> None:
+        """Refuse with `amp_capture` what the host has a say in."""
+        reasons = {
+            f'amp_ascent={self.amp_ascent!r} takes steps of several kinds; use amp_ascent="full"': (
+                self.uses_amp and policy.name != "full"
+            ),
+            "fp16 lets the host decide which steps are made; use bf16=True": self.fp16,
+            f"torch_compile_mode={self.torch_compile_mode!r} captures graphs of its own; leave it out": (
+                self.torch_compile_mode in _OWN_GRAPHS
+            ),
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                raise ValueError(f"amp_capture: {reason}")
 
     def stock_values(self) -> dict[str, Any]:
         """Return the values, by the name of the option, that stand for ours wherever transformers reads the arguments.

@@ -131,7 +131,12 @@ class RecipeTrainer(AMPTrainer, ObjectiveTrainer):
         if args.baseline is None:
             return AMPTrainer.get_optimizer_cls_and_kwargs(args, model)
         base, kwargs = AMPTrainer.get_optimizer_cls_and_kwargs(args.base_arguments(), model)
-        return args.baseline, {**kwargs, **args.optimizer_kwargs(), "base_optimizer": base}
+        return args.baseline, {
+            **kwargs,
+            **args.optimizer_kwargs(),
+            "base_optimizer": base,
+            "capturable": args.captures,
+        }
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Multiply the learning rate by `lr_gamma` at each of `lr_milestones`, unless a stock schedule is named."""
