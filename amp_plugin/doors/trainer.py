@@ -92,6 +92,9 @@ class AMPMixin(TrainerMixin):
                 f"{type(self).__name__} trains without Adversarial Model Perturbation, because optim is"
                 f" {self.args.optim!r}; optim='amp_{self.args.optim}' trains with it"
             )
+        if self.args.amp_capture and not self.args.captures:
+            where = "DataParallel; launch one process for each GPU" if self.args.n_gpu > 1 else self.args.device.type
+            logger.warning(f"amp_capture: steps are made as they are, without a capture, on {where}")
         self.remove_callback(AttachCallback)  # this callback is for a Trainer without the mixin
         self.callback_handler.callbacks.insert(0, EndOfEpoch(self))
 
@@ -373,7 +376,6 @@ class AMPMixin(TrainerMixin):
             "DeepSpeed (it steps inside backward); use DDP": self.is_deepspeed_enabled,
             "FSDP; use DDP": self.is_fsdp_enabled,
             "XLA; use CUDA or CPU": bool(self.is_fsdp_xla_enabled) or self.args.device.type == "xla",
-            "amp_capture and DataParallel; launch one process for each GPU": self.args.captures and self.args.n_gpu > 1,
         }
         for reason, applies in reasons.items():
             if applies:

@@ -157,8 +157,8 @@ class AMPArguments(_AMPOptions, TrainingArguments):
 
     @property
     def captures(self) -> bool:
-        """Whether the steps are captured: `amp_capture` asks for it, and the device can."""
-        return self.amp_capture and can_capture(self.device)
+        """Whether the steps are captured: `amp_capture` asks for it, and one device that can is trained on."""
+        return self.amp_capture and can_capture(self.device) and self.n_gpu <= 1
 
     def _check_capture(self, policy: AscentPolicy) -> None:
         """Refuse with `amp_capture` what the host has a say in."""

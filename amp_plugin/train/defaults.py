@@ -42,8 +42,8 @@ def fast_settings(*, use_cpu: bool) -> dict[str, Any]:
     """Return the defaults under `--fast`: the layout, precision and compilation that pay on the device at hand.
 
     The layout is channels-last everywhere. bf16 autocast is on where the device computes in bf16: elsewhere bf16 is
-    emulated, and slower than fp32. Compilation is on for CUDA only: beside the other two it gains nothing on a CPU, and
-    takes its time to start.
+    emulated, and slower than fp32. Compilation and capture are on for CUDA only: beside the other two compilation gains
+    nothing on a CPU, and takes its time to start.
     """
     accelerator = None if use_cpu else torch.accelerator.current_accelerator(check_available=True)
     settings: dict[str, Any] = {"channels_last": True}
@@ -51,7 +51,18 @@ def fast_settings(*, use_cpu: bool) -> dict[str, Any]:
         settings |= {"use_cpu": True, "bf16": cpu_computes_in_bf16()}
     elif accelerator.type == "cuda":
         settings |= {"torch_compile": True, "bf16": torch.cuda.is_bf16_supported(including_emulation=False)}
+        settings |= {"capture": True}
     return settings
+
+
+def can_be_captured(named: Any) -> bool:
+    """Tell whether the steps of a training with these options, as far as they are told by name, can be captured.
+
+    Texts differ in length; fp16 and ascent policies let the host decide; and the optimizer needs a fused kernel.
+    """
+    fused = ("sgd", "adamw_torch", "adamw_torch_fused", "adagrad")
+    optims = (None, "amp", "sam", "asam", *fused, *(f"amp_{name}" for name in fused))
+    return named.optim in optims and named.text_column is None and not named.fp16 and named.amp_ascent == "full"
 
 
 def cpu_computes_in_bf16() -> bool:

@@ -15,7 +15,7 @@ from amp_plugin.data import Augmentation
 from amp_plugin.data.settings import BUNDLED
 from amp_plugin.data.splits import Split
 from amp_plugin.train.command_line import CommandLine, recipe_options
-from amp_plugin.train.defaults import fast_settings, fine_tuning_settings
+from amp_plugin.train.defaults import can_be_captured, fast_settings, fine_tuning_settings
 from amp_plugin.train.method_options import MethodArguments, option
 from amp_plugin.trainer.described import added_methods
 
@@ -153,8 +153,13 @@ class RecipeArguments(MethodArguments):
     )
     fast: bool = option(
         False,
-        "Use what is fast on this device: channels-last, bf16 autocast and, on CUDA, torch.compile; on a"
-        " CPU, freed memory is kept. Any of --channels_last, --bf16 and --torch_compile still wins.",
+        "Use what is fast on this device: channels-last, bf16 autocast and, on CUDA, torch.compile and --capture; on a"
+        " CPU, freed memory is kept. Any of --channels_last, --bf16, --torch_compile and --capture still wins.",
+    )
+    capture: bool = option(
+        False,
+        "On CUDA: keep the images on the device, augment them there, and replay each step as CUDA graphs, so that"
+        " Python holds nothing up. --fast does, where it can.",
     )
     channels_last: bool = option(False, "Memory format of images and convolutions.")
     dry_run: bool = option(
@@ -178,6 +183,7 @@ class RecipeArguments(MethodArguments):
             raise ValueError(f"lr_gamma must be positive, got {self.lr_gamma}")
         if self.cpu_threads is not None and self.cpu_threads < 1:
             raise ValueError(f"cpu_threads must be positive, got {self.cpu_threads}")
+        self.amp_capture |= self.capture
         self.warmup_steps = float(self.warmup_steps)  # the default is an int
         if self.lr_scheduler_type == "steps" and self.warmup_steps:
             raise ValueError("lr_scheduler_type 'steps' has no warmup; leave warmup_steps at 0 or use e.g. cosine")
@@ -191,7 +197,8 @@ class RecipeArguments(MethodArguments):
     def arithmetic(self) -> str:
         """Tell how the passes are computed; the text is empty for eager, channels-first fp32."""
         chosen = {"channels-last": self.channels_last, "bf16": self.bf16, "fp16": self.fp16}
-        chosen |= {"compiled": self.torch_compile, "fp32": self.fast and not (self.bf16 or self.fp16)}
+        chosen |= {"compiled": self.torch_compile, "captured": self.captures}
+        chosen |= {"fp32": self.fast and not (self.bf16 or self.fp16)}
         return ", ".join(name for name, on in chosen.items() if on)
 
     def checkpoint_to_resume(self) -> str | bool | None:
@@ -233,6 +240,8 @@ def parse(argv: list[str], description: str | None = None) -> tuple[DataArgument
             chosen.pop("bf16", None)
         if named.text_column is not None:
             del chosen["channels_last"]
+        if not can_be_captured(named):
+            chosen.pop("capture", None)
         parser.set_defaults(**chosen)
     data, model, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     if training.output_dir in (None, "trainer_output"):
@@ -262,6 +271,7 @@ def settings_of(data: DataArguments, model: ModelArguments, training: RecipeArgu
     if model.pretrained is not None:
         settings |= {"model": None, "model_kwargs": None, "pretrained": model.name}
     own = {"optim", *RecipeArguments.__annotations__, *(f.name for f in fields(AMPArguments))}
+    own -= {"capture", "amp_capture"}  # recorded where they are on, so that older runs have the settings of new ones
     options = fields(training)
     recorded = [f.name for f in options if f.name in own] + _STOCK.split()
     recorded += [f.name for f in options if _changed(f, training)]
