@@ -16,8 +16,8 @@ from torchvision.transforms.v2.functional import equalize
 
 _BINS = 10  # magnitudes of the paper's search space
 # These mix the image, with weight 1 + magnitude, and another one. Contrast does too, but not in whole numbers.
-_MIXTURES = ("Brightness", "Color", "Sharpness")
-_GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
+MIXTURES = ("Brightness", "Color", "Sharpness")
+GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 
 Operation = tuple[str, float]  # torchvision's name, and the magnitude with its sign
 
@@ -32,7 +32,7 @@ class BatchAutoAugment:
         known = [member.value for member in AutoAugmentPolicy]
         if policy not in known:
             raise ValueError(f"AutoAugment policy {policy!r} is unknown; use one of {', '.join(known)}")
-        self.fill = fill
+        self.fill, self.image_size = fill, image_size
         reference = AutoAugment(AutoAugmentPolicy(policy))
         space = reference._augmentation_space(_BINS, image_size)
         self.num_sub_policies = len(reference.policies)
@@ -47,13 +47,13 @@ class BatchAutoAugment:
         ]
         # Geometric operations first, so that an index tells which kind it is.
         distinct = {op for pair in pairs for signs in pair for op in signs}
-        self.operations: list[Operation] = sorted(distinct, key=lambda op: (op[0] not in _GEOMETRIC, op))
-        geometric = [op for op in self.operations if op[0] in _GEOMETRIC]
+        self.operations: list[Operation] = sorted(distinct, key=lambda op: (op[0] not in GEOMETRIC, op))
+        geometric = [op for op in self.operations if op[0] in GEOMETRIC]
         # A mixture treats images of all magnitudes together, any other operation those of one magnitude.
-        together = [name if name in _MIXTURES else (name, magnitude) for name, magnitude in self.operations]
+        together = [name if name in MIXTURES else (name, magnitude) for name, magnitude in self.operations]
         self._group = np.array([together.index(group) for group in together])
         self._magnitude = np.array([magnitude for _, magnitude in self.operations])
-        self._origins = torch.stack([_pixel_origins(op, image_size) for op in geometric])
+        self.origins = torch.stack([_pixel_origins(op, image_size) for op in geometric])
         # Probabilities are indexed by sub-policy and step, operations by sub-policy, step and sign.
         self._probability = np.array([[p for _, p, _ in pair] for pair in reference.policies])
         self._index = np.array([[[self.operations.index(op) for op in ops] for ops in pair] for pair in pairs])
@@ -72,10 +72,10 @@ class BatchAutoAugment:
         negative where ``signs`` (B, 2) are 0 and not 1.
         """
         images = images.clone()
-        for step in range(2):
-            runs = np.flatnonzero(probs[:, step] < self._probability[policy_ids, step])
-            chosen = self._index[policy_ids[runs], step, signs[runs, step]]
-            moved = chosen < len(self._origins)
+        for operations in self.choose(policy_ids, probs, signs).T:
+            runs = np.flatnonzero(operations < len(self.operations))
+            chosen = operations[runs]
+            moved = chosen < len(self.origins)
             if moved.any():
                 rows = torch.from_numpy(runs[moved])
                 images[rows] = self._move(images[rows], torch.from_numpy(chosen[moved]))
@@ -86,11 +86,19 @@ class BatchAutoAugment:
                 images[rows] = _recolour(images[rows], self.operations[group][0], self._magnitude[chosen[picked]])
         return images
 
+    def choose(
+        self, policy_ids: npt.NDArray[np.int64], probs: npt.NDArray[np.float64], signs: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Find the operations of each image, (B, 2) indices into `operations`, or their number for no operation."""
+        ids, steps = policy_ids[:, None], np.arange(2)
+        chosen = self._index[ids, steps, signs]
+        return np.where(probs < self._probability[ids, steps], chosen, len(self.operations))
+
     def _move(self, images: Tensor, operations: Tensor) -> Tensor:
         """Apply one geometric operation to each image (n, 3, H, W), all in one gather."""
         outside = images.new_full((*images.shape[:2], 1), self.fill)
         pixels = torch.cat([images.flatten(2), outside], dim=2)
-        origins = self._origins[operations].unsqueeze(1).expand(-1, 3, -1)
+        origins = self.origins[operations].unsqueeze(1).expand(-1, 3, -1)
         return pixels.gather(2, origins).view_as(images)
 
 
@@ -112,7 +120,7 @@ def _recolour(images: Tensor, name: str, magnitudes: npt.NDArray[np.float64]) ->
         return equalized
     if name == "Sharpness" and min(images.shape[2:]) <= 2:
         return images  # too small to be blurred
-    if name in _MIXTURES:
+    if name in MIXTURES:
         ratio = torch.from_numpy(1.0 + magnitudes).view(-1, 1, 1, 1)
         other: Tensor = _apply_op(images, name, -1.0, InterpolationMode.NEAREST, None)  # the image has weight 0 here
         mixture = images.mul(ratio.float()).add_(other.mul((1.0 - ratio).float()))

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from amp_plugin.data.augment import DRAWS, Augmentation, Augmenter
 from amp_plugin.data.draws import uniform_draws
 from amp_plugin.data.images import ImageSplit
+from amp_plugin.data.resident import ResidentImages, not_resident_because
 from amp_plugin.data.settings import DatasetSettings
 
 Batch = dict[str, Tensor]
+
+
+class DeviceBatch(Batch):
+    """A batch that lies on the device already, which a loader is not to pin."""
+
+    def pin_memory(self) -> DeviceBatch:
+        """Return the batch as it is."""
+        return self
 
 
 class ImageBatches(Dataset[Batch]):
@@ -32,9 +41,18 @@ class ImageBatches(Dataset[Batch]):
         image_size: side in pixels to which the augmented images are resized (bicubic); None for no resizing.
         channels_last: whether the images have that memory format.
 
+    Attributes:
+        device_batch: the function that makes pixel values and labels of a table of whole numbers on the device; None
+            while the images are on the host, see `to`. It may be replaced by one that does the same faster, a captured
+            CUDA graph for example, if that returns new tensors at every call: accelerate's loader asks for a batch
+            before the one before it has been used.
+
     Raises:
         ValueError: ``augment`` or the policy is unknown, or the seed is out of range.
     """
+
+    device_batch: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    _resident: ResidentImages | None = None
 
     def __init__(
         self,
@@ -56,6 +74,40 @@ class ImageBatches(Dataset[Batch]):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._drawn_epoch = 0
         self._draws = uniform_draws(seed, 0, len(self), DRAWS)
+
+    @property
+    def resident_reason(self) -> str | None:
+        """Why the device cannot make these batches bit for bit, for a sentence; None if it can, see `to`."""
+        return not_resident_because(self._augmenter)
+
+    def to(self, device: torch.device | str) -> ImageBatches:
+        """Move the images, as bytes, to a device that from now on makes the batches: the same ones, to the bit.
+
+        The padded images have to fit there beside the model, else torch tells that memory is short. The loader has to
+        go without workers, which cannot share the memory of a device.
+
+        Returns:
+            The data set itself.
+
+        Raises:
+            ValueError: the device would round otherwise; `resident_reason` tells beforehand.
+        """
+        if self.resident_reason is not None:
+            raise ValueError(f"these batches are made on the CPU, not on a device: {self.resident_reason}")
+        self._resident = ResidentImages(self.split, self._augmenter, torch.device(device))
+        self.device_batch = self._resident.batch
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes its own images on the device: those are large, and a captured function cannot be copied.
+        device = None if self._resident is None else self._resident.device
+        return {**vars(self), "_resident": device, "device_batch": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        device = state.pop("_resident", None)
+        vars(self).update(state)
+        if device is not None:
+            self.to(device)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose augmentation comes next, here and in the workers that run already.
@@ -84,7 +136,16 @@ class ImageBatches(Dataset[Batch]):
         epoch = int(self._epoch)
         if epoch != self._drawn_epoch:
             self._draws, self._drawn_epoch = uniform_draws(self.seed, epoch, len(self), DRAWS), epoch
-        pixel_values = self._augmenter(self.split.images[chosen], self._draws[chosen])
+        draws = self._draws[chosen]
+        if self._resident is not None and self.device_batch is not None:
+            if get_worker_info() is not None:
+                raise RuntimeError(
+                    f"the images lie on {self._resident.device}, where the workers of a loader cannot reach them; load"
+                    " with num_workers=0 (--dataloader_num_workers 0)"
+                )
+            pixel_values, labels = self.device_batch(self._resident.table(chosen, draws))
+            return DeviceBatch(pixel_values=pixel_values, labels=labels)
+        pixel_values = self._augmenter(self.split.images[chosen], draws)
         return {"pixel_values": pixel_values, "labels": torch.from_numpy(self.split.labels[chosen])}
 
 

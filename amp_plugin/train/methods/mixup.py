@@ -32,6 +32,8 @@ class MixedBatches(ImageBatches):
         batch = super().__getitems__(indices)
         entropy = np.random.SeedSequence([self.seed, int(self._epoch), *map(int, indices)])
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
-            mixed, shares = self._mix(batch["pixel_values"], batch["labels"])
-        return {"pixel_values": mixed, "labels": shares}
+            # The proportion is drawn on the host; `torch.manual_seed` would seed all devices, whose dropout goes on.
+            torch.default_generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+            mixed, batch["labels"] = self._mix(batch["pixel_values"], batch["labels"])
+        batch["pixel_values"] = mixed.contiguous(memory_format=self._augmenter.memory_format)  # CUDA's roll forgets it
+        return batch
