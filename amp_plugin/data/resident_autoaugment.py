@@ -57,7 +57,8 @@ class ResidentAutoAugment:
         if self._blurs:
             other = torch.where(is_blurred, _blurred(images), other)
         mixture = (images * ratio).add_(other * rest)
-        return mixture.clamp_(0, 255).to(torch.uint8)
+        augmented: Tensor = mixture.clamp_(0, 255).to(torch.uint8)
+        return augmented
 
 
 def _levels(name: str, magnitude: float) -> tuple[float, float, float, float]:

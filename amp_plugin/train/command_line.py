@@ -32,7 +32,8 @@ GROUPS = {
     "run and output": "dry_run seed output_dir eval_strategy per_device_eval_batch_size logging_strategy save_strategy"
     " save_total_limit resume_from_checkpoint ledger report_to push_to_hub hub_model_id hub_license"
     " compare_with",
-    "hardware and speed": "fast capture channels_last bf16 fp16 torch_compile use_cpu cpu_threads dataloader_num_workers",
+    "hardware and speed": "fast capture channels_last bf16 fp16 torch_compile use_cpu cpu_threads"
+    " dataloader_num_workers",
 }
 # The stock help text of these options is long, or about something else.
 _WORDS = {

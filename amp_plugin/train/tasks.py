@@ -17,6 +17,7 @@ from amp_plugin.models.pretrained_images import image_checkpoint
 from amp_plugin.models.pretrained_texts import text_checkpoint
 from amp_plugin.train.methods.mixup import MixedBatches
 from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments, shown_name
+from amp_plugin.train.resident import move_to_device
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,11 @@ def _image_task(data_args: DataArguments, model_args: ModelArguments, args: Reci
     training: Any = batches
     if args.mixup_alpha is not None:
         training = partial(MixedBatches, **batches.keywords, alpha=args.mixup_alpha, classes=len(data.class_names))
-    training = training(train, augment=data_args.augmentation, seed=args.seed)
-    return Task(shown_name(data.name), model, training, batches(test), processor, new)
+    training, testing = training(train, augment=data_args.augmentation, seed=args.seed), batches(test)
+    if not args.dry_run:
+        move_to_device(training, args)
+        move_to_device(testing, args)
+    return Task(shown_name(data.name), model, training, testing, processor, new)
 
 
 def _text_task(data_args: DataArguments, model_args: ModelArguments, args: RecipeArguments) -> Task:
