@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 class Tape(TorchDispatchMode):
@@ -34,7 +34,8 @@ class Tape(TorchDispatchMode):
         out = func(*args, **kwargs)
         known = {_place(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         self.made |= {_place(t) for t in tree_leaves(out) if isinstance(t, Tensor)} - known
-        self.calls.append((func, args, kwargs, out))
+        # An operator may give a tensor another shape later.
+        self.calls.append((func, *(tree_map_only(Tensor, Tensor.detach, part) for part in (args, kwargs, out))))
         return out
 
     def replay(self) -> None:
