@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
+from amp_plugin.core.complaints import tell_of_skipped_step
 from amp_plugin.core.find import find_amp
 from amp_plugin.core.grad_scaler import scale_of
 from amp_plugin.core.inputs import detached_inputs
@@ -238,6 +239,8 @@ class AMPMixin(TrainerMixin):
         """Log as the Trainer does; a training record gains ``amp_loss``, ``sharpness`` and the statistics."""
         if "loss" in logs and self._amp_means:
             logs.update(self._amp_means.taken(self.accelerator))
+            if self.amp is not None and self.amp.capturable and self.amp.skipped_steps:
+                tell_of_skipped_step(self.amp)  # the device alone knew
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import TrainerCallback
 
 from amp_plugin import AMPTrainer, AMPTrainingArguments
 from amp_plugin.core import captured_call
+from amp_plugin.doors import captured_training
 
 EPOCHS, BATCH, EXAMPLES = 5, 4, 22  # the last batch has 2
 BALL: dict[str, Any] = {"amp_epsilon": 0.1, "amp_inner_lr": 0.5}
@@ -58,6 +60,28 @@ def dataset() -> list[dict[str, Tensor]]:
     return [{"x": a, "labels": b} for a, b in zip(x, labels, strict=True)]
 
 
+class Change(TrainerCallback):
+    """Changes a hyper-parameter after the twelfth step."""
+
+    def __init__(self, name: str, value: float) -> None:
+        self.name, self.value = name, value
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 12:
+            optimizer.param_groups[0][self.name] = self.value
+
+
+class Halve(TrainerCallback):
+    """Halves some gradients between the clipping and the step: in place, or by other tensors."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        for p in model.parameters() if state.global_step % 4 == 3 else ():
+            if state.global_step % 8 == 3:
+                p.grad.mul_(0.5)
+            else:
+                p.grad = p.grad * 0.5
+
+
 class Rates(TrainerCallback):
     """Sees the learning rates of the groups."""
 
@@ -77,9 +101,19 @@ class FusedTrainer(AMPTrainer):
         return optimizer, kwargs | {"fused": True}
 
 
-def trained(folder: Path, *, resume: str | None = None, **settings: Any) -> AMPTrainer:
+def trained(
+    folder: Path,
+    *,
+    resume: str | None = None,
+    rows: Any = None,
+    callbacks: Any = None,
+    fused: bool = True,
+    **settings: Any,
+) -> AMPTrainer:
     args = AMPTrainingArguments(str(folder), **{**SETTINGS, **settings})
-    trainer = FusedTrainer(model=Net(), args=args, train_dataset=dataset(), eval_dataset=dataset()[:6])  # type: ignore[arg-type]
+    kind = FusedTrainer if fused else AMPTrainer
+    rows = rows or dataset()
+    trainer = kind(model=Net(), args=args, train_dataset=rows, eval_dataset=dataset()[:6], callbacks=callbacks)  # type: ignore[arg-type]
     trainer.rates = Rates()  # type: ignore[attr-defined]
     trainer.add_callback(trainer.rates)  # type: ignore[attr-defined]
     trainer.train(resume_from_checkpoint=resume)
@@ -91,13 +125,14 @@ def records(trainer: AMPTrainer) -> list[dict[str, float]]:
     return [{k: v for k, v in r.items() if not k.endswith(timed)} for r in trainer.state.log_history]
 
 
-def assert_same(a: AMPTrainer, b: AMPTrainer) -> None:
+def assert_same(a: AMPTrainer, b: AMPTrainer, since: int = 0) -> None:
     for (name, x), y in zip(a.model.state_dict().items(), b.model.state_dict().values(), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0, msg=name)
     for x, y in zip(*(t.optimizer.state_dict()["state"].values() for t in (a, b)), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0)
-    assert records(a) == records(b)
-    assert a.rates.seen == b.rates.seen  # type: ignore[attr-defined]
+    first, second = ([r for r in records(t) if r["step"] > since and "train_loss" not in r] for t in (a, b))
+    assert first == second
+    assert a.rates.seen[since:] == b.rates.seen  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -126,3 +161,102 @@ def test_replayed_steps_are_those_of_python(
     eager, captured = (trained(tmp_path, **settings, amp_capture=capture) for capture in (False, True))
     assert captured.model.calls < 0.6 * eager.model.calls
     assert_same(eager, captured)
+
+
+def test_a_checkpoint_of_captured_steps_is_continued(tmp_path: Path, tape: None) -> None:
+    settings = {**BALL, "save_strategy": "steps", "save_steps": 14, "logging_steps": 1}
+    whole = trained(tmp_path / "whole", **settings)
+    trained(tmp_path / "part", **settings, amp_capture=True)
+    resumed = trained(tmp_path / "part", **settings, amp_capture=True, resume=str(tmp_path / "part" / "checkpoint-14"))
+    assert_same(whole, resumed, since=14)
+
+
+def test_hyper_parameters_that_change_are_captured_anew(tmp_path: Path, tape: None) -> None:
+    def run(folder: str, **capture: Any) -> AMPTrainer:
+        return trained(
+            tmp_path / folder, **BALL, **capture, callbacks=[Change("momentum", 0.5), Change("epsilon", 0.02)]
+        )
+
+    assert_same(run("eager"), run("captured", amp_capture=True))
+
+
+def test_batches_of_many_shapes_are_told_and_trained_as_they_are(
+    tmp_path: Path, tape: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captured_training, "MOST_KINDS", 1)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    assert_same(trained(tmp_path, **BALL), trained(tmp_path, **BALL, amp_capture=True))
+    told = [r.message for r in caplog.records if "without a capture" in r.message]
+    assert len(told) == 1
+    assert "more than 1 shapes" in told[0]
+
+
+def test_gradients_that_a_callback_changes_are_the_step_s(tmp_path: Path, tape: None) -> None:
+    """In place, and by other tensors."""
+
+    def run(folder: str, **capture: Any) -> AMPTrainer:
+        return trained(tmp_path / folder, **BALL, **capture, callbacks=[Halve()])
+
+    eager = run("eager")
+    assert_same(eager, run("captured", amp_capture=True))
+    with pytest.raises(AssertionError):
+        assert_same(eager, trained(tmp_path, **BALL))
+
+
+@pytest.mark.parametrize("piece", ["passes", "clipping", "step"])
+def test_what_cannot_be_captured_is_told_and_made_as_it_is(
+    piece: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record(call: Any, stream: Any) -> Any:
+        made = on_tape(call)
+        names.append(piece)
+        if len(names) == 1 + ["passes", "clipping", "step"].index(piece):
+            raise RuntimeError("the host asked for a value")
+        return made
+
+    names: list[str] = []
+    monkeypatch.setitem(captured_call.RECORDERS, "cpu", record)
+    with pytest.warns(UserWarning, match=f"{piece}.* cannot be captured.*the host asked for a value"):
+        captured = trained(tmp_path, **BALL, amp_capture=True)
+    assert_same(trained(tmp_path, **BALL), captured)
+
+
+def test_a_step_of_values_that_are_not_finite_is_skipped_and_told(tmp_path: Path, tape: None) -> None:
+    rows = dataset()
+    rows[3]["x"] = rows[3]["x"] * torch.nan
+    with pytest.warns(RuntimeWarning, match="the step was skipped"):
+        captured = trained(tmp_path, **BALL, amp_capture=True, rows=rows)
+    assert captured.amp is not None
+    assert captured.amp.skipped_steps == EPOCHS
+    assert all(p.isfinite().all() for p in captured.model.parameters())
+
+
+def test_the_optimizer_has_its_own_step_afterwards(tmp_path: Path, tape: None) -> None:
+    trainer = trained(tmp_path, **BALL, amp_capture=True)
+    assert "step" not in vars(trainer.amp)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"amp_ascent": "every(2)"}, r'use amp_ascent="full"'),
+        ({"fp16": True, "use_cpu": False}, r"use bf16=True"),
+        ({"torch_compile_mode": "reduce-overhead"}, r"captures graphs of its own"),
+        ({"optim": "amp_adafactor"}, r"needs an optimizer with fused kernels"),
+    ],
+)
+def test_what_the_host_has_a_say_in_is_refused(
+    settings: dict[str, Any], message: str, tmp_path: Path, tape: None
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        trained(tmp_path, **settings, amp_capture=True)
+
+
+def test_a_device_that_cannot_capture_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("transformers").propagate = True
+    try:
+        told = trained(tmp_path, **BALL, amp_capture=True, fused=False)
+    finally:
+        logging.getLogger("transformers").propagate = False
+    assert "amp_capture: steps are made as they are, without a capture, on cpu" in caplog.text
+    assert_same(trained(tmp_path, **BALL, fused=False), told)
