@@ -174,12 +174,12 @@ def trained(
         "dataloader_pin_memory": False,
         "seed": 7,
     }
-    model = Recorder()
+    model, evaluated = Recorder(), ImageBatches(dataset.split, SETTINGS)
     trainer = Trainer(
         model,
         TrainingArguments(str(folder), **(arguments | kwargs)),
         train_dataset=dataset,
-        eval_dataset=ImageBatches(dataset.split, SETTINGS),
+        eval_dataset=evaluated if dataset.device_batch is None else evaluated.to("cpu"),
         data_collator=collate,
         callbacks=[EpochCallback()],
     )
@@ -202,6 +202,18 @@ def test_trainer_sees_the_same_batches_with_workers_and_after_a_resume(split: Im
         assert all(torch.equal(a, b) for a, b in zip(whole.seen, parallel.seen, strict=True))
 
     resumed, _ = trained(batches_of(split), tmp_path / "whole", resume=str(tmp_path / "whole" / "checkpoint-6"))
+    assert len(resumed.seen) == 2
+    assert all(torch.equal(a, b) for a, b in zip(whole.seen[6:], resumed.seen, strict=True))
+
+
+def test_trainer_sees_the_same_batches_where_the_device_makes_them(split: ImageSplit, tmp_path: Path) -> None:
+    whole, scores = trained(batches_of(split), tmp_path / "host", save_strategy="no")
+    kwargs = {"save_strategy": "steps", "save_steps": 6, "dataloader_pin_memory": True}
+    resident, same_scores = trained(batches_of(split).to("cpu"), tmp_path / "device", **kwargs)
+    assert all(torch.equal(a, b) for a, b in zip(whole.seen, resident.seen, strict=True))
+    assert same_scores["eval_loss"] == scores["eval_loss"]
+    checkpoint = str(tmp_path / "device" / "checkpoint-6")
+    resumed, _ = trained(batches_of(split).to("cpu"), tmp_path / "device", resume=checkpoint)
     assert len(resumed.seen) == 2
     assert all(torch.equal(a, b) for a, b in zip(whole.seen[6:], resumed.seen, strict=True))
 

@@ -1,4 +1,4 @@
-"""Batches that the device makes are those of the CPU, to the bit; here the device is a CPU too, or a fake GPU."""
+"""Batches that the device makes are those of the CPU, to the bit; without a GPU the device is the CPU too, or a fake."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from amp_plugin.data import DatasetSettings, ImageBatches, ImageSplit, collate
 from amp_plugin.data.settings import SOURCES
 from amp_plugin.train.methods.mixup import MixedBatches
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N, CLASSES = 250, 10
 CIFAR10, SVHN = (SOURCES[name].settings for name in ("cifar10", "svhn"))
 assert CIFAR10 is not None
@@ -53,13 +54,15 @@ def both(
     """Return a data set on the host, and the same one on the device."""
     split = split or split_of()
     here, there = (ImageBatches(split, settings, augment, **kwargs) for _ in range(2))
-    return here, there.to("cpu")
+    return here, there.to(DEVICE)
 
 
 def assert_same(here: dict[str, Tensor], there: dict[str, Tensor]) -> None:
+    """Compare a batch of the host with one of the device."""
     assert list(here) == list(there)
     for name, value in here.items():
-        other = there[name]
+        assert there[name].device.type == DEVICE
+        other = there[name].cpu()
         assert (value.dtype, value.shape) == (other.dtype, other.shape)
         if value.dim() == 4:
             for memory_format in (torch.contiguous_format, torch.channels_last):
@@ -119,7 +122,7 @@ def test_mixup(channels_last: bool) -> None:
         MixedBatches(split_of(), CIFAR10, "cutout", seed=3, alpha=0.8, classes=CLASSES, channels_last=channels_last)
         for _ in range(2)
     )
-    there.to("cpu")
+    there.to(DEVICE)
     for epoch, indices in ((0, range(50)), (1, [5, 9, 5])):
         here.set_epoch(epoch)
         there.set_epoch(epoch)
@@ -175,8 +178,7 @@ def test_operators_that_were_recorded_make_the_next_batch(augment: Any) -> None:
     indices = [*range(200, 250), *range(10)]
     expected = here.__getitems__(indices)
     pixels, labels = recorded(table_of(there, indices))
-    assert torch.equal(pixels, expected["pixel_values"])
-    assert torch.equal(labels, expected["labels"])
+    assert_same(expected, {"pixel_values": pixels, "labels": labels})
 
 
 class Devices(TorchDispatchMode):
@@ -230,12 +232,12 @@ def test_a_copy_has_its_own_images_on_the_device(duplicate: Any) -> None:
 def test_workers_are_refused() -> None:
     _, there = both("plain")
     loader = DataLoader(there, batch_size=4, collate_fn=collate, num_workers=1)
-    with pytest.raises(RuntimeError, match=r"the images lie on cpu, .* load with num_workers=0"):
+    with pytest.raises(RuntimeError, match=rf"the images lie on {DEVICE}, .* load with num_workers=0"):
         next(iter(loader))
 
 
 def test_a_loader_that_pins_leaves_the_batch_as_it_is() -> None:
-    for dataset in (both("plain")[1], MixedBatches(split_of(), CIFAR10, alpha=0.8, classes=CLASSES).to("cpu")):
+    for dataset in (both("plain")[1], MixedBatches(split_of(), CIFAR10, alpha=0.8, classes=CLASSES).to(DEVICE)):
         batch = dataset.__getitems__(range(4))
         assert pin_memory(batch) is batch
 
@@ -249,7 +251,7 @@ def test_what_a_device_would_round_otherwise_stays_on_the_cpu() -> None:
     ):
         assert str(dataset.resident_reason).startswith(reason)
         with pytest.raises(ValueError, match=f"these batches are made on the CPU, not on a device: {reason}"):
-            dataset.to("cpu")
+            dataset.to(DEVICE)
         assert dataset.device_batch is None
     for dataset in (ImageBatches(large, CIFAR10, "cutout"), ImageBatches(split_of(), CIFAR10, image_size=32)):
         assert dataset.resident_reason is None
