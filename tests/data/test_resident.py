@@ -1,4 +1,4 @@
-"""Batches that the device makes are those of the CPU, to the bit; without a GPU the device is the CPU too, or a fake."""
+"""Batches that the device makes are those of the CPU, to the bit; without a GPU that device is a CPU, or a fake."""
 
 from __future__ import annotations
 
