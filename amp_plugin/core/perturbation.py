@@ -7,7 +7,7 @@ https://arxiv.org/abs/2010.04925, section 4 (Algorithm 1).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -17,15 +17,13 @@ from torch.nn.utils import parametrize
 from amp_plugin.core.async_scalar import AsyncScalar
 from amp_plugin.core.bucket import Ascent, Bucket, check_movable
 from amp_plugin.core.compilation import not_compiled
+from amp_plugin.core.move import CompiledMove, move
 from amp_plugin.core.norms import all_true, local_tensor, norms_of, overall_norm
 from amp_plugin.core.sharding import global_norms, local_shard, redistribute_like, split_of
 from amp_plugin.core.shared_memory import clone_overlapping
 
 Norm = Literal["tensor", "global"]
 NORMS: tuple[str, ...] = get_args(Norm)
-
-# The integer type by size in bytes. A float's bits, read as an integer and multiplied by 0, clear even NaN and inf.
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Version counters of displaced weights. They start out of reach of the small numbers that ordinary changes count to,
 # and leave room between them for the changes that a module makes to its own weights (nn.Embedding's max_norm).
@@ -94,6 +92,15 @@ class Perturbation:
         self._ratios: list[tuple[Tensor, float]] = []
         self._finite: Tensor | None = None
         self._flag: AsyncScalar | None = None
+        self._move: Callable[[list[Tensor], list[Tensor], Tensor, Tensor], None] = move
+
+    def compile(self) -> None:
+        """Let `torch.compile` make the move to theta + delta from now on, in a few kernels instead of one a tensor.
+
+        That is for a :class:`CapturedStep`, in which the device waits for nothing but kernels, and a ball around each
+        tensor. The first ascent takes some seconds more. A copy of the optimizer is not compiled, as of a module.
+        """
+        self._move = CompiledMove()
 
     @property
     def active(self) -> bool:
@@ -141,6 +148,8 @@ class Perturbation:
         for b in buckets:
             self._weigh(b.deltas, b.backups)
         norms = [global_norms(norms_of(b.deltas), b.split) for b in buckets]
+        for b in buckets:
+            self._weigh(b.deltas, b.backups)
         ratios = [n * factor for n, factor in zip(norms, in_radii, strict=True)]
         overall = overall_norm(ratios) if self.norm == "global" else None
 
@@ -155,19 +164,10 @@ class Perturbation:
         finite = all_true([_are_factors(-s if down else s) for s, down in zip(shrinks, descends, strict=True)])
         if again and self._finite is not None:
             finite = finite & self._finite
-        for b, factor in zip(buckets, shrinks, strict=True):
-            ok = finite.to(factor.device)
-            shrink = factor.nan_to_num(0.0, 0.0, 0.0)
-            bits = _BITS[b.deltas[0].element_size()]
-            torch._foreach_mul_([d.view(bits) for d in b.deltas], ok.to(bits))  # 0 times NaN would be NaN
-            if overall is None:
-                torch._foreach_mul_(b.deltas, shrink.unbind())
-            else:
-                torch._foreach_mul_(b.deltas, shrink)
-            self._weigh(b.deltas, b.backups)
+        for b, shrink in zip(buckets, shrinks, strict=True):
             if again:
                 torch._foreach_copy_(b.params, b.backups)
-            torch._foreach_add_(b.params, b.deltas)
+            self._move(b.params, b.deltas, shrink, finite.to(shrink.device))
 
         self._moved_versions = [next(_displacements)] * len(self._displaced)
         _set_versions(self._displaced, self._moved_versions)
@@ -267,15 +267,15 @@ class Perturbation:
         """
         if not self._ratios:
             return {}
-        device = self._ratios[0][0].device
-        ratios = torch.cat([ratio.to(device) for ratio, _ in self._ratios])
-        radii = torch.cat([ratio.new_full(ratio.shape, epsilon, device=device) for ratio, epsilon in self._ratios])
-        length = overall_norm([ratios]) if self.norm == "global" else ratios
-        norm = overall_norm([radii * ratios * self._share(length)])
-        clipped = (length > 1.0).float().mean()
         assert self._finite is not None
-        moved = self._finite.to(device)  # the weights stay at theta where the ascent was not finite
-        return {"perturbation_norm": torch.where(moved, norm, 0.0), "clipped": torch.where(moved, clipped, 0.0)}
+        device = self._ratios[0][0].device
+        # The weights stay at theta where the ascent was not finite: at the length 0.
+        ratios = [torch.where(self._finite.to(ratio.device), ratio, 0.0).to(device) for ratio, _ in self._ratios]
+        length = overall_norm(ratios) if self.norm == "global" else torch.cat(ratios)
+        shares = [self._share(length)] * len(ratios) if length.dim() == 0 else [self._share(ratio) for ratio in ratios]
+        radii = [epsilon for _, epsilon in self._ratios]
+        norm = overall_norm([r * share * radius for r, share, radius in zip(ratios, shares, radii, strict=True)])
+        return {"perturbation_norm": norm, "clipped": (length > 1.0).float().mean()}
 
     def _share(self, length: Tensor) -> Tensor:
         """Return min(1, 1 / length), which brings a step of this length, in radii, into the ball; a new tensor."""
@@ -284,7 +284,7 @@ class Perturbation:
     def _weigh(self, deltas: list[Tensor], theta: list[Tensor]) -> None:
         """Do nothing; a subclass whose ball is an ellipsoid (ASAM) multiplies the steps by its axes here.
 
-        This is called twice in an ascent: before the steps are measured, and after they are projected.
+        This is called twice in an ascent: before the steps are measured, and after.
         """
 
     def _buckets(self, ascents: Iterable[Ascent]) -> list[Bucket]:

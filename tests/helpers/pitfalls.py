@@ -115,9 +115,9 @@ PITFALLS = [
     Pitfall(
         "a NaN in the ascent's gradient makes the weights NaN",
         "two packages, by running them",
-        "core/perturbation.py",
-        "            ok = finite.to(factor.device)\n",
-        "            ok = torch.ones_like(finite, device=factor.device)\n",
+        "core/move.py",
+        "finite.to(bits))",
+        "torch.ones_like(finite).to(bits))",
         "core/test_perturbation.py::test_non_finite_gradients_leave_every_tensor_alone",
     ),
     Pitfall(
