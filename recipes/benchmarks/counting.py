@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -40,10 +41,35 @@ def storages(tensors: Any) -> dict[int, int]:
     }
 
 
-def _are_batched(lists: list[Any]) -> bool:
-    """Return whether CUDA treats lists of tensors in batches, see `can_use_fast_route` in ATen's ForeachUtils.h."""
-    alike = all(len({(t.dtype, t.device) for t in tensors}) == 1 for tensors in lists)
-    return alike and all(len({(t.shape, t.stride()) for t in row}) == 1 for row in zip(*lists, strict=True))
+# One launch of a `_foreach` operator takes so many tensors, by the number of lists, and so many blocks of numbers: the
+# limits of ATen's MultiTensorApply.cuh with CUDA 13, a seventh before.
+_TENSORS, _BLOCKS, _BLOCK = (770, 448, 336, 252, 210), 2240, 65536
+
+
+def _launches(name: str, args: Any, result: Any) -> int:
+    """Return how many kernels CUDA launches for a `_foreach` operator, see `can_use_fast_route` in ForeachUtils.h."""
+    lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)]
+    tensors = [t for each in lists for t in each] + [a for a in args if isinstance(a, Tensor)]
+    alike = all(len({(t.dtype, t.device) for t in each}) == 1 for each in lists)
+    alike &= "_copy_" in name or len({t.dtype for t in tensors}) == 1
+    rows = list(zip(*lists, strict=True))
+    if not (alike and all(len({(t.shape, t.stride()) for t in row}) == 1 for row in rows)):
+        return len(rows)
+    if "_norm" in name:  # the parts of the sums are set to 0 before, and added up after
+        return 1 + _batches(lists, 1) + math.ceil(len(rows) / _TENSORS[0])
+    return _batches(lists, len(lists) + (result is not None and not name.split(".")[1].endswith("_")))
+
+
+def _batches(lists: list[Any], depth: int) -> int:
+    launches = tensors = blocks = 0
+    for tensor in lists[0]:
+        tensors, blocks = tensors + 1, blocks + math.ceil(tensor.numel() / _BLOCK)
+        full, rest = divmod(blocks, _BLOCKS)
+        if full:
+            launches, tensors, blocks = launches + full, min(rest, 1), rest
+        elif tensors == _TENSORS[depth - 1]:
+            launches, tensors, blocks = launches + 1, 0, 0
+    return launches + bool(blocks)
 
 
 class CountCalls(TorchDispatchMode):
@@ -51,8 +77,8 @@ class CountCalls(TorchDispatchMode):
 
     Attributes:
         calls: number of calls of each operator.
-        launches: kernels that CUDA would launch, at least: a `_foreach` operator is one where all tensors of a list are
-            alike and the lists match, else one a tensor.
+        launches: kernels that CUDA would launch, at least: a `_foreach` operator is one, or as many as its size takes,
+            where all tensors of a list are alike and the lists match, else one a tensor.
         allocated: bytes of the storages that the operators create.
         communicated: bytes that they send.
     """
@@ -68,8 +94,7 @@ class CountCalls(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self.calls[str(func)] += 1
         if str(func) not in NO_KERNELS:
-            lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)]
-            self.launches += len(lists[0]) if "_foreach" in str(func) and not _are_batched(lists) else 1
+            self.launches += _launches(str(func), args, result) if "_foreach" in str(func) else 1
         if str(func).startswith("c10d.") and (payload := [t for t in tree_leaves(args) if isinstance(t, Tensor)]):
             self.communicated += sum(t.numel() * t.element_size() for t in payload)
         before = storages((args, kwargs))

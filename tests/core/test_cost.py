@@ -11,6 +11,7 @@ from benchmarks.counting import CountCalls, storages
 from torch import nn
 
 from amp_plugin import AMP, ExtraPasses
+from amp_plugin.core import move
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +64,28 @@ def test_at_most_twenty_kernel_calls_beyond_the_base_optimizer(
 
 
 @pytest.mark.parametrize("norm", ["tensor", "global"])
-def test_kernels_take_all_tensors_at_once(model: nn.Module, norm: Any) -> None:
-    """But for one that brings each tensor's step into its own ball."""
+def test_cuda_launches_at_most_twenty_kernels_and_one_for_each_large_tensor(
+    model: nn.Module, norm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ball around each tensor multiplies its step by a factor of its own, as the kernels for lists cannot."""
+    monkeypatch.setattr(move, "_WRITES_OUT", ("cpu",))
     kwargs: dict[str, Any] = {"lr": 0.1, "foreach": True}
     base = calls_of_step(torch.optim.SGD(model.parameters(), **kwargs), model)
     amp = calls_of_step(AMP(model.parameters(), norm=norm, **kwargs), model)
-    tensors = len(list(model.parameters()))
-    assert amp.launches - base.launches <= 20 + (tensors if norm == "tensor" else 0), amp.calls - base.calls
+    large = sum(p.numel() > 4096 for p in model.parameters())
+    assert 0 < large < 25
+    assert amp.launches - base.launches <= 20 + (large if norm == "tensor" else 0), amp.calls - base.calls
+
+
+def test_statistics_are_a_few_kernels(model: nn.Module) -> None:
+    optimizer = AMP(model.parameters(), lr=0.1)
+    set_gradients(model)
+    optimizer.ascend()
+    with CountCalls() as count:
+        optimizer.statistics()
+    optimizer.restore()
+    assert 0 < count.launches <= 12, count.calls
+    assert count.syncs == {}
 
 
 def test_the_state_of_all_layers_is_replayed_by_a_few_kernels(model: nn.Module) -> None:
@@ -86,10 +102,30 @@ def test_the_state_of_all_layers_is_replayed_by_a_few_kernels(model: nn.Module) 
 
 def test_the_counter_sees_lists_that_cuda_does_not_batch() -> None:
     floats, integers = [torch.ones(2), torch.ones(3)], [torch.ones(2), torch.ones(3, dtype=torch.int64)]
-    for lists, launches in (((floats, floats), 1), ((integers, integers), 2), ((floats, [torch.ones(())] * 2), 2)):
+    factors = [torch.ones(())] * 2
+    for lists, launches in (((floats, floats), 1), ((integers, integers), 2), ((floats, factors), 2)):
         with CountCalls() as count:
             torch._foreach_mul_(*lists)
         assert count.launches == launches
+    for factor, launches in ((torch.ones(()), 1), (torch.ones((), dtype=torch.float64), 2)):
+        with CountCalls() as count:
+            torch._foreach_mul_(floats, factor)
+        assert count.launches == launches
+
+
+def test_the_counter_sees_lists_that_are_too_long_for_one_launch() -> None:
+    many = [torch.ones(1)] * 600
+    for operator, arguments, launches in (
+        (torch._foreach_neg_, (many,), 1),  # 770 tensors fit into one launch
+        (torch._foreach_add_, (many, many), 2),  # 448 pairs
+        (torch._foreach_add, (many, many), 2),  # 336 with their sums
+        (torch._foreach_copy_, (many, [t.double() for t in many]), 2),
+        (torch._foreach_norm, (many,), 3),
+        (torch._foreach_neg_, ([torch.ones(65536 * 2241, dtype=torch.int8)],), 2),  # 2,240 blocks
+    ):
+        with CountCalls() as count:
+            operator(*arguments)
+        assert count.launches == launches, operator
 
 
 def test_the_counter_sees_a_synchronisation() -> None:
