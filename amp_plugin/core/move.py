@@ -78,7 +78,7 @@ class CompiledMove:
             try:
                 _compiled()(params, steps, factors, finite)
                 return
-            except Exception as error:  # the compiler has run nothing, whatever is wrong with it
+            except Exception as error:  # before anything moved: that comes last in what is compiled
                 self._compiles = False
                 lines = str(error).strip().splitlines() or [""]
                 warn_user(f"AMP: torch.compile failed, so the move is not compiled. {type(error).__name__}: {lines[0]}")
@@ -87,7 +87,7 @@ class CompiledMove:
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
-    return torch.compile(_move_in_one_expression, dynamic=False, fullgraph=True)
+    return torch.compile(_move_in_one_expression, dynamic=False)
 
 
 def _move_in_one_expression(params: list[Tensor], steps: list[Tensor], factors: Tensor, finite: Tensor) -> None:

@@ -338,6 +338,8 @@ class AMPMixin(TrainerMixin):
             if captured is None or captured.model is not model:
                 optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's
                 captured = self._amp_captured = CapturedTraining(model, optimizer, self.amp, self.args.device)
+                if self.amp is not None and self.args.torch_compile:
+                    self.amp.perturbation.compile()
             passes = functools.partial(self._passes, step, model)
             made = captured.passes(passes, window.batches, num_items)
             self._add_to_means(made.measures)

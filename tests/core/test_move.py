@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.counting import CountCalls
 from doors import by_closure
 from problems import SGD_ARGS, assert_same_parameters, small_batches, small_net
 from torch import Tensor, nn
@@ -71,6 +72,19 @@ def test_nothing_moves_where_the_steps_are_not_finite(kernels: Kernels, one_fact
         assert torch.equal(p, t)
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_parameters_move_once_where_torch_compiles_nothing(kernels: Kernels) -> None:
+    """Torch runs code as it is inside a dispatch mode (a profiler of FLOPs), and where it was compiled too often."""
+    params, steps = [torch.ones(3), torch.ones(())], [torch.ones(3), torch.ones(())]
+    with CountCalls():
+        kernels(params, steps, torch.tensor([2.0, 4.0]), torch.tensor(True))
+    assert [p.tolist() for p in params] == [[3.0, 3.0, 3.0], 5.0]
+    for size in range(1, 12):
+        params, steps = [torch.ones(size)], [torch.ones(size)]
+        kernels(params, steps, torch.tensor([2.0]), torch.tensor(True))
+        assert params[0].tolist() == [3.0] * size
+
+
 def test_sixteen_bit_steps_are_multiplied_in_float32(kernels: Kernels) -> None:
     torch.manual_seed(0)
     params, steps = tensors(torch.bfloat16), tensors(torch.bfloat16)
@@ -120,7 +134,7 @@ def test_a_compiled_ball_trains_as_any_other(
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(module._move_in_one_expression, backend=backend, dynamic=False, fullgraph=True)
+    compiled = torch.compile(module._move_in_one_expression, backend=backend, dynamic=False)
     monkeypatch.setattr(module, "_compiled", lambda: compiled)
     kwargs: dict[str, Any] = {"norm": norm, "inner_iter": inner_iter}
     expected = train(optimizer_class, compiled=False, **kwargs)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from amp_plugin import AMPTrainer, AMPTrainingArguments
-from amp_plugin.core import captured_call
+from amp_plugin.core import captured_call, move
 from amp_plugin.doors import captured_training
 
 EPOCHS, BATCH, EXAMPLES = 5, 4, 22  # the last batch has 2
@@ -260,3 +260,23 @@ def test_a_device_that_cannot_capture_is_told(tmp_path: Path, caplog: pytest.Log
         logging.getLogger("transformers").propagate = False
     assert "amp_capture: steps are made as they are, without a capture, on cpu" in caplog.text
     assert_same(trained(tmp_path, **BALL, fused=False), told)
+
+
+def test_the_ball_of_captured_and_compiled_passes_is_compiled_too(
+    tmp_path: Path, tape: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = 0
+
+    def count(graph: Any, inputs: Any) -> Any:
+        nonlocal compiled
+        compiled += 1
+        return graph.forward
+
+    function = torch.compile(move._move_in_one_expression, backend=count)
+    monkeypatch.setattr(move, "_compiled", lambda: function)
+    settings = {**BALL, "torch_compile": True, "torch_compile_backend": "eager"}
+    eager = trained(tmp_path, **settings)
+    assert compiled == 0
+    captured = trained(tmp_path, **settings, amp_capture=True)
+    assert compiled == 1
+    assert_same(eager, captured)
