@@ -29,12 +29,12 @@ import torch
 from amp_plugin.train.defaults import cpu_computes_in_bf16
 
 try:
-    from benchmarks import counts, pipeline, recipe, startup, step
+    from benchmarks import counts, host, pipeline, recipe, startup, step
     from benchmarks.rows import Row, draw, markdown
 except ModuleNotFoundError as missing:
     sys.exit(f'error: {missing.name} is missing: pip install "amp-plugin[benchmark]"')
 
-SUBJECTS = ("counts", "step", "ascents", "memory", "recipe", "pipeline", "startup")
+SUBJECTS = ("counts", "step", "ascents", "host", "memory", "recipe", "pipeline", "startup")
 
 
 def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
@@ -47,6 +47,8 @@ def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
         yield from (step.times(*cell, args.seconds) for cell in cells)
     if "ascents" in args.only:
         yield from (step.times(*cell, args.seconds, modes=True) for cell in cells)
+    if "host" in args.only:
+        yield host.times(args.seconds)
     if "memory" in args.only:
         yield from (step.memory(*cell, args.threads) for cell in cells if cell[2] == step.MEMORY_BATCH_SIZE)
     if "recipe" in args.only:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from amp_plugin import AMP, AMPTrainer, AMPTrainingArguments, LossModule, attach
 from amp_plugin.models.classifier import image_classifier
@@ -117,8 +117,8 @@ def loop(turn: Turn, make: Problem, way: Callable[..., Step], **settings: Any) -
         step()
 
 
-def trainer_loop(turn: Turn, make: Problem, *, optim: str) -> None:
-    """Train with `AMPTrainer` and the optimizer `optim`. Gradients are clipped, as they are by default."""
+def trainer_loop(turn: Turn, make: Problem, *, optim: str, trainer: type[Trainer] = AMPTrainer) -> None:
+    """Train with a Trainer and the optimizer `optim`. Gradients are clipped, as they are by default."""
     model, batch = make()
     args = AMPTrainingArguments(
         output_dir=tempfile.gettempdir(),  # nothing is saved
@@ -142,7 +142,7 @@ def trainer_loop(turn: Turn, make: Problem, *, optim: str) -> None:
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             turn()
 
-    AMPTrainer(model, args, train_dataset=_Same(batch), data_collator=itemgetter(0), callbacks=[OnStep()]).train()
+    trainer(model, args, train_dataset=_Same(batch), data_collator=itemgetter(0), callbacks=[OnStep()]).train()
 
 
 class _Same(IterableDataset[dict[str, Tensor]]):

@@ -73,9 +73,10 @@ def take_turns(
 def compare(section: str, case: str, ways: Ways, unit: str, amount: float = 1.0, **settings: Any) -> list[Row]:
     """Let loops take turns, with the settings of `take_turns`, and return a row for each that has a baseline.
 
-    The units "ms" and "s" are of durations, others of rates; `amount` is what a step of a loop does, e.g. its images.
+    The units "µs", "ms" and "s" are of durations, others of rates; `amount` is what a step of a loop does, e.g. its
+    images.
     """
-    scale = {"ms": 1e3, "s": 1.0}.get(unit)
+    scale = {"µs": 1e6, "ms": 1e3, "s": 1.0}.get(unit)
     times = take_turns({name: loop for name, (loop, _) in ways.items()}, **settings)
     figures = {n: [scale * t / amount if scale else amount / t for t in some] for n, some in times.items()}
     return [timed(section, case, n, base, figures[n], figures[base], unit) for n, (_, base) in ways.items() if base]
