@@ -28,6 +28,7 @@ from amp_plugin.core.optimizer import AMP
 from amp_plugin.core.replay import ExtraPasses
 from amp_plugin.doors.attach_callback import AttachCallback, release
 from amp_plugin.doors.captured_training import CapturedTraining, Passes
+from amp_plugin.doors.logged_loss import loss_for_log
 from amp_plugin.doors.means import Means
 from amp_plugin.doors.num_items import uses_num_items
 from amp_plugin.doors.trainer_mixin import TrainerMixin
@@ -76,6 +77,7 @@ class AMPMixin(TrainerMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._amp_window = Window()
+        self._amp_in_step = False  # whether the loop has called a training step that is not over
         self._amp_extra_passes: ExtraPasses | None = None
         self._amp_captured: CapturedTraining | None = None
         self._loss_uses_num_items: bool | None = None
@@ -185,15 +187,23 @@ class AMPMixin(TrainerMixin):
             The loss of this micro-batch at theta, detached; or, if the ascent took only a part of the window, an equal
             share of that part's loss.
         """
-        if self._amp_window.in_step:
-            return super().training_step(model, inputs, num_items_in_batch)
-        return self._amp_training_step(super().training_step, model, inputs, num_items_in_batch)
+        return self._amp_step_of_loop(super().training_step, model, inputs, num_items_in_batch)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """Prepare a micro-batch as the Trainer does; once for all passes, if it has a way of its own."""
         if getattr(super()._prepare_inputs, "__func__", None) is Trainer._prepare_inputs:
             return super()._prepare_inputs(inputs)
         return self._amp_prepared(super()._prepare_inputs, inputs)
+
+    def _amp_step_of_loop(self, step: TrainingStep, model: nn.Module, inputs: Any, num_items: Any) -> Tensor:
+        """Make the passes of a micro-batch by this step, unless the step of a class further out is making them."""
+        if self._amp_in_step:
+            return step(model, inputs, num_items)
+        self._amp_in_step = True
+        try:
+            return loss_for_log(self, self._amp_training_step(step, model, inputs, num_items))
+        finally:
+            self._amp_in_step = False
 
     def _amp_training_step(self, step: TrainingStep, model: nn.Module, inputs: Any, num_items: Any) -> Tensor:
         """Make the passes of a micro-batch by the step of the outermost class, so that overrides act in each pass."""

@@ -38,10 +38,7 @@ def step_in_every_pass(training_step: Callable[..., Tensor]) -> Callable[..., Te
 
     @functools.wraps(training_step)
     def in_every_pass(self: AMPMixin, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        step = functools.partial(training_step, self)
-        if self._amp_window.in_step:
-            return step(model, inputs, num_items_in_batch)
-        return self._amp_training_step(step, model, inputs, num_items_in_batch)
+        return self._amp_step_of_loop(functools.partial(training_step, self), model, inputs, num_items_in_batch)
 
     return in_every_pass
 
