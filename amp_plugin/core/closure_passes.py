@@ -27,7 +27,7 @@ def passes_by_closure(self: AMP, closure: Callable[[], Any], passes: ExtraPasses
             self._set_gradients({})
         for _ in self.passes_of_step(None, prune=not in_process_group(), passes=passes):
             results.append(closure())
-            ascended |= bool(self.gradients())
+            ascended |= self.has_gradients()
         if ascends:
             self._set_gradients(step.set_aside)
         before, versions = step.set_aside, [grad._version for grad in step.set_aside.values()]

@@ -53,7 +53,7 @@ def check_ascents(amp: AMP, step: Step) -> None:
 
     A step whose passes have left no gradient at all is as harmless as the base optimizer's.
     """
-    harmless = step.plain or (step.idle and not amp.gradients())
+    harmless = step.plain or (step.idle and not amp.has_gradients())
     if step.ascents != amp.inner_iter and not step.descents and not harmless:
         raise RuntimeError(
             f"AMP.step() without a closure needs {amp.inner_iter} ascent step(s) before it, got {step.ascents}; it"
@@ -93,7 +93,7 @@ def check_closure_gradients(amp: AMP, ascended: bool, before: Mapping[Tensor, Te
 def check_step(amp: AMP, step: Step) -> None:
     """Warn, once, of what makes a step that is over another one than AMP's, or raise RuntimeError."""
     amp.perturbation.check_undisturbed()
-    if step.aimless and amp.gradients():
+    if step.aimless and amp.has_gradients():
         raise RuntimeError(
             "the passes before the ascent left no gradient, but the pass of the descent did: call backward() on the"
             " loss in each pass, or the step would train without the perturbation that you asked for"

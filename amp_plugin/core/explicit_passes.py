@@ -56,7 +56,7 @@ def ascent_passes(
     try:
         for part in self.passes_of_step(batches, grad_scale, prune=not in_process_group(), passes=passes):
             yield part
-            self.progress.aimless |= not self.gradients()
+            self.progress.aimless |= not self.has_gradients()
     except BaseException:
         self.restore()
         raise
@@ -99,7 +99,7 @@ def ascend(self: AMP, *, grad_scale: Scale = 1.0) -> None:
 
 
 def _check_gradients(self: AMP) -> None:
-    if not self.gradients():
+    if not self.has_gradients():
         sharded = any(is_distributed(p) for group in self.param_groups for p in group["params"])
         raise RuntimeError(
             "ascend() found no gradient: call backward() on the loss at the current weights first"
@@ -111,7 +111,7 @@ def _waste_pass(self: AMP) -> None:
     """Drop a gradient that the policy does not need in this step, and do what the policy does need, if anything."""
     step = self.progress
     step.begun = True
-    wasted = bool(self.gradients())
+    wasted = self.has_gradients()
     self._set_gradients({})
     for _ in self.passes_of_step(None):  # moves the weights where a direction is known, and yields nothing
         pass

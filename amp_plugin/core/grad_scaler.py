@@ -6,7 +6,7 @@ gradient overflowed, and ``grad_scale``, a 0-d tensor that the gradients are sti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,14 +36,14 @@ def check_closure(optimizer: Optimizer) -> None:
         )
 
 
-def found_overflow(optimizer: Any, gradients: list[Tensor]) -> bool:
+def found_overflow(optimizer: Any, gradients: Callable[[], list[Tensor]]) -> bool:
     """Return whether a scaler makes this call of ``step()`` and has found an overflow; if not, divide by its scale."""
     if not hasattr(optimizer, "found_inf"):
         return False
     if optimizer.found_inf.item():
         return True
     if optimizer.grad_scale is not None:  # the scaler has not unscaled the gradients yet
-        torch._foreach_div_(gradients, optimizer.grad_scale.item())
+        torch._foreach_div_(gradients(), optimizer.grad_scale.item())
     return False
 
 

@@ -228,7 +228,7 @@ class AMP(OptimizerWrapper):
         """Put back the exact bits of theta; forget the ascents, unless a gradient was taken at theta + delta."""
         self.perturbation.restore()
         self.progress.moved = False
-        if self.attached or not self.gradients():
+        if self.attached or not self.has_gradients():
             self.progress.ascents = 0  # so that step() takes no other gradient for one of theta + delta
 
     def _descend(self, trains: bool) -> None:
@@ -239,9 +239,9 @@ class AMP(OptimizerWrapper):
             flags = [d.finite for d in step.descents] + ([self.perturbation.finite] if step.ascents else [])
             skipped = step_where_finite(self.base_optimizer, [flag for flag in flags if flag is not None], self)
             self._skipped = skipped + self._skipped if isinstance(self._skipped, int) else self._skipped.add_(skipped)
-        elif grad_scaler.found_overflow(self, self.gradients()):
+        elif grad_scaler.found_overflow(self, self.gradients):
             pass  # no step and no warning: the scaler knows, and will lower its scale
-        elif (step.ascents and not self.perturbation.was_finite()) or not step.were_finite(self.gradients()):
+        elif (step.ascents and not self.perturbation.was_finite()) or not step.were_finite(self.gradients):
             self._skipped += 1
             complaints.tell_of_skipped_step(self)
         else:

@@ -47,11 +47,13 @@ def leaves_of(loss: Tensor) -> list[Tensor]:
     waiting: list[Any] = [loss.grad_fn]
     while waiting:
         node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            if type(node).__name__ == "AccumulateGrad":
-                leaves.append(node.variable)
-            waiting += [following for following, _ in node.next_functions]
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if following := node.next_functions:
+            waiting += [node for node, _ in following]
+        elif type(node).__name__ == "AccumulateGrad":
+            leaves.append(node.variable)
     return leaves
 
 

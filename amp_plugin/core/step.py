@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -68,7 +68,7 @@ class Step:
         """Whether ``step(closure)`` is running its closure now."""
         return self.set_aside is not None
 
-    def were_finite(self, gradients: Iterable[Tensor]) -> bool:
+    def were_finite(self, gradients: Callable[[], Iterable[Tensor]]) -> bool:
         """Return whether all gradients of the attached module's ascents were finite.
 
         The gradient of a descent whose ascent was not finite is NaN. Where gradients are finite all the same, the loop
@@ -76,7 +76,7 @@ class Step:
         """
         if all(d.was_finite() for d in self.descents):
             return True
-        filled = [entries for grad in gradients if (entries := entries_of(grad)).numel()]
+        filled = [entries for grad in gradients() if (entries := entries_of(grad)).numel()]
         return bool(filled) and all(bool(grad.isfinite().all()) for grad in filled)
 
     def drop_gradients(self) -> None:

@@ -58,7 +58,11 @@ class OptimizerWrapper(Optimizer):
 
     def gradients(self) -> list[Tensor]:
         """Return the gradients that are there, in the order of the groups."""
-        return [p.grad for p in self._params() if p.grad is not None]
+        return [grad for p in self._params() if (grad := p.grad) is not None]
+
+    def has_gradients(self) -> bool:
+        """Return whether any gradient is there."""
+        return any(p.grad is not None for group in self.param_groups for p in group["params"])
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the base optimizer saves: some save more than torch does, and each loads its own."""

@@ -197,7 +197,7 @@ class Attachment:
     def _passes(self, amp: AMP, passes: ExtraPasses, module: nn.Module, args: Any, kwargs: Any) -> _Passes:
         """Make the ascent; return the number of its passes."""
         made, self.loss = 0, None
-        if not amp.gradients() and all(p.grad is None for p in parameters_of(module)):
+        if not amp.has_gradients() and all(p.grad is None for p in parameters_of(module)):
             amp.zero_grad()  # forget a step that the gradient scaler skipped
         ddp = data_parallel(module)
         if ddp is not None and ddp.static_graph:

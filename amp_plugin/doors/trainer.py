@@ -28,6 +28,7 @@ from amp_plugin.core.optimizer import AMP
 from amp_plugin.core.replay import ExtraPasses
 from amp_plugin.doors.attach_callback import AttachCallback, release
 from amp_plugin.doors.captured_training import CapturedTraining, Passes
+from amp_plugin.doors.flops import CountedFlops
 from amp_plugin.doors.logged_loss import loss_for_log
 from amp_plugin.doors.means import Means
 from amp_plugin.doors.num_items import uses_num_items
@@ -80,6 +81,7 @@ class AMPMixin(TrainerMixin):
         self._amp_in_step = False  # whether the loop has called a training step that is not over
         self._amp_extra_passes: ExtraPasses | None = None
         self._amp_captured: CapturedTraining | None = None
+        self._amp_flops = CountedFlops()
         self._loss_uses_num_items: bool | None = None
         super().__init__(*args, **kwargs)
         self._amp_means = Means(finite_only=self.args.logging_nan_inf_filter)
@@ -229,7 +231,7 @@ class AMPMixin(TrainerMixin):
         if window.clean_losses:
             loss = window.clean_losses[len(window.amp_losses) - 1]
         if len(window.amp_losses) == len(window.batches):
-            self._add_to_means(self._measures(amp))
+            self._amp_means.add(self._measures(amp))
             note_idle(amp)
             self._end_amp_window()
             if self.accelerator.scaler is not None:
@@ -257,7 +259,12 @@ class AMPMixin(TrainerMixin):
         """Return the Trainer's count, times the number of passes of the step under way."""
         amp = self.amp
         passes = amp.passes if amp is not None and amp.perturbs else 1
-        return round(passes * int(super().floating_point_ops(inputs)))
+        return round(passes * self._amp_flops.count(self, super().floating_point_ops, inputs))
+
+    def store_flos(self) -> None:
+        """Store the sum as the Trainer does, and count anew from now on."""
+        super().store_flos()
+        self._amp_flops.clear()
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as the Trainer does; refuse to while the weights are perturbed."""
@@ -331,14 +338,10 @@ class AMPMixin(TrainerMixin):
         measures: dict[str, Tensor | float] = {"amp_passes": amp.passes}
         if not amp.perturbed:
             return measures
-        amp_loss = measures["amp_loss"] = torch.stack(self._amp_window.amp_losses).sum()
+        amp_loss = measures["amp_loss"] = _sum(self._amp_window.amp_losses)
         if self._amp_window.clean_losses:
-            measures["sharpness"] = amp_loss - torch.stack(self._amp_window.clean_losses).sum()
+            measures["sharpness"] = amp_loss - _sum(self._amp_window.clean_losses)
         return measures | amp.statistics()
-
-    def _add_to_means(self, measures: dict[str, Tensor | float]) -> None:
-        for name, value in measures.items():
-            self._amp_means.add(name, value)
 
     def _captured_training_step(self, step: TrainingStep, model: nn.Module, num_items: Any) -> Tensor:
         """Make all passes over the window at its first micro-batch, or replay them; then return a loss a call."""
@@ -352,7 +355,7 @@ class AMPMixin(TrainerMixin):
                     self.amp.perturbation.compile()
             passes = functools.partial(self._passes, step, model)
             made = captured.passes(passes, window.batches, num_items)
-            self._add_to_means(made.measures)
+            self._amp_means.add(made.measures)
             window.returned, self._amp_window = list(made.losses), window
         return window.returned.pop(0)
 
@@ -395,6 +398,10 @@ class AMPMixin(TrainerMixin):
         for reason, applies in reasons.items():
             if applies:
                 raise ValueError(f"--optim {self.args.optim} does not work exactly with {reason}")
+
+
+def _sum(losses: Sequence[Tensor]) -> Tensor:
+    return losses[0] if len(losses) == 1 else torch.stack(list(losses)).sum()
 
 
 def _fused(optimizer: Any, args: Any) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def ascend_over(
 
 def note_idle(amp: AMP) -> None:
     """Note, after all passes of a step, if none has left a gradient: ``step()`` does nothing then, which is right."""
-    amp.progress.idle = not amp.gradients()
+    amp.progress.idle = not amp.has_gradients()
 
 
 def _perturbed(amp: AMP) -> list[Tensor]:

@@ -588,8 +588,8 @@ PITFALLS = [
         "one NaN loss at the perturbed weights makes the logged mean NaN, although the host filters such losses",
         "logging_nan_inf_filter of transformers",
         "doors/means.py",
-        "            if self._finite_only:\n",
-        "            if False:\n",
+        "steps.isfinite() if self._finite_only else",
+        "steps.isfinite() if False else",
         "doors/test_transformers.py::test_the_filter_of_the_logs_is_for_the_loss_at_the_perturbed_weights_too",
     ),
 ]
