@@ -109,11 +109,31 @@ class CapturedCall(Generic[Result]):
 
 def _cuda_graph(function: Callable[[], Any], stream: torch.cuda.Stream | None) -> tuple[Callable[[], Any], Any]:
     """Capture a call without making it; return a function that makes it, and what the call returned."""
-    graph = torch.cuda.CUDAGraph()
-    # Other threads (a loader that pins memory) may go on with what a capture forbids.
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        result = function()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    try:
+        # The outer stream is the current one: to it torch does not come back where CUDA has broken the capture off.
+        outer = torch.cuda.stream(torch.cuda.current_stream())
+        # Other threads (a loader that pins memory) may go on with what a capture forbids.
+        with outer, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            result = function()
+    except Exception as error:
+        _clean_up_after(pool)
+        # CUDA's error at the end of a capture that it has broken off only says that there was one before.
+        first = error.__context__ if isinstance(error, torch.AcceleratorError) else None
+        raise (first or error) from None
     return graph.replay, result
+
+
+def _clean_up_after(pool: Any) -> None:
+    """Undo what torch leaves as in a capture, where CUDA has broken that off: memory and random numbers."""
+    device = torch.cuda.current_device()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:  # torch has done so: the capture has come to its end, and the function alone has failed
+        return
+    torch._C._cuda_releasePool(device, pool)
+    generator = torch.cuda.default_generators[device]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 # The function that captures a call, by type of device. It is given a stream to capture on.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -255,6 +257,52 @@ def test_a_step_that_cannot_be_captured_is_told_and_made_as_it_is(
     assert len(told) == 1
     assert str(told[0].message).endswith("FailingError: the host asked")
     assert told[0].filename == __file__
+
+
+@pytest.mark.parametrize("broken_off", [False, True])
+def test_what_a_failed_capture_leaves_in_torch_is_put_right(broken_off: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch ends the allocation to the pool itself, unless CUDA has broken the capture off; that is an error twice."""
+    done: list[str] = []
+    streams = ["current"]
+
+    @contextlib.contextmanager
+    def on_stream(stream: str) -> Iterator[None]:
+        streams.append(stream)
+        try:
+            yield
+        finally:
+            streams[:] = streams[: streams.index(stream, 1)]
+
+    @contextlib.contextmanager
+    def graph(*args: Any, stream: str, **kwargs: Any) -> Iterator[None]:
+        streams.append(stream)
+        try:
+            yield
+        finally:
+            if broken_off:
+                raise torch.AcceleratorError("operation failed due to a previous error during capture")
+            streams.pop()
+
+    def end(device: int, pool: str) -> None:
+        if not broken_off:
+            raise RuntimeError("not currently recording to this pool")
+        done.append(f"end {pool} of {device}")
+
+    def fail() -> None:
+        raise FailingError("not permitted")
+
+    state = SimpleNamespace(clone_state=lambda: "clone", graphsafe_set_state=done.append)
+    cuda = {"CUDAGraph": object, "graph_pool_handle": lambda: "pool", "graph": graph, "stream": on_stream}
+    cuda |= {"current_stream": lambda: streams[-1], "current_device": lambda: 0, "default_generators": (state,)}
+    for name, value in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    release = lambda device, pool: done.append(f"release {pool} of {device}")  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", release, raising=False)
+    with pytest.raises(FailingError, match="not permitted"):
+        captured_call._cuda_graph(fail, "side")  # type: ignore[arg-type]
+    assert streams == ["current"]
+    assert done == (["end pool of 0", "release pool of 0", "clone"] if broken_off else [])
 
 
 def test_a_learning_rate_that_is_a_number_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
