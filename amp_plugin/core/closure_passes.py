@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from amp_plugin.core import complaints
+from amp_plugin.core.compilation import detached_for_good
 from amp_plugin.core.distributed import in_process_group
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def passes_by_closure(self: AMP, closure: Callable[[], Any], passes: ExtraPasses
         if ascends:
             self._set_gradients({})
         for _ in self.passes_of_step(None, prune=not in_process_group(), passes=passes):
-            results.append(closure())
+            results.append(detached_for_good(closure()))
             ascended |= self.has_gradients()
         if ascends:
             self._set_gradients(step.set_aside)

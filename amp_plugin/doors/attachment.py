@@ -25,7 +25,7 @@ from amp_plugin.doors.window import ascend_over
 
 # The attachment, in this thread, whose module is between the begin and the end of its perturbed forward pass.
 _running: ContextVar[Attachment | None] = ContextVar("running", default=None)
-# A generator that yields the arguments of each call of the module in an ascent, and is sent the output of the call.
+# A generator that yields the arguments of each call of the module in an ascent, and is sent a list of the output.
 _Passes = Generator[tuple[tuple[Any, ...], dict[str, Any]], Any, int]
 
 
@@ -115,12 +115,11 @@ class Attachment:
         call = _advance(passes)
         while call is not None:
             try:
-                output = module(*call[0], **call[1])
+                output = [module(*call[0], **call[1])]  # which the generator empties: see _passes
             except BaseException as error:
                 _advance(passes, error=error)
                 raise
             call = _advance(passes, output)
-            del output  # before the next pass, as in a loop: CUDA graphs record which outputs are alive when
 
     @not_compiled
     def _ascent(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Passes:
@@ -221,7 +220,9 @@ class Attachment:
             )
             with closing(ascent):
                 for [(args_, kwargs_)], _ in ascent:
-                    loss = loss_of((yield detached_inputs(args_), detached_inputs(kwargs_)), module)
+                    # CUDA graphs of a compiled module record which outputs are alive in a backward pass, so this has
+                    # to be the same in all: the loss alone.
+                    loss = loss_of((yield detached_inputs(args_), detached_inputs(kwargs_)).pop(), module)
                     if not loss.requires_grad:
                         raise RuntimeError("the loss of an attached module requires no gradient, so there is no ascent")
                     if made == 0:

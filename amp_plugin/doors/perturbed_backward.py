@@ -12,7 +12,7 @@ from torch.autograd.function import Function, FunctionCtx
 from torch.utils.weak import TensorWeakRef
 
 from amp_plugin.core.async_scalar import AsyncScalar
-from amp_plugin.core.compilation import not_compiled
+from amp_plugin.core.compilation import detached_for_good, not_compiled
 from amp_plugin.core.module_state import ModuleState
 from amp_plugin.core.optimizer import AMP
 from amp_plugin.core.perturbation import Displacement
@@ -145,8 +145,9 @@ class AtDisplacement(Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*descent.moved)  # autograd frees them after the backward pass
         descent.moved = []
+        ctx.loss = loss.detach()  # type: ignore[attr-defined]  # alive in the backward pass, as in those of the ascent
         # Unlike the tensors themselves, which autograd would make views of, detached ones may be changed in place.
-        return clean.detach(), *(other.detach() for other in others)
+        return clean.detach(), *(detached_for_good(other) for other in others)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
+from amp_plugin.core.compilation import detached_for_good
 from amp_plugin.core.complaints import tell_of_skipped_step
 from amp_plugin.core.find import find_amp
 from amp_plugin.core.grad_scaler import scale_of
@@ -227,7 +228,7 @@ class AMPMixin(TrainerMixin):
             raise
         finally:
             window.in_step = False
-        window.amp_losses.append(loss)
+        window.amp_losses.append(detached_for_good(loss))
         if window.clean_losses:
             loss = window.clean_losses[len(window.amp_losses) - 1]
         if len(window.amp_losses) == len(window.batches):
@@ -322,7 +323,7 @@ class AMPMixin(TrainerMixin):
             for k, inputs in enumerate(part, 1):
                 self._amp_window.current = id(inputs)
                 with gradient_sync(model, sync and k == len(part)):
-                    losses.append(step(model, detached_inputs(inputs), num_items))
+                    losses.append(detached_for_good(step(model, detached_inputs(inputs), num_items)))
             return losses
         finally:
             self.current_gradient_accumulation_steps = whole
@@ -369,7 +370,7 @@ class AMPMixin(TrainerMixin):
             for k, inputs in enumerate(batches, 1):
                 window.current = id(inputs)
                 with gradient_sync(model, k == len(batches)):
-                    window.amp_losses.append(step(model, inputs, num_items))
+                    window.amp_losses.append(detached_for_good(step(model, inputs, num_items)))
             measures = {}
             if amp is not None and amp.perturbs:
                 measures = self._measures(amp)

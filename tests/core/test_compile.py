@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from doors import DOORS, Door, Step, by_ascend, by_attach, by_closure, plain_loop
-from problems import SGD_ARGS, parameters_of, small_batches, small_net
+from problems import SGD_ARGS, InOneSlot, parameters_of, small_batches, small_net
 from timm.task import ClassificationTask
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -20,6 +22,7 @@ from torch.nn import functional as F
 
 from amp_plugin import AMP, LossModule, Perturbation, attach
 from amp_plugin.core.bucket import Ascent
+from amp_plugin.core.compilation import detached_for_good
 
 STEPS, INNER_ITER = 10, 2
 Way = Callable[[nn.Module, AMP, Any], Step]  # given a model, its optimizer and a backend
@@ -316,3 +319,28 @@ def test_compiled_autograd_is_right_or_refused() -> None:
         step(small_batches(1)[0])
     assert not optimizer.perturbed
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
+def test_what_a_closure_returned_is_not_overwritten_by_graphs_of_a_compiled_module(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slot, (batch,) = torch.zeros(()), small_batches(1)
+    model = small_net()
+    optimizer = AMP(model.parameters(), epsilon=0.1, inner_lr=0.5, **SGD_ARGS)
+    clean = F.cross_entropy(model(batch[0]), batch[1]).item()
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        loss = InOneSlot.apply(F.cross_entropy(model(batch[0]), batch[1]), slot)
+        loss.backward()
+        return {"loss": loss}
+
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", ModuleType("as if there were such graphs"))
+    assert optimizer.step(closure)["loss"].item() == pytest.approx(clean, rel=1e-6)
+    assert slot.item() > clean
+
+
+def test_no_output_is_copied_without_such_graphs() -> None:
+    value = torch.ones(3)
+    (kept,) = detached_for_good((value,))
+    assert kept.data_ptr() == value.data_ptr()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from problems import InOneSlot
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
@@ -189,3 +191,32 @@ def test_a_mixin_after_the_trainer_is_refused(mixin: type) -> None:
     type("Before", (mixin, TheirTrainer), {})
     with pytest.raises(TypeError, match="in After a mixin follows the Trainer and would do nothing"):
         type("After", (TheirTrainer, mixin), {})
+
+
+class MeanOfWindow(OurTrainer):
+    """The Trainer returns the loss as the model has it: the mean over the window is the model's affair."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True
+
+
+class InTheSameMemory(MeanOfWindow):
+    """Its loss is that of a compiled module with CUDA graphs of its own: every pass overwrites it."""
+
+    slot = torch.zeros(())
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return InOneSlot.apply(super().compute_loss(*args, **kwargs), self.slot)
+
+
+def test_no_loss_of_a_window_is_overwritten_by_graphs_of_a_compiled_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**SETTINGS, "output_dir": str(tmp_path)}
+    expected = trained(MeanOfWindow, Net(), OurConfig(**settings))
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", ModuleType("as if there were such graphs"))
+    found = trained(InTheSameMemory, Net(), OurConfig(**settings))
+    for a, b in zip(expected.state.log_history, found.state.log_history, strict=True):
+        if "loss" in a:
+            assert (a["loss"], a["sharpness"]) == pytest.approx((b["loss"], b["sharpness"]), rel=1e-5)
