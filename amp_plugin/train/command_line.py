@@ -29,9 +29,9 @@ GROUPS = {
     "optimisation": "optim optim_args learning_rate lr_scheduler_type lr_milestones lr_gamma warmup_steps weight_decay"
     " decay_all_parameters max_grad_norm label_smoothing_factor num_train_epochs max_steps per_device_train_batch_size"
     " gradient_accumulation_steps",
-    "run and output": "dry_run seed output_dir eval_strategy per_device_eval_batch_size logging_strategy save_strategy"
-    " save_total_limit resume_from_checkpoint ledger report_to push_to_hub hub_model_id hub_license"
-    " compare_with",
+    "run and output": "dry_run seed output_dir eval_strategy eval_every_epochs per_device_eval_batch_size"
+    " logging_strategy save_strategy save_minutes save_total_limit resume_from_checkpoint minutes ledger report_to"
+    " push_to_hub hub_model_id hub_license compare_with",
     "hardware and speed": "fast capture channels_last bf16 fp16 torch_compile use_cpu cpu_threads"
     " dataloader_num_workers",
 }

@@ -24,6 +24,7 @@ from amp_plugin.metrics import compute_metrics
 from amp_plugin.provenance import run_record
 from amp_plugin.report import append_to_ledger, table
 from amp_plugin.suggest import did_you_mean
+from amp_plugin.train.cadence import Cadence, clock, stop_line
 from amp_plugin.train.card import card_details, compared_run
 from amp_plugin.train.costs import passes_made
 from amp_plugin.train.defaults import keep_freed_memory
@@ -64,6 +65,7 @@ def check_trackers(names: Iterable[str]) -> None:
 
 def main(argv: list[str]) -> None:
     """Train, test, save and report."""
+    begun, given = clock(), argv
     argv = with_recipe(argv)  # the card's command needs the recipe's options, and the file may be gone by then
     data_args, model_args, args = parse(argv, amp_plugin.train.__doc__)
     folder = Path(str(args.output_dir))
@@ -82,6 +84,7 @@ def main(argv: list[str]) -> None:
         if args.process_index == 0:
             print(plan(data_args, model_args, args, task))
         return
+    cadence = Cadence(args, begun, len(task.test) / len(task.train))
     trainer = RecipeTrainer(
         model=model,
         args=args,
@@ -90,7 +93,7 @@ def main(argv: list[str]) -> None:
         processing_class=task.processor,
         data_collator=collate,
         compute_metrics=compute_metrics,
-        callbacks=[EpochCallback(), RecordsFile(folder / "metrics.jsonl")],
+        callbacks=[EpochCallback(), cadence, RecordsFile(folder / "metrics.jsonl")],
     )
     disable_progress_bar()  # transformers shows one for every file that it writes
     for default in (ProgressCallback, PrinterCallback):
@@ -112,6 +115,11 @@ def main(argv: list[str]) -> None:
     start = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=args.checkpoint_to_resume())
     seconds = time.perf_counter() - start
+    if cadence.stopped:
+        if trainer.is_world_process_zero():
+            print(stop_line(args, given, trainer.state.global_step, trainer.state.max_steps), flush=True)
+        _leave(trainer)
+        return
     tested = trainer.final_test()
     metrics = {**result.metrics, **(tested.metrics or {})}
     last = next((r for r in reversed(trainer.state.log_history) if "loss" in r), {})
@@ -143,6 +151,10 @@ def main(argv: list[str]) -> None:
         pushed = trainer.push_to_hub()
         if isinstance(pushed, CommitInfo):  # only the first process has one
             print(f"published: {pushed.repo_url}")
+    _leave(trainer)
+
+
+def _leave(trainer: RecipeTrainer) -> None:
     # The processes leave together: one whose group outlives it, or that leaves the group alone, is aborted now and then
     # ("terminate called without an active exception"), and torchrun then calls the whole job failed.
     trainer.accelerator.wait_for_everyone()

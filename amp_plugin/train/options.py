@@ -132,9 +132,18 @@ class RecipeArguments(MethodArguments):
     amp_epsilon: float = option(0.2, "Radius of the ball (paper: 0.5 for wide networks).")
     amp_inner_lr: float = option(0.3, "Step length of the ascent (paper: 1).")
     eval_strategy: str = option("epoch", "When to test.")
+    eval_every_epochs: int = option(1, "With --eval_strategy epoch: test after every so many epochs, and at the end.")
     logging_strategy: str = option("epoch", "When to log.")
     save_strategy: str = option("no", "When to save a checkpoint; 'epoch' to resume.")
+    save_minutes: float | None = option(
+        None, "Save a checkpoint at the first end of an epoch so many minutes after the last one; in long epochs too."
+    )
     save_total_limit: int | None = option(2, "Checkpoints to keep.")
+    minutes: float | None = option(
+        None,
+        "Stop before so many minutes, counted from the start of the job, with a checkpoint and the command that"
+        " continues. Nothing is reported then.",
+    )
     resume_from_checkpoint: str | None = option(
         None,
         "'last': continue from the last complete checkpoint in the output folder, or start if there is"
@@ -183,6 +192,9 @@ class RecipeArguments(MethodArguments):
             raise ValueError(f"lr_gamma must be positive, got {self.lr_gamma}")
         if self.cpu_threads is not None and self.cpu_threads < 1:
             raise ValueError(f"cpu_threads must be positive, got {self.cpu_threads}")
+        for name in ("eval_every_epochs", "save_minutes", "minutes"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
         self.amp_capture |= self.capture
         self.warmup_steps = float(self.warmup_steps)  # the default is an int
         if self.lr_scheduler_type == "steps" and self.warmup_steps:
@@ -254,8 +266,8 @@ def parse(argv: list[str], description: str | None = None) -> tuple[DataArgument
 _STOCK = "seed max_steps gradient_accumulation_steps world_size warmup_steps bf16 fp16 torch_compile optim_args"
 # These options do not decide the outcome of a run; what --fast chose is recorded instead of it.
 _NO_OUTCOME = (
-    "compare_with data_root dataloader_pin_memory debug disable_tqdm do_eval dry_run fast hub_license ledger output_dir"
-    " project remove_unused_columns report_to resume_from_checkpoint run_name save_total_limit"
+    "compare_with data_root dataloader_pin_memory debug disable_tqdm do_eval dry_run fast hub_license ledger minutes"
+    " output_dir project remove_unused_columns report_to resume_from_checkpoint run_name save_minutes save_total_limit"
 )
 _NO_OUTCOME_PREFIXES = ("ddp_", "hub_", "log_", "push_to_hub", "trackio_")
 

@@ -94,6 +94,8 @@ def _results(args: RecipeArguments) -> str:
     folder = Path(str(args.output_dir))
     text = f"{folder}{', which exists: what is in it is overwritten' if folder.exists() else ''}; checkpoints:"
     text += f" {getattr(args.save_strategy, 'value', args.save_strategy)}"
+    text += "" if args.save_minutes is None else f", every {args.save_minutes:g} minutes"
+    text += "" if args.minutes is None else f", and before a stop within {args.minutes:g} minutes"
     if args.checkpoint_to_resume():
         text += f"; would resume from {args.resume_from_checkpoint!r} (there: {last_checkpoint(folder) or 'none'})"
     return text

@@ -14,7 +14,7 @@ _SHOWN = ("loss", "amp_loss", "perturbed_loss", "sharpness", "clipped", "eval_er
 
 
 class EpochLine(ProgressCallback):
-    """Show a progress bar, and a line for every epoch instead of a dict for every log.
+    """Show a progress bar, and a line for every test and every epoch instead of a dict for every log.
 
     Without a terminal, or with --disable_tqdm, there is no bar; the line then tells the rate and the time left.
     """
@@ -56,11 +56,14 @@ class EpochLine(ProgressCallback):
         """Show no second bar: a test takes a moment."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Write the line when both the training's and the test's figures are there."""
-        if not state.is_world_process_zero or self.training_bar is None or "eval_error" not in (logs or {}):
+        """Write the line when the training's figures are there and, if a test follows, the test's too."""
+        logs = logs or {}
+        untested = "loss" in logs and args.logging_strategy == "epoch" and not control.should_evaluate
+        if not state.is_world_process_zero or self.training_bar is None or not (untested or "eval_error" in logs):
             return
         train: dict[str, Any] = next((r for r in reversed(state.log_history) if "loss" in r), {})
-        shown = {**train, "eval_error_%": logs["eval_error"], "eval_nll": logs["eval_nll"]}
+        tested = {} if untested else {"eval_error_%": logs["eval_error"], "eval_nll": logs["eval_nll"]}
+        shown = {**train, **tested}
         figures = [f"{name} {shown[name]:.3f}" for name in _SHOWN if name in shown]
         if self.training_bar.disable:
             # The steps left, and the tests among them, are taken to last as long as the steps before.
