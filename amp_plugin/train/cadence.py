@@ -101,32 +101,32 @@ class Cadence(TrainerCallback):
         save = control.should_save or now - self._saved >= (1 if at_end else 2) * self._period
         test = self._tested * self._epoch * self._step if self._test is None else self._test
         due = test * control.should_evaluate + self._save * save
-        room = self._start + self._limit - now - _LEAVING - _MARGIN * (due + test + self._save)
-        steps, stop = self._steps_to_next_look(state, room, at_end)
+        room = self._start + self._limit - now - _LEAVING - _MARGIN * (due + self._save)
+        steps, stop = self._steps_to_next_look(state, room, _MARGIN * test, at_end)
         decision = [(bool(save or stop), stop, state.global_step + steps)]
         if args.world_size > 1:
             broadcast_object_list(decision)
         control.should_save, self.stopped, self._next_look = decision[0]
         control.should_training_stop |= self.stopped
 
-    def _steps_to_next_look(self, state: Any, room: float, at_end: bool) -> tuple[int, bool]:
+    def _steps_to_next_look(self, state: Any, room: float, test: float, at_end: bool) -> tuple[int, bool]:
         """Return the steps to make before the next look, and whether the training has to stop instead.
 
-        The `room` is the seconds that steps may take, so that a test and a checkpoint can follow in time.
+        The `room` is the seconds until a checkpoint has to be begun, and `test` those of the test that ends an epoch.
         """
         step = _MARGIN * self._step
         left = min(self._epoch - state.global_step % self._epoch, state.max_steps - state.global_step)
         if left == 0:
-            return 1, room < _REPORT
+            return 1, room < test + _REPORT
         if not step:
             return 1, room < 0
         steps = min(left, max(1, int(min(self._limit, self._period) / _LOOKS / step)))
-        if left * step <= room:
+        if left * step + test <= room:
             return steps, False
         if at_end and self._epoch * step <= self._limit / _LOOKS:
             return steps, True
         steps = min(steps, max(1, int(room / 2 / step)))
-        return steps, steps * step > room
+        return steps, steps * step + test * (steps == left) > room
 
 
 def stop_line(args: RecipeArguments, argv: Sequence[str], step: int, steps: int) -> str:
