@@ -5,6 +5,7 @@
     python recipes/reproduce.py --scale cpu --data_root DATA  # the runs that are reported, on the test images
     python recipes/reproduce.py --scale cpu --table
     python recipes/reproduce.py --scale paper --models preactresnet18 --methods erm amp --jobs 2
+    python recipes/reproduce.py --scale paper --models preactresnet18 --at_once 3 --minutes 55  # and again, to continue
     python recipes/reproduce.py --scale paper --slurm --sbatch_args="--gres=gpu:1 --time=24:00:00"
     python recipes/reproduce.py --scale paper --plan
 
@@ -14,7 +15,8 @@ publishes in published.yaml. Cells run seed by seed, ERM and AMP first, so that 
 
 Each cell is a run of train.py under accelerate launch, in a folder of its own with its log. A cell whose run stands in
 the ledger is not run again, and a cell that was killed continues from its last checkpoint: give the same command again.
-Several sweeps may share a folder; a cell is run by one of them.
+Several sweeps may share a folder; a cell is run by one of them. Cells at once on one GPU are of use where a single run
+leaves the GPU waiting for Python, and where their memory fits (train.py --dry_run tells what a run needs).
 """
 
 from __future__ import annotations
@@ -66,7 +68,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     how.add_argument("--ledger", type=Path, metavar="FILE", help="JSON Lines. Default: ledger.jsonl in --output_dir.")
     how.add_argument("--list", action="store_true", help="Only list the cells, and which are done.")
     how.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="Cells at a time, on a GPU each if there are. [1]"
+        *("--jobs", "--at_once"),
+        type=int,
+        default=1,
+        metavar="N",
+        help="Cells at a time: on a GPU each, or several on one that a cell does not fill, or with cores each. [1]",
+    )
+    how.add_argument(
+        "--minutes", type=float, metavar="N", help="Stop before so many, with checkpoints; the same command continues."
     )
     how.add_argument("--launch_args", metavar="TEXT", help="For accelerate launch, instead of the scale's.")
     how.add_argument("--train_args", default="", metavar="TEXT", help='More for train.py: --train_args="--bf16 true".')
@@ -85,6 +94,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error(f"--jobs must be positive, got {args.jobs}")
+    if args.minutes is not None and not args.minutes > 0:
+        parser.error(f"--minutes must be positive, got {args.minutes}")
     args.ledger = args.ledger or args.output_dir / "ledger.jsonl"
     return args
 
@@ -136,7 +147,7 @@ def show(
 
 def run(cells: list[Cell], scale: Scale, args: argparse.Namespace, argv: list[str]) -> None:
     """Run the cells here, or hand them to SLURM; or only list them."""
-    sweep = Sweep(scale, args.ledger, args.output_dir, args.data_root, args.jobs)
+    sweep = Sweep(scale, args.ledger, args.output_dir, args.data_root, args.jobs, args.minutes)
     if args.task is not None:
         if not 0 <= args.task < len(cells):
             raise ValueError(f"--task {args.task}: the cells chosen here are 0 to {len(cells) - 1}")
@@ -145,6 +156,8 @@ def run(cells: list[Cell], scale: Scale, args: argparse.Namespace, argv: list[st
         sweep.run(cells)
         if sweep.elsewhere:
             print(f"{len(sweep.elsewhere)} cells were left to another sweep")
+        if sweep.stopped:
+            print(f"{len(sweep.stopped)} cells are left, as the time is over; the same command continues")
         if sweep.failures:
             sys.exit("\n".join(map(str, sweep.failures)))
         return

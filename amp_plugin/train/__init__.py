@@ -10,5 +10,6 @@ AMP is short for that here, not for automatic mixed precision.
 
 The job works under ``accelerate launch`` and ``torchrun`` too. It ends with a table, the saved model and a picture of
 the training curves in the output folder. With ``--save_strategy epoch --resume_from_checkpoint last`` it may be killed
-at any moment: the same command given again continues to the same weights, bit for bit.
+at any moment: the same command given again continues to the same weights, bit for bit. ``--minutes 60`` stops before
+an hour is over, with a checkpoint and the command that continues.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import shlex
 import shutil
@@ -19,12 +20,14 @@ from typing import IO, NamedTuple
 
 import torch
 
+from amp_plugin.train.run_folder import RECORD
 from reproduction import records
 from reproduction.cells import Cell
 from reproduction.scale import Scale
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 LOG = "log.txt"
+_STARTING = 20.0  # seconds that a child needs to import everything, before its own minutes begin
 _GRACE = 10.0  # seconds from asking a child to end to ending it
 _LINES = 15  # number of lines of a log that are shown
 
@@ -66,8 +69,11 @@ class Sweep:
     folder: Path  # folder of the cells' folders
     data_root: str | None = None  # argument of train.py; None for the Hub
     jobs: int = 1  # number of cells that run at the same time
+    minutes: float | None = None  # the sweep stops before so many, with checkpoints; None for no limit
     failures: list[Failure] = field(default_factory=list)  # cells that could not be run
     elsewhere: list[Cell] = field(default_factory=list)  # cells that another sweep is running
+    stopped: list[Cell] = field(default_factory=list)  # cells that ended early, or did not begin, as time was over
+    _begun: float = field(default_factory=time.monotonic, init=False)
 
     def run(self, cells: Sequence[Cell]) -> None:
         """Run the cells in this order; whatever ends this function ends the processes that it has started."""
@@ -79,6 +85,9 @@ class Sweep:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             while todo or running:
+                if self._minutes_left() <= 0:
+                    self.stopped += [cell for _, cell in todo]
+                    todo.clear()
                 while todo and slots:
                     if child := self._start(*todo.popleft(), slots[0]):
                         slots.popleft()
@@ -103,9 +112,16 @@ class Sweep:
         launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", *self.scale.launch]
         output = ["--output_dir", str(self.folder / cell.name(self.scale)), "--ledger", str(self.ledger)]
         data = [] if self.data_root is None else ["--data_root", self.data_root]
+        # The cell's own options come later and win.
+        shared = ["--cpu_threads", str(max(1, _cores() // self.jobs))] if self.jobs > 1 else []
+        shared += [] if self.minutes is None else ["--minutes", f"{max(self._minutes_left(), 0.001):.3f}"]
         # "last" is the last complete checkpoint, or the start if there is none.
         resume = ["--resume_from_checkpoint", "last", "--save_total_limit", "1", "--disable_tqdm", "true"]
-        return [*launch, str(TRAIN), *records.train_argv(cell, self.scale), *data, *output, *resume]
+        return [*launch, str(TRAIN), *shared, *records.train_argv(cell, self.scale), *data, *output, *resume]
+
+    def _minutes_left(self) -> float:
+        """Return the minutes that a cell which begins now may take."""
+        return math.inf if self.minutes is None else self.minutes - (time.monotonic() - self._begun + _STARTING) / 60
 
     def _start(self, number: str, cell: Cell, slot: int) -> _Child | None:
         """Start a cell, unless another sweep runs it or has run it by now."""
@@ -146,6 +162,9 @@ class Sweep:
             where = "validation" if child.cell.trial else "test"
             figures = f"{where} error {metrics['eval_error']:.2f} %, NLL {metrics['eval_nll']:.3f}"
             _say(child.number, child.cell, f"{figures}; {time.monotonic() - child.start:.0f} s")
+        elif status == 0 and not (child.folder / RECORD).exists():
+            self.stopped.append(child.cell)
+            _say(child.number, child.cell, "stopped; the same command continues")
         else:
             if status == 0:
                 with (child.folder / LOG).open("a") as log:
@@ -164,6 +183,10 @@ def _device(slot: int) -> dict[str, str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
     return {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if len(devices) > 1 else {}
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _end(children: Sequence[_Child]) -> None:

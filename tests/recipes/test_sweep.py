@@ -18,10 +18,11 @@ import reproduce
 from repository import ROOT
 from reproduction import records, slurm
 from reproduction.cells import Cell, Selection
-from reproduction.sweep import Sweep
+from reproduction.sweep import TRAIN, Sweep
 from tiny_scale import SAMPLE, TINY, run_of, written
 
 from amp_plugin.report import append_to_ledger
+from amp_plugin.train.options import parse
 
 VALUES: dict[str, Any] = {"erm": {"learning_rate": 0.1}, "amp": {"amp_epsilon": 0.1}}
 # A resumed run tells when it was resumed; times, and the Trainer's mean of the loss, are those since.
@@ -97,6 +98,61 @@ def test_a_run_that_outlives_its_sweep_keeps_its_cell(tmp_path: Path, monkeypatc
     child.process.kill()
     child.process.wait()
     child.lock.close()
+
+
+def test_cells_that_run_at_once_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(7)))
+    options = {name: value for name, value in TINY["options"].items() if name != "cpu_threads"}
+    for jobs, named, threads in ((1, {}, None), (3, {}, 2), (9, {}, 1), (3, {"cpu_threads": 5}, 5)):
+        scale = written(tmp_path, options={**options, **named})
+        sweep = Sweep(scale, tmp_path / "ledger.jsonl", tmp_path / "runs", jobs=jobs)
+        command = sweep.command(Cell(SAMPLE, "erm", 1, VALUES["erm"]))
+        _, _, args = parse(command[command.index(str(TRAIN)) + 1 :])
+        assert args.cpu_threads == threads
+
+
+def test_a_sweep_stops_in_time_and_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scale = written(tmp_path)
+    begun, later = (Cell(SAMPLE, "erm", seed, VALUES["erm"]) for seed in (1, 2))
+    sweep = Sweep(scale, tmp_path / "ledger.jsonl", tmp_path / "runs", minutes=5)
+    left = iter([5.0])  # and then the time is over
+    monkeypatch.setattr(Sweep, "_minutes_left", lambda _: next(left, 0.0))
+    sweep.run([begun, later])
+    assert sweep.stopped == [later, begun]
+    assert (sweep.failures, sweep.elsewhere) == ([], [])
+    assert records.read(sweep.ledger) == []
+    assert capsys.readouterr().out.count("stopped; the same command continues") == 1
+    checkpoints = (sweep.folder / begun.name(scale)).glob("checkpoint-*")
+    assert [path.name for path in checkpoints] == ["checkpoint-1"]
+    monkeypatch.undo()
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+    again = Sweep(scale, sweep.ledger, sweep.folder)
+    again.run([begun])
+    assert [run["metrics"]["resumed_at_step"] for run in records.read(sweep.ledger)] == [1]
+    assert again.stopped == again.failures == []
+
+
+@pytest.mark.parametrize("option", ["--jobs", "--at_once"])
+def test_the_command_says_how_many_at_once_and_for_how_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    scale = written(tmp_path)
+    swept: list[Sweep] = []
+
+    def run(self: Sweep, cells: list[Cell]) -> None:
+        swept.append(self)
+        self.stopped += cells
+
+    monkeypatch.setattr(Sweep, "run", run)
+    command = ["--scale", str(scale.path), "--tune", "--output_dir", str(tmp_path / "runs")]
+    reproduce.main([*command, option, "3", "--minutes", "2.5"])
+    assert (swept[0].jobs, swept[0].minutes) == (3, 2.5)
+    assert "6 cells are left, as the time is over; the same command continues" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        reproduce.main([*command, "--minutes", "0"])
+    assert "--minutes must be positive, got 0.0" in capsys.readouterr().err
 
 
 @pytest.mark.slow
