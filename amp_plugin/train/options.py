@@ -195,6 +195,10 @@ class RecipeArguments(MethodArguments):
         for name in ("eval_every_epochs", "save_minutes", "minutes"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if self.minutes is not None and self.save_only_model:
+            raise ValueError("--minutes needs checkpoints to continue from, which --save_only_model leaves incomplete")
+        if self.save_strategy == "best" and (self.minutes is not None or self.save_minutes is not None):
+            raise ValueError("--minutes and --save_minutes save at other times than --save_strategy best; use epoch")
         self.amp_capture |= self.capture
         self.warmup_steps = float(self.warmup_steps)  # the default is an int
         if self.lr_scheduler_type == "steps" and self.warmup_steps:

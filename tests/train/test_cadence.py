@@ -162,6 +162,31 @@ def test_the_best_model_needs_checkpoints_where_tests_are() -> None:
         options.parse(["--save_minutes", "1", "--load_best_model_at_end", "true"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--minutes 1 --save_strategy best --metric_for_best_model eval_error", "at other times than --save_strategy"),
+        ("--save_minutes 1 --save_strategy best --metric_for_best_model eval_error", "at other times than"),
+        ("--minutes 1 --save_only_model true", "which --save_only_model leaves incomplete"),
+    ],
+)
+def test_what_could_leave_no_checkpoint_is_refused(arguments: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        options.parse(arguments.split(" "))
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_stop_keeps_the_checkpoint_that_continues_beside_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stop_after(8, monkeypatch)
+    command = [*JOB, "--output_dir", "out", "--minutes", "100", "--save_total_limit", "1", "--save_strategy", "epoch"]
+    job.main([*command, "--load_best_model_at_end", "true", "--metric_for_best_model", "eval_nll"])
+    kept = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "out").glob("checkpoint-*"))
+    assert kept == [6, 8], "the only test was at step 6"
+
+
 def test_the_times_are_no_settings_of_a_run_but_the_tests_are() -> None:
     one, other = (
         options.settings_of(*options.parse(["--use_cpu", "true", *more]))
@@ -179,6 +204,19 @@ class Clock:
     def __call__(self) -> float:
         self.now += self.seconds
         return self.now
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a job that is timed stop after this step."""
+    look = Cadence._look
+
+    def stopping_look(self: Cadence, args: Any, state: Any, control: Any, at_end: bool = False) -> None:
+        look(self, args, state, control, at_end)
+        self._next_look = state.global_step + 1
+        if state.global_step == step:
+            self.stopped = control.should_training_stop = control.should_save = True
+
+    monkeypatch.setattr(Cadence, "_look", stopping_look)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -232,6 +270,8 @@ def test_a_job_that_is_stopped_continues_to_the_same_bits(
         assert command.count("--resume_from_checkpoint") == 1
         left = {path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith("checkpoint-")}
         assert left == {"config.yaml", "metrics.jsonl"}, "a run that has not ended reports nothing"
+        of_epochs = [r["epoch"] for r in records(tmp_path / "out") if "train_loss" not in r]
+        assert of_epochs == [n for n in (1.0, 2.0) if 6 * n <= stopped[-1] for _ in range(2)], "each logged and tested"
         assert not (tmp_path / "ledger.jsonl").exists()
     assert stopped[0] < stopped[1]
     monkeypatch.setattr(cadence, "clock", Clock(0.0))
@@ -249,14 +289,7 @@ def test_a_job_that_is_stopped_between_epochs_leaves_the_same_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    look = Cadence._look
-
-    def stop_after_an_epoch(self: Cadence, args: Any, state: Any, control: Any, at_end: bool = False) -> None:
-        look(self, args, state, control, at_end)
-        if at_end and state.global_step == 6:
-            self.stopped = control.should_training_stop = control.should_save = True
-
-    monkeypatch.setattr(Cadence, "_look", stop_after_an_epoch)
+    stop_after(6, monkeypatch)
     command = [*JOB, "--output_dir", "out", "--minutes", "100", "--resume_from_checkpoint", "last"]
     job.main(command)
     assert not (tmp_path / "ledger.jsonl").exists()
