@@ -86,7 +86,7 @@ class Cadence(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure a checkpoint that follows a look."""
         if self.stopped:
-            # The Trainer would load the best checkpoint now and, with save_total_limit=1, delete the one that continues.
+            # The Trainer would load the best checkpoint now, and with save_total_limit=1 delete the one that continues.
             state.best_model_checkpoint = None
         self._saved = clock()
         if self._seen_step == state.global_step:
