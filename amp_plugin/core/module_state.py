@@ -87,7 +87,10 @@ class ModuleState:
         """
         self._held = held
         self._containers = [c for holder, content in held if _is_plain(holder) for c in _containers(holder, content)]
-        candidates = [t for _, content in held for value in content.values() for t in _tensors(value)]
+        candidates: list[Tensor] = []
+        for _, content in held:
+            for value in content.values():
+                candidates += (value,) if type(value) is Tensor else _tensors(value)
         if not self._holds(candidates):  # as it does in almost every step
             self._candidates = candidates
             state = [t for t in {id(t): t for t in candidates}.values() if id(t) not in excluded and is_dense(t)]
@@ -210,9 +213,9 @@ def buffers_and_frozen_of(parts: list[nn.Module], *, buffers: bool, moving: Set[
     for part in parts:
         if buffers and part._buffers:
             found.append((part._buffers, dict(part._buffers)))  # with those that are None, which a pass may fill
-        held = {name: p for name, p in part._parameters.items() if p is not None and not p.requires_grad}
-        if held:
-            frozen.append((part._parameters, held))
+        params = part._parameters
+        if params and (held := {name: p for name, p in params.items() if p is not None and not p.requires_grad}):
+            frozen.append((params, held))
     if frozen:
         if is_backbone(parameters_in(parts)):
             frozen = [(holder, {n: p for n, p in held.items() if id(p) in moving}) for holder, held in frozen]

@@ -302,7 +302,9 @@ class Perturbation:
             split = split_of(param)
             delta = torch.zeros_like(plain) if grad is None else local_tensor(redistribute_like(grad, param))
             key = (plain.device, plain.dtype, delta.dtype, inner_lr, epsilon, split)
-            bucket = buckets.setdefault(key, Bucket(inner_lr, epsilon, split, [], [], []))
+            bucket = buckets.get(key)
+            if bucket is None:
+                bucket = buckets[key] = Bucket(inner_lr, epsilon, split, [], [], [])
             bucket.params.append(plain)
             bucket.backups.append(self._backup(param, plain))
             bucket.deltas.append(delta)

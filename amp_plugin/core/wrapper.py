@@ -112,7 +112,7 @@ class OptimizerWrapper(Optimizer):
     def _set_gradients(self, gradients: Mapping[Tensor, Tensor]) -> None:
         """Give every parameter its gradient in the mapping, and None to a parameter that is not in it."""
         for p in self._params():
-            p.grad = gradients.get(p)
+            p.grad = gradients.get(p) if gradients else None
 
     def warn_once(self, message: str, category: type[Warning] = UserWarning) -> None:
         """Warn, unless this optimizer has said so before."""

@@ -196,7 +196,9 @@ class Attachment:
     def _passes(self, amp: AMP, passes: ExtraPasses, module: nn.Module, args: Any, kwargs: Any) -> _Passes:
         """Make the ascent; return the number of its passes."""
         made, self.loss = 0, None
-        if not amp.has_gradients() and all(p.grad is None for p in parameters_of(module)):
+        step = amp.progress
+        over = (step.descents or step.factors or step.ascents) and not amp.has_gradients()
+        if over and all(p.grad is None for p in parameters_of(module)):
             amp.zero_grad()  # forget a step that the gradient scaler skipped
         ddp = data_parallel(module)
         if ddp is not None and ddp.static_graph:
@@ -268,5 +270,5 @@ def _is_fully_sharded(module: nn.Module) -> bool:
 def _reshard(module: nn.Module) -> None:
     """Drop the weights that FSDP has gathered at theta + delta, which only the backward pass may see again."""
     for part in parts_of(module):
-        if _is_fully_sharded(part):
+        if hasattr(type(part), "set_requires_gradient_sync"):  # to ask the part itself takes torch four times as long
             part.reshard()  # type: ignore[operator]

@@ -70,10 +70,6 @@ class ObjectiveTrainer(Trainer):
                 self._losses = []
         return loss
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Double the stock count where there is an attack."""
-        return self.args.passes_per_loss * int(super().floating_point_ops(inputs))
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the stock Trainer does; a baseline has its own names for ``amp_loss`` and ``amp_passes``."""
         if self.args.baseline is not None:
@@ -124,6 +120,19 @@ class RecipeTrainer(AMPTrainer, ObjectiveTrainer):
         super().__init__(*args, **kwargs)
         if self.args.baseline is not None:
             self._check_host()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create accelerate's part as the stock Trainer does; let pinned batches go to the GPU while the host goes on.
+
+        The arguments keep the stock value, because copies that nobody waits for change no result.
+        """
+        super().create_accelerator_and_postprocess()
+        pinned = self.args.dataloader_pin_memory and self.args.device.type == "cuda"
+        self.accelerator.dataloader_config.non_blocking |= pinned
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Double the stock count where there is an attack."""
+        return self.args.passes_per_loss * super().floating_point_ops(inputs)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ import benchmark
 import pytest
 import torch
 import transformers.trainer
-from benchmarks import counts, recipe, step
+from benchmarks import counts, host, recipe, step
 from benchmarks.memory import peak_memory
 from benchmarks.rows import counted, draw, markdown, timed
 from benchmarks.turns import Turn, take_turns
@@ -144,6 +144,32 @@ def passes_between_turns(monkeypatch: pytest.MonkeyPatch, loop: Any, **arguments
 def test_a_way_makes_the_passes_it_is_named_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = passes_between_turns(monkeypatch, step.WAYS[name][0], make=partial(step.problem, TINY, 2))
     assert passes == 2 * [2 if "AM" in name else 1]
+
+
+@pytest.mark.parametrize("name", host.WAYS)
+def test_a_step_of_the_host_has_all_parts_but_no_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, made = [], host.hollow
+
+    def watched() -> Any:
+        model, batch = made()
+        network = step.architecture(model)
+        passes = network.forward
+        network.forward = lambda *args, **kwargs: (calls.append(0), passes(*args, **kwargs))[1]  # type: ignore[func-returns-value]
+        return model, batch
+
+    def turn() -> None:
+        turns.append(len(calls))
+        if len(turns) == 3:
+            raise _EnoughError
+
+    turns: list[int] = []
+    monkeypatch.setattr(nn.Conv2d, "forward", None)
+    with pytest.raises(_EnoughError):
+        host.WAYS[name][0](turn, make=watched)
+    assert [b - a for a, b in itertools.pairwise(turns)] == 2 * [2 if "AMP" in name else 1]
+    params = list(made()[0].parameters())
+    assert len(params) == len(list(step.problem({}, 1)[0].parameters()))
+    assert sum(p.numel() for p in params) < 10_000
 
 
 @pytest.mark.parametrize("name", step.MODES)

@@ -218,6 +218,19 @@ def test_the_schedule_drops_at_the_milestones(tmp_path: Path) -> None:
     assert [rates[0], rates[100], rates[150]] == pytest.approx([0.1, 0.01, 0.001])
 
 
+@pytest.mark.parametrize(("device", "pinned"), [("cuda", True), ("cuda", False), ("cpu", True)])
+def test_pinned_batches_go_to_a_gpu_while_the_host_goes_on(
+    device: str, pinned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = scheduled(tmp_path)
+    trainer.args.dataloader_pin_memory = pinned
+    monkeypatch.setattr(options.RecipeArguments, "device", torch.device(device))
+    trainer.create_accelerator_and_postprocess()
+    loader = trainer.accelerator.prepare(torch.utils.data.DataLoader([0]))
+    assert loader._non_blocking == (device == "cuda" and pinned)
+    assert not trainer.args.accelerator_config.non_blocking, "the ledger has the settings of a run on another device"
+
+
 def test_a_stock_schedule_can_be_named(tmp_path: Path) -> None:
     trainer = scheduled(tmp_path, "--lr_scheduler_type", "cosine", "--warmup_steps", "5")
     assert trainer.optimizer.param_groups[0]["lr"] == 0.0, "the warmup begins at 0"
