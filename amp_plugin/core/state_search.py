@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
+from amp_plugin.core.compilation import not_compiled
 from amp_plugin.core.module_parts import parameters_in, parts_of
 from amp_plugin.core.module_state import (
     Attribute,
@@ -67,6 +68,7 @@ class StateSearch:
         self.save(start, parts)
         self._fingerprint = Fingerprint(parts) if self.looks else None
 
+    @not_compiled
     def save(self, state: ModuleState, parts: list[nn.Module] | None = None) -> None:
         """Save the state as it is now."""
         parts = parts_of(self._module) if parts is None else parts
