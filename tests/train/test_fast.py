@@ -47,11 +47,34 @@ def test_an_explicit_option_wins_on_the_command_line_and_in_a_recipe(native: boo
     assert parsed(str(recipe), "--channels_last", "true").channels_last
 
 
-def test_on_cuda_it_compiles_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_cuda_it_compiles_and_captures_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert defaults.fast_settings(use_cpu=False) == {"channels_last": True, "torch_compile": True, "bf16": True}
-    assert "torch_compile" not in defaults.fast_settings(use_cpu=True)
+    on_cuda = {"channels_last": True, "torch_compile": True, "bf16": True, "capture": True}
+    assert defaults.fast_settings(use_cpu=False) == on_cuda
+    assert not {"torch_compile", "capture"} & defaults.fast_settings(use_cpu=True).keys()
+
+
+@pytest.mark.parametrize(
+    ("given", "captures"),
+    [
+        ([], True),
+        (["--optim", "sgd"], True),
+        (["--optim", "amp_adamw_torch"], True),
+        (["--capture", "false"], False),
+        (["--optim", "rmp"], False),
+        (["--optim", "amp_adafactor"], False),
+        (["--amp_ascent", "every(2)"], False),
+        (["--pretrained", "there", "--text_column", "text"], False),
+    ],
+)
+def test_it_captures_where_that_can_work(
+    given: list[str], captures: bool, monkeypatch: pytest.MonkeyPatch, native: bool
+) -> None:
+    monkeypatch.setattr(options, "fast_settings", lambda use_cpu: {"channels_last": True, "capture": True})
+    args = options.parse(["--fast", "--use_cpu", "true", *given])[2]
+    assert (args.capture, args.amp_capture) == (captures, captures)
+    assert ("capture" in options.settings_of(*options.parse(["--use_cpu", "true", *given]))) is False
 
 
 def test_the_ledger_holds_what_it_chose(native: bool) -> None:
