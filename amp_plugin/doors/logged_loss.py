@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -33,4 +34,4 @@ def loss_for_log(trainer: Trainer, loss: Tensor) -> Tensor:
     if not filters or total is None or total.device != loss.device:
         return loss
     steps = 1 + trainer.state.global_step - trainer._globalstep_last_logged
-    return torch.where(loss.isfinite(), loss, total / steps).as_subclass(FiniteLoss)
+    return torch.where(loss.abs() < math.inf, loss, total / steps).as_subclass(FiniteLoss)
