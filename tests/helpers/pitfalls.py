@@ -332,7 +332,7 @@ PITFALLS = [
         "a closure that does nothing makes a plain step with the gradients that lie there",
         "Lightning's manual optimization",
         "core/closure_passes.py",
-        "            ascended |= bool(self.gradients())\n",
+        "            ascended |= self.has_gradients()\n",
         "            ascended = True\n",
         "core/test_optimizer.py::test_a_closure_without_backward_is_an_error",
     ),
