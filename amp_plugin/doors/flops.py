@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -31,7 +31,8 @@ class CountedFlops:
             count: the `floating_point_ops` that the Trainer inherits; another one than transformers' is always asked.
             inputs: batch of the step.
         """
-        batch = inputs.get(getattr(trainer.model, "main_input_name", "input_ids")) if isinstance(inputs, dict) else None
+        name = getattr(trainer.model, "main_input_name", "input_ids")
+        batch = inputs.get(name) if isinstance(inputs, Mapping) else None
         if getattr(count, "__func__", None) is not Trainer.floating_point_ops or not isinstance(batch, Tensor):
             return int(count(inputs))
         trained = sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"])

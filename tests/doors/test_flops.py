@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import BatchEncoding, Trainer, TrainerCallback, TrainingArguments
 
 from amp_plugin import AMPMixin, AMPTrainer, AMPTrainingArguments
 
@@ -45,7 +45,14 @@ class Grows(TrainerCallback):
             kwargs["optimizer"].param_groups[0]["params"].append(layer.weight)
 
 
-def trained(kind: type[Trainer], folder: Path, optim: str = "sgd", *, grows: bool = False) -> tuple[float, int]:
+def batch_of_texts(samples: Any) -> BatchEncoding:
+    """Collate as the tokenizers of transformers do, whose batches are no dictionaries."""
+    return BatchEncoding({"x": torch.stack([sample["x"] for sample in samples])})
+
+
+def trained(
+    kind: type[Trainer], folder: Path, optim: str = "sgd", *, grows: bool = False, **more: Any
+) -> tuple[float, int]:
     args = (AMPTrainingArguments if issubclass(kind, AMPTrainer) else TrainingArguments)(
         str(folder),
         optim=optim,
@@ -59,17 +66,19 @@ def trained(kind: type[Trainer], folder: Path, optim: str = "sgd", *, grows: boo
         use_cpu=True,
     )
     model = Net()
-    trainer = kind(model, args, train_dataset=[{"x": torch.ones(3)}] * 7, callbacks=[Grows()] * grows)
+    trainer = kind(model, args, train_dataset=[{"x": torch.ones(3)}] * 7, callbacks=[Grows()] * grows, **more)
     trainer.train()
     return trainer.state.total_flos, model.looks
 
 
+@pytest.mark.parametrize("collator", [None, batch_of_texts])
 @pytest.mark.parametrize("grows", [False, True])
-def test_the_count_is_the_stock_trainers_with_fewer_looks(grows: bool, tmp_path: Path) -> None:
-    stock, looks = trained(Trainer, tmp_path, grows=grows)
+def test_the_count_is_the_stock_trainers_with_fewer_looks(grows: bool, collator: Any, tmp_path: Path) -> None:
+    more = {"grows": grows, "data_collator": collator}
+    stock, looks = trained(Trainer, tmp_path, **more)
     assert looks == 12
-    ours, looks = trained(AMPTrainer, tmp_path, grows=grows)
-    amp, amp_looks = trained(AMPTrainer, tmp_path, "amp", grows=grows)
+    ours, looks = trained(AMPTrainer, tmp_path, **more)
+    amp, amp_looks = trained(AMPTrainer, tmp_path, "amp", **more)
     assert (ours, amp) == (stock, 2 * stock)
     assert looks == amp_looks <= 10, "two sizes of batches, three logs"
 
