@@ -2,6 +2,7 @@
 
     python recipes/benchmark.py                            # everything
     python recipes/benchmark.py --only step --sizes 0.3M 11.2M --batch_sizes 50
+    python recipes/benchmark.py --device cuda --help       # steps on a GPU, with absolute times
 
 The script prints a table and leaves it in the output folder as benchmark.md, as a picture in benchmark.png and row by
 row in benchmark.jsonl. Steps are made in turns, one of each contestant a round, and the quartiles of the rounds' ratios
@@ -25,6 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from benchmarks import device
 
 from amp_plugin.train.defaults import cpu_computes_in_bf16
 
@@ -32,7 +34,8 @@ try:
     from benchmarks import counts, host, pipeline, recipe, startup, step
     from benchmarks.rows import Row, draw, markdown
 except ModuleNotFoundError as missing:
-    sys.exit(f'error: {missing.name} is missing: pip install "amp-plugin[benchmark]"')
+    if not device.asked_for(None):
+        sys.exit(f'error: {missing.name} is missing: pip install "amp-plugin[benchmark]"')
 
 SUBJECTS = ("counts", "step", "ascents", "host", "memory", "recipe", "pipeline", "startup")
 
@@ -89,6 +92,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print and write."""
+    if device.asked_for(argv):
+        return device.main(argv)
     args = parse(argv)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ import os
 import platform
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ import benchmark
 import pytest
 import torch
 import transformers.trainer
-from benchmarks import counts, host, recipe, step
+from benchmarks import counts, device, device_picture, device_steps, host, recipe, step
 from benchmarks.memory import peak_memory
 from benchmarks.rows import counted, draw, markdown, timed
 from benchmarks.turns import Turn, take_turns
 from launch import forking
 from PIL import Image
 from torch import nn
+
+from amp_plugin.core import captured_call
 
 TURNS: dict[str, Any] = {"seconds": 0.0, "rounds": (3, 9), "warm_up": 2}
 TINY = {"width": 4, "layers": [1, 1, 1, 1]}
@@ -249,3 +252,127 @@ def test_a_missing_rival_is_named_before_anything_runs(monkeypatch: pytest.Monke
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(SystemExit, match=r'pytorch_optimizer is missing: pip install "amp-plugin\[benchmark\]"'):
         importlib.reload(benchmark)
+
+
+# --- steps on one device, --device cuda, tried on a CPU
+
+ON_CPU = ["--device", "cpu", "--network", "tiny", "--batch_sizes", "2", "--precisions", "fp32", "--modes"]
+
+
+def measured(file: Path, *arguments: str) -> list[dict[str, Any]]:
+    with warnings.catch_warnings():
+        device.main([*ON_CPU, *arguments, "--rows", str(file)])
+    return device.read(file)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_steps, "GROUP_SECONDS", 0.0)
+
+
+@pytest.mark.parametrize("way", device_steps.WAYS)
+@pytest.mark.parametrize("mode", ["eager", "captured"])
+def test_a_way_on_a_device_makes_the_passes_it_is_named_for(
+    way: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = device_steps.Problem(torch.device("cpu"), "tiny", 2, "fp32", mode)
+    if way == "SAM of pytorch_optimizer" and mode == "captured":
+        with pytest.raises(ValueError, match="asks the host"):
+            device_steps.WAYS[way](problem)
+        return
+    train = device_steps.WAYS[way](problem)
+    before = [p.detach().clone() for p in problem.model.parameters()]
+    calls, forward = [], nn.BatchNorm2d.forward
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda *args: (calls.append(1), forward(*args))[1])
+    train()
+    layers = sum(isinstance(m, nn.BatchNorm2d) for m in problem.model.modules())
+    assert len(calls) == layers * device_steps.passes_of(way)
+    assert all(not torch.equal(a, b) for a, b in zip(before, problem.model.parameters(), strict=True))
+
+
+@pytest.mark.usefixtures("quick")
+def test_rows_of_a_cpu_are_ratios_and_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "new" / "rows.jsonl"
+    rows = measured(file, "eager", "captured", "--only", "step")
+    assert "machine" in rows[0]
+    ratios = {(row["mode"], row["way"]): row["ratio"] for row in rows if "ratio" in row}
+    ways = [(mode, way) for mode in ("eager", "captured") for way in device_steps.WAYS]
+    assert list(ratios) == ways[:-1]
+    assert not {name for row in rows for name in row} & {*device.ABSOLUTE}
+    (left_out,) = [row for row in rows if "left_out" in row]
+    assert (left_out["mode"], left_out["way"]) == ways[-1]
+    again = measured(file, "eager", "captured", "--only", "step")
+    assert again[len(rows) :] == rows[:1], "nothing but the machine"
+    with file.open("a") as stream:
+        stream.write('{"part": "cut o')
+    assert measured(file, "eager", "captured", "--only", "step")[len(again) :] == rows[:1]
+    monkeypatch.setattr(device, "machine", lambda _: {"device": "another"})
+    assert [row for row in measured(file, "captured", "--only", "step")[len(again) + 1 :] if "ratio" in row]
+
+
+def test_a_part_without_time_is_left_out(tmp_path: Path) -> None:
+    rows = measured(tmp_path / "rows.jsonl", "eager", "captured, compiled", "--only", "step", "--seconds", "0")
+    assert [row["left_out"].partition(", ")[2] for row in rows[1:]] == ["12 are needed", "42 are needed"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_step_that_cannot_be_captured_gives_no_row_of_a_captured_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(function: Any, stream: Any) -> Any:
+        raise RuntimeError("not permitted")
+
+    monkeypatch.setitem(captured_call.RECORDERS, "cpu", refuse)
+    rows = measured(tmp_path / "rows.jsonl", "captured", "--only", "step")
+    assert not any("ratio" in row for row in rows)
+    assert any("cannot be captured" in row.get("failed", "") for row in rows)
+
+
+@pytest.mark.usefixtures("quick", "no_pictures")
+def test_the_recipe_on_a_device_is_compared_with_its_bare_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "RECIPES", {"train.py": device.RECIPES["train.py"]})
+    _, recipe_row, bare_row = measured(
+        tmp_path / "rows.jsonl", "eager", "--only", "recipe", "--recipe_steps", "8", "--seconds", "1e9"
+    )
+    assert (recipe_row["way"], bare_row["way"]) == ("train.py", recipe_row["baseline"])
+    assert bare_row["ratio"] == 1.0
+    assert recipe_row["ratio"] > 0.0
+    assert all(callback.__name__ != "Clock" for callback in transformers.trainer.DEFAULT_CALLBACKS)
+
+
+def test_steps_on_a_device_need_none_of_the_other_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    for name in ("pytorch_optimizer", "greenlet", "matplotlib", "matplotlib.axes"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "benchmarks"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *ON_CPU, "eager", "--only", "step", "--rows", str(file)])
+    with warnings.catch_warnings():
+        importlib.reload(benchmark).main()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["way"] for row in rows if "left_out" in row] == ["SAM of pytorch_optimizer"]
+    assert [row["way"] for row in rows if "ratio" in row] == list(device_steps.WAYS)[:-1]
+    monkeypatch.undo()
+    importlib.reload(benchmark)
+
+
+def test_the_picture_of_a_device(tmp_path: Path, drawn: list[Any]) -> None:
+    file, rows = tmp_path / "rows.jsonl", [{"machine": {"device": "a GPU", "torch": "2"}}]
+    rows += [{"part": "ceilings", "ceiling": "bf16", "tflops": 700.0}]
+    for mode, ms in (("eager", 8.0), ("captured", 2.0)):
+        for way, ratio in (("SGD", 1.0), ("AMP", 2.1)):
+            case = {"part": f"step: {mode}", "batch": 50, "precision": "bf16", "mode": mode, "way": way}
+            rows.append({**case, "ratio": ratio, "ms": ms * ratio, "tflops": 100.0 / ms})
+    file.write_text("\n".join(map(json.dumps, rows)))
+    device.main(["--rows", str(file), "--draw", str(tmp_path / "device.png")])
+    (figure,) = drawn
+    assert [axes.get_xlabel() for axes in figure.axes] == list(device_picture.PANELS.values())
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == [
+        "batch 50, bf16, eager",
+        "batch 50, bf16, captured",
+    ]
+    assert sorted(figure.axes[0].lines[1].get_xdata()) == pytest.approx([4.2, 16.8])
