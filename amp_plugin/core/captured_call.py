@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -116,22 +117,19 @@ def _cuda_graph(function: Callable[[], Any], stream: torch.cuda.Stream | None) -
         # Other threads (a loader that pins memory) may go on with what a capture forbids.
         with outer, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             result = function()
-    except Exception as error:
+    except torch.AcceleratorError as error:
         _clean_up_after(pool)
         # CUDA's error at the end of a capture that it has broken off only says that there was one before.
-        first = error.__context__ if isinstance(error, torch.AcceleratorError) else None
-        raise (first or error) from None
+        raise (error.__context__ or error) from None
     return graph.replay, result
 
 
 def _clean_up_after(pool: Any) -> None:
     """Undo what torch leaves as in a capture, where CUDA has broken that off: memory and random numbers."""
     device = torch.cuda.current_device()
-    try:
+    with contextlib.suppress(RuntimeError):  # torch has ended the allocation itself
         torch._C._cuda_endAllocateToPool(device, pool)
-    except RuntimeError:  # torch has done so: the capture has come to its end, and the function alone has failed
-        return
-    torch._C._cuda_releasePool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
     generator = torch.cuda.default_generators[device]
     generator.graphsafe_set_state(generator.clone_state())
 
