@@ -40,6 +40,7 @@ class Training:
     start: float = 0.0
     now: float = 0.0
     looks: int = 0
+    done: int = 0  # steps
     saved: list[float] = field(default_factory=list)
     tested: list[int] = field(default_factory=list)
 
@@ -58,7 +59,7 @@ class Training:
         for epoch in range(self.epochs):
             for step in range(self.steps):
                 self.now += self.step
-                state.global_step += 1
+                state.global_step = self.done = self.done + 1
                 state.epoch = epoch + (step + 1) / self.steps
                 callback.on_step_end(args, state, control)
                 self._follow(callback, args, state, control)
@@ -93,11 +94,19 @@ def callback_of(monkeypatch: pytest.MonkeyPatch, training: Training, *arguments:
     [
         Training(200, 1000, step=0.003, test=0.5, save=1.0, start=60.0),
         Training(200, 1000, step=0.5, test=90.0, save=5.0),
+        Training(200, 1000, step=0.24, test=60.0, save=5.0),
         Training(200, 1000, step=0.06, test=0.0, save=0.1, start=20.0),
         Training(3000, 3, step=0.05, test=0.1, save=0.1),
         Training(3, 1000, step=30.0, test=100.0, save=9.0),
     ],
-    ids=["a GPU", "long epochs", "epochs of a tenth of the time", "short epochs", "long steps"],
+    ids=[
+        "a GPU",
+        "long epochs",
+        "a test that does not fit",
+        "epochs of a tenth of the time",
+        "short epochs",
+        "long steps",
+    ],
 )
 def test_a_training_stops_in_time_but_not_early(monkeypatch: pytest.MonkeyPatch, training: Training) -> None:
     callback = callback_of(monkeypatch, training, "--minutes", "10")
@@ -105,7 +114,8 @@ def test_a_training_stops_in_time_but_not_early(monkeypatch: pytest.MonkeyPatch,
     assert callback.stopped
     assert training.saved == [training.now], "the stop makes the only checkpoint"
     assert training.now <= 600
-    short = training.steps * training.step <= 60
+    short = training.steps * training.step <= 40
+    assert not short or training.done % training.steps == 0, "where epochs are short the last one is whole"
     # What may be left is a step, or a short epoch, and what is kept for a test and a checkpoint, with the margins.
     spare = 1.25 * training.step * (training.steps if short else 1) + 2.5 * (training.test + training.save) + 5
     assert training.now >= 600 - spare
