@@ -78,6 +78,8 @@ def main(argv: list[str]) -> None:
     set_seed(args.seed)
     if args.fast and args.device.type == "cpu":
         keep_freed_memory()
+    elif args.fast:
+        torch.backends.cudnn.benchmark = True  # the shapes of a training do not change
     task = make_task(data_args, model_args, args)
     model = task.model
     if args.dry_run:
