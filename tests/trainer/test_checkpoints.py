@@ -218,6 +218,13 @@ def test_half_a_checkpoint_is_not_taken_for_the_last(tmp_path: Path) -> None:
     assert contents(folder / "checkpoint-6").keys() == contents(tmp_path / "whole" / "checkpoint-6").keys()
 
 
+def test_a_state_may_be_read_to_a_cpu_with_an_index(tmp_path: Path) -> None:
+    """There a Trainer of transformers 5.17 reads the optimizer's, in each of several processes."""
+    saved = {"step": torch.arange(3), "momentum": torch.randn(2)}
+    torch.save(saved, tmp_path / "optimizer.pt")
+    assert_equal(torch.load(tmp_path / "optimizer.pt", map_location=torch.device("cpu:0")), saved)
+
+
 def test_last_starts_where_there_is_no_checkpoint_but_true_does_not(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no complete checkpoint to resume from in '.*out'"):
         trainer_for(tmp_path / "out").train(resume_from_checkpoint=True)
