@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -115,13 +116,30 @@ def _cuda_graph(function: Callable[[], Any], stream: torch.cuda.Stream | None) -
         # The outer stream is the current one: to it torch does not come back where CUDA has broken the capture off.
         outer = torch.cuda.stream(torch.cuda.current_stream())
         # Other threads (a loader that pins memory) may go on with what a capture forbids.
-        with outer, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        with (
+            _no_garbage_collection(),
+            outer,
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             result = function()
     except torch.AcceleratorError as error:
         _clean_up_after(pool)
         # CUDA's error at the end of a capture that it has broken off only says that there was one before.
         raise (error.__context__ or error) from None
     return graph.replay, result
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Collect garbage now, and none for a while: a graph of an earlier training that is freed breaks a capture off."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _clean_up_after(pool: Any) -> None:

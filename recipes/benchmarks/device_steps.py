@@ -108,9 +108,17 @@ def sgd_step(problem: Problem) -> Step:
     return problem.finished(step, optimizer)
 
 
+def amp(problem: Problem) -> AMP:
+    """Return AMP around SGD, with a compiled ball where the step is captured and the network compiled."""
+    optimizer = AMP(problem.model.parameters(), capturable=problem.mode.captured, **problem.sgd())
+    if problem.mode.captured and problem.mode.compiled:
+        optimizer.perturbation.compile()
+    return optimizer
+
+
 def amp_step(problem: Problem) -> Step:
     """Return a step of AMP with two passes of one's own."""
-    optimizer = AMP(problem.model.parameters(), capturable=problem.mode.captured, **problem.sgd())
+    optimizer = amp(problem)
     passes = ExtraPasses(problem.model, rng="fresh")
 
     def step() -> Tensor:
@@ -130,7 +138,7 @@ def amp_step(problem: Problem) -> Step:
 
 def attached_step(problem: Problem) -> Step:
     """Return a step of AMP through `attach`, in a plain loop."""
-    optimizer = AMP(problem.model.parameters(), capturable=problem.mode.captured, **problem.sgd())
+    optimizer = amp(problem)
     module = LossModule(problem.net, lambda outputs, labels: F.cross_entropy(outputs.float(), labels))
     attach(optimizer, module, rng="fresh")
 

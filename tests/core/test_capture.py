@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -289,6 +290,7 @@ def test_what_a_failed_capture_leaves_in_torch_is_put_right(broken_off: bool, mo
         done.append(f"end {pool} of {device}")
 
     def fail() -> None:
+        assert not gc.isenabled(), "a graph of an earlier training could be freed"
         raise FailingError("not permitted")
 
     state = SimpleNamespace(clone_state=lambda: "clone", graphsafe_set_state=done.append)
@@ -301,6 +303,7 @@ def test_what_a_failed_capture_leaves_in_torch_is_put_right(broken_off: bool, mo
     monkeypatch.setattr(torch._C, "_cuda_releasePool", release, raising=False)
     with pytest.raises(FailingError, match="not permitted"):
         captured_call._cuda_graph(fail, "side")  # type: ignore[arg-type]
+    assert gc.isenabled()
     assert streams == ["current"]
     assert done == (["end pool of 0", "release pool of 0", "clone"] if broken_off else [])
 
