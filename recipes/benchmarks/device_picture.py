@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from matplotlib.ticker import LogLocator, NullFormatter
+
 from amp_plugin.report.style import AMBER, BLUE, GREEN, PINK, VERMILION, legend_below, picture
 from benchmarks.device_steps import Row
 
@@ -41,6 +43,9 @@ def draw(rows: list[Row], path: Path) -> None:
             axes.set(xlabel=label, yticks=range(len(cases)), yticklabels=cases, ylim=(len(cases) - 0.4, -0.6))
             if name == "ms":
                 axes.set_xscale("log")
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.xaxis.set_major_formatter("{x:g}")
+                axes.xaxis.set_minor_formatter(NullFormatter())
         legend_below(figure)
 
 
