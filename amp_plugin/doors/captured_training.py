@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from amp_plugin.core.capture import calls_to_warm_up, forget_step
 from amp_plugin.core.captured_call import CapturedCall
 from amp_plugin.core.inputs import map_tensors
 from amp_plugin.core.optimizer import AMP
+from amp_plugin.doors.training_args import AMPArguments
 
 logger = logging.get_logger(__name__)
 
@@ -266,3 +268,16 @@ def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
         {name: value for name, value in group.items() if name != "lr" and isinstance(value, (*_CONSTANTS, tuple))}
         for group in optimizer.param_groups
     ]
+
+
+def fused_options(optimizer: Any, args: Any) -> dict[str, Any]:
+    """Return what an optimizer needs for a step that is captured."""
+    if not isinstance(args, AMPArguments) or not args.captures:
+        return {}
+    options = inspect.signature(optimizer).parameters
+    if "fused" not in options:
+        raise ValueError(
+            f"--optim {args.optim}: amp_capture needs an optimizer with fused kernels, of torch's SGD, Adam, AdamW and"
+            f" Adagrad; leave amp_capture out for {getattr(optimizer, '__name__', optimizer)}"
+        )
+    return {"fused": True} | ({"capturable": True} if "capturable" in options else {})

@@ -9,7 +9,6 @@ So k accumulation steps equal one batch that is k times larger.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
@@ -28,7 +27,7 @@ from amp_plugin.core.inputs import detached_inputs
 from amp_plugin.core.optimizer import AMP
 from amp_plugin.core.replay import ExtraPasses
 from amp_plugin.doors.attach_callback import AttachCallback, release
-from amp_plugin.doors.captured_training import CapturedTraining, Passes
+from amp_plugin.doors.captured_training import CapturedTraining, Passes, fused_options
 from amp_plugin.doors.flops import CountedFlops
 from amp_plugin.doors.logged_loss import loss_for_log
 from amp_plugin.doors.means import Means
@@ -122,7 +121,7 @@ class AMPMixin(TrainerMixin):
         """Return the Trainer's choice of the base optimizer, inside AMP if ``args.optim`` asks for it."""
         if not isinstance(args, AMPArguments) or not args.uses_amp:
             plain, kwargs = super().get_optimizer_cls_and_kwargs(args, model)
-            return plain, kwargs | _fused(plain, args)
+            return plain, kwargs | fused_options(plain, args)
         refusal = ValueError(
             f"--optim {args.optim}: this base optimizer takes over the parameters or the backward pass, so AMP"
             " cannot perturb the weights around it; use e.g. amp (SGD), amp_adamw_torch or amp_adafactor"
@@ -135,7 +134,7 @@ class AMPMixin(TrainerMixin):
                 " which it does by the optimizer's class and so not inside AMP; use e.g. amp_adamw_torch_8bit (torchao)"
             )
         base, kwargs = super().get_optimizer_cls_and_kwargs(args.base_arguments(), model)
-        kwargs |= _fused(base, args)
+        kwargs |= fused_options(base, args)
         special = {"params", "model", "optimizer_dict"} & kwargs.keys()
         if special or not (isinstance(base, type) and issubclass(base, Optimizer)):
             raise refusal
@@ -403,16 +402,3 @@ class AMPMixin(TrainerMixin):
 
 def _sum(losses: Sequence[Tensor]) -> Tensor:
     return losses[0] if len(losses) == 1 else torch.stack(list(losses)).sum()
-
-
-def _fused(optimizer: Any, args: Any) -> dict[str, Any]:
-    """Return what an optimizer needs for a step that is captured."""
-    if not isinstance(args, AMPArguments) or not args.captures:
-        return {}
-    options = inspect.signature(optimizer).parameters
-    if "fused" not in options:
-        raise ValueError(
-            f"--optim {args.optim}: amp_capture needs an optimizer with fused kernels, of torch's SGD, Adam, AdamW and"
-            f" Adagrad; leave amp_capture out for {getattr(optimizer, '__name__', optimizer)}"
-        )
-    return {"fused": True} | ({"capturable": True} if "capturable" in options else {})
