@@ -33,7 +33,6 @@ class PreActBottleneck(PreActBasicBlock):
     """1x1 (strided), 3x3 and 1x1 convolutions, each after BatchNorm and ReLU."""
 
     expansion = 4
-    kernels = (1, 3, 1)
 
 
 class PreActResNet(ResidualNet):

@@ -47,8 +47,7 @@ class PyramidBottleneck(PyramidBasicBlock):
     """1x1, 3x3 (strided) and 1x1 convolutions around two ReLUs, with BatchNorm before, between and after."""
 
     expansion = 4
-    kernels = (1, 3, 1)
-    strided = 1
+    strided = 2
 
 
 class PyramidNet(ResidualNet):

@@ -9,23 +9,22 @@ import torch
 from timm.layers.drop import DropPath
 from torch import nn
 
-from amp_plugin.models.staged import StagedNet
+from amp_plugin.models.staged import Stage, StagedNet
 
 
 class ResidualBlock(nn.Module):
     """Convolutions, each after BatchNorm and ReLU, beside a shortcut: `(B, in_chs, H, W)` to `(B, out_chs, H', W')`.
 
-    The layers are `bn1`, `conv1`, `bn2`, `conv2` and so on; all but the last convolution have `out_chs // expansion`
-    channels. Dropout comes before the last convolution, and stochastic depth drops the whole residual branch.
+    The layers are `bn1`, `conv1`, `bn2`, `conv2` and so on: two 3x3 convolutions, or the 1x1, 3x3 and 1x1 convolutions
+    of a bottleneck, of which all but the last have `out_chs // expansion` channels. Dropout comes before the last
+    convolution, and stochastic depth drops the whole residual branch.
     """
 
-    expansion = 1  # ratio of the output channels to the inner channels
-    kernels: tuple[int, ...] = (3, 3)  # kernel sizes of the convolutions
-    strided = 0  # index of the convolution that has the stride
+    __constants__ = ("first_act",)
+    expansion = 1  # ratio of the output channels to the inner channels; a block that has one is a bottleneck
+    strided = 1  # number of the convolution that has the stride
     first_act = True  # whether a ReLU follows the first BatchNorm; the shortcut starts there if so, else at the input
     last_norm = False  # whether a BatchNorm follows the last convolution
-    bn1: nn.Module
-    conv1: nn.Module
 
     def __init__(
         self,
@@ -39,17 +38,21 @@ class ResidualBlock(nn.Module):
         **dd: Any,
     ) -> None:
         super().__init__()
-        chs = in_chs
-        for index, kernel in enumerate(self.kernels):
-            last = index == len(self.kernels) - 1
-            next_chs = out_chs if last else out_chs // self.expansion
-            conv_stride = stride if index == self.strided else 1
-            conv = nn.Conv2d(chs, next_chs, kernel, conv_stride, padding=kernel // 2, bias=bias, **dd)
-            self.add_module(f"bn{index + 1}", nn.BatchNorm2d(chs, **dd))
-            self.add_module(f"conv{index + 1}", conv)
-            chs = next_chs
-        if self.last_norm:
-            self.add_module(f"bn{len(self.kernels) + 1}", nn.BatchNorm2d(out_chs, **dd))
+        bottleneck = self.expansion > 1
+        inner_chs = out_chs // self.expansion
+        kernels = (1, 3, 1) if bottleneck else (3, 3)
+
+        def conv(number: int, in_chs: int, out_chs: int) -> nn.Conv2d:
+            kernel, conv_stride = kernels[number - 1], stride if number == self.strided else 1
+            return nn.Conv2d(in_chs, out_chs, kernel, conv_stride, padding=kernel // 2, bias=bias, **dd)
+
+        self.bn1 = nn.BatchNorm2d(in_chs, **dd)
+        self.conv1 = conv(1, in_chs, inner_chs)
+        self.bn2 = nn.BatchNorm2d(inner_chs, **dd)
+        self.conv2 = conv(2, inner_chs, inner_chs)
+        self.bn3 = nn.BatchNorm2d(inner_chs, **dd) if bottleneck or self.last_norm else None
+        self.conv3 = conv(3, inner_chs, out_chs) if bottleneck else None
+        self.bn4 = nn.BatchNorm2d(out_chs, **dd) if bottleneck and self.last_norm else None
         self.shortcut = self._make_shortcut(in_chs, out_chs, stride, bias=bias, **dd)
         self.act = nn.ReLU(inplace=True)
         self.drop = nn.Dropout(conv_drop_rate)
@@ -64,14 +67,14 @@ class ResidualBlock(nn.Module):
         if self.first_act:
             preact = self.act(preact)
         shortcut = x if self.shortcut is None else self.shortcut(preact if self.first_act else x)
-        x = self.conv1(preact)
-        for number in range(2, len(self.kernels) + 1):
-            x = self.act(getattr(self, f"bn{number}")(x))
-            if number == len(self.kernels):
-                x = self.drop(x)
-            x = getattr(self, f"conv{number}")(x)
-        if self.last_norm:
-            x = getattr(self, f"bn{len(self.kernels) + 1}")(x)
+        x = self.act(self.bn2(self.conv1(preact)))
+        x = self.conv2(self.drop(x) if self.conv3 is None else x)
+        if self.bn3 is not None:
+            x = self.bn3(x)
+        if self.conv3 is not None:
+            x = self.conv3(self.drop(self.act(x)))
+        if self.bn4 is not None:
+            x = self.bn4(x)
         x = self.drop_path(x)
         return x + shortcut
 
@@ -118,7 +121,7 @@ class ResidualNet(StagedNet):
         last = sum(map(len, widths)) - 1
         stages, feature_info, index, in_chs = nn.Sequential(), [], 0, stem_chs
         for stage_index, stage_widths in enumerate(widths):
-            stage = nn.Sequential()
+            stage = Stage()
             for block_index, out_chs in enumerate(stage_widths):
                 stride = 2 if stage_index > 0 and block_index == 0 else 1
                 drop_path = drop_path_rate * index / max(last, 1)

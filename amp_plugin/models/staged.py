@@ -1,7 +1,6 @@
 """Stem, stages, final norm and head behind timm's model contract, which every architecture here keeps."""
 
-from __future__ import annotations
-
+# There is no `from __future__ import annotations`: TorchScript cannot read strings that torch.fx copies from `forward`.
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from torch import nn
 
 
 def register_variants(
-    architecture: type[StagedNet], variants: Mapping[str, Mapping[str, Any]], *, pool_size: int, first_conv: str
+    architecture: "type[StagedNet]", variants: Mapping[str, Mapping[str, Any]], *, pool_size: int, first_conv: str
 ) -> None:
     """Register variants of an architecture with timm, for 32x32 images normalised like CIFAR-10, and ten classes.
 
@@ -38,7 +37,7 @@ def register_variants(
         setattr(module, name, register_model(_entrypoint(architecture, name, arguments)))
 
 
-def _entrypoint(architecture: type[StagedNet], name: str, arguments: Mapping[str, Any]) -> Any:
+def _entrypoint(architecture: "type[StagedNet]", name: str, arguments: Mapping[str, Any]) -> Any:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         feature_cfg = {"out_indices": tuple(range(architecture.num_stages)), "flatten_sequential": True}
         kwargs = {"feature_cfg": feature_cfg, **arguments, **kwargs}
@@ -62,6 +61,22 @@ def check_width(width: int) -> None:
         raise ValueError(f"width={width!r}: give at least 1")
 
 
+class Stage(nn.Sequential):
+    """Blocks of one resolution, which can be recomputed in the backward pass one by one."""
+
+    __constants__ = ("grad_checkpointing",)
+    grad_checkpointing = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the blocks in turn."""
+        if self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            x = checkpoint_seq(self, x)
+            return x
+        for block in self:
+            x = block(x)
+        return x
+
+
 class StagedNet(nn.Module):
     """A convolutional classifier made of `stem`, `stages`, `norm`, `pre_logits` and `head`.
 
@@ -71,7 +86,7 @@ class StagedNet(nn.Module):
 
     Args:
         stem: Layers before the first stage.
-        stages: One Sequential of blocks per stage.
+        stages: One `Stage` of blocks per stage.
         feature_info: timm's description of the stage outputs (channels, reduction, module name).
         norm: Layers after the last stage; none by default.
         pre_logits: Layers between the features and the pooled head, `(B, C, H, W)` in and out; none by default.
@@ -109,7 +124,6 @@ class StagedNet(nn.Module):
         self.in_chans = in_chans
         self.feature_info = feature_info
         self.num_features: int = feature_info[-1]["num_chs"]
-        self.grad_checkpointing = False
 
         self.stem = stem
         self.stages = stages
@@ -158,7 +172,9 @@ class StagedNet(nn.Module):
 
         Gradients do not change. BatchNorm sees every batch twice, so its running statistics move twice.
         """
-        self.grad_checkpointing = enable
+        for stage in self.modules():
+            if isinstance(stage, Stage):
+                stage.grad_checkpointing = enable
 
     def forward_intermediates(
         self,
@@ -183,7 +199,7 @@ class StagedNet(nn.Module):
         intermediates, last = [], len(self.stages) - 1
         x = self.stem(x)
         for index, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
-            x = self._forward_stage(stage, x)
+            x = stage(x)
             normed = self.norm(x) if index == last else x
             if index in take_indices:
                 intermediates.append(normed if norm else x)
@@ -213,12 +229,8 @@ class StagedNet(nn.Module):
         """Images `(B, in_chans, H, W)` to features `(B, num_features, H', W')`."""
         x = self.stem(x)
         for stage in self.stages:
-            x = self._forward_stage(stage, x)
+            x = stage(x)
         x = self.norm(x)
-        return x
-
-    def _forward_stage(self, stage: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
         return x
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from amp_plugin.models.staged import StagedNet, check_width, register_variants
+from amp_plugin.models.staged import Stage, StagedNet, check_width, register_variants
 
 __all__ = ["CifarVGG"]
 
@@ -83,7 +83,7 @@ class CifarVGG(StagedNet):
         # The first convolution is the stem.
         stages, feature_info, in_chs = nn.Sequential(), [], width
         for index, (depth, factor) in enumerate(zip((1, 2, 3, 3, 3), (1, 2, 4, 8, 8), strict=True)):
-            stage = nn.Sequential()
+            stage = Stage()
             for _ in range(depth):
                 stage.append(_conv_bn_relu(in_chs, factor * width, conv_drop_rate, **dd))
                 in_chs = factor * width
