@@ -25,7 +25,7 @@ def image_classifier(
 
     A folder that `save_pretrained` wrote opens with `AutoModelForImageClassification`, `AutoImageProcessor`,
     `pipeline("image-classification")` and `timm.create_model("local-dir:FOLDER", pretrained=True)` after
-    ``import amp_plugin``.
+    ``import amp_plugin``; timm also takes another `num_classes` and `in_chans`.
 
     Args:
         architecture: timm's name, e.g. ``preactresnet18``.
@@ -43,6 +43,10 @@ def image_classifier(
         near = did_you_mean(architecture.lower(), timm.list_models(), at_most=3)
         raise ValueError(f"model {architecture!r} is unknown to timm{near}; timm.list_models() lists them")
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    try:
+        initial = timm.create_model(architecture, num_classes=len(class_names), **model_args)
+    except TypeError as error:
+        raise ValueError(f"model {architecture!r} does not take these arguments: {error}") from error
     settings: dict[str, Any] = {
         "architecture": architecture,
         "model_args": model_args,
@@ -54,13 +58,10 @@ def image_classifier(
             "std": list(std),
             "crop_pct": 1.0,
             "interpolation": "bicubic",
+            **adaptable_layers(initial),
         },
     }
     config = TimmWrapperConfig(**settings)
-    try:
-        initial = timm.create_model(architecture, num_classes=len(class_names), **model_args)
-    except TypeError as error:
-        raise ValueError(f"model {architecture!r} does not take these arguments: {error}") from error
     # A wrapper that loads timm's weights saves them under timm's names again; one made from a configuration alone
     # redraws them, and saves them under names that timm cannot read.
     bars = logging.is_progress_bar_enabled()
@@ -75,3 +76,8 @@ def image_classifier(
     config.name_or_path = ""  # transformers has put "None" there
     model.train()
     return model
+
+
+def adaptable_layers(model: Any) -> dict[str, Any]:
+    """Return the part of timm's `pretrained_cfg` that names the layers to adapt to other classes and other channels."""
+    return {key: model.pretrained_cfg[key] for key in ("classifier", "first_conv") if model.pretrained_cfg.get(key)}

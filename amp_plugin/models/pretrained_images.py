@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.models.timm_wrapper import TimmWrapperImageProcessor
 
+from amp_plugin.models.classifier import adaptable_layers
 from amp_plugin.models.pretrained import PretrainedError, accepts, checkpoint_config, explained, pretrained_classifier
 
 
@@ -37,7 +38,7 @@ class ImageCheckpoint:
                 f" ({refusal}); leave image_size to the checkpoint"
             )
         if self.timm_settings is not None:
-            model.config.pretrained_cfg = self.timm_settings
+            model.config.pretrained_cfg = adaptable_layers(model.timm_model) | self.timm_settings
         return model, new
 
 

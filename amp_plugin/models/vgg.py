@@ -35,7 +35,7 @@ class PreLogits(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(in_features, hidden_features, **dd)
         self.fc2 = nn.Linear(hidden_features, hidden_features, **dd)
-        self.act = nn.ReLU(inplace=True)
+        self.act = nn.ReLU()  # in place, it fails in TorchScript: a linear layer there returns a view of a leaf
         self.drop = nn.Dropout(drop_rate)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
