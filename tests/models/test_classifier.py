@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import timm
 import torch
+from small_models import SMALL
 from transformers import AutoModelForImageClassification
 
 from amp_plugin.models.classifier import image_classifier
-from tests.helpers.small_models import SMALL
 
 STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.1)}
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import SMALL, every_small, images, small
 from torch import nn
 from torch.ao.quantization import disable_fake_quant, get_default_qat_qconfig_mapping, get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
-
-from tests.helpers.small_models import SMALL, every_small, images, small
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*TorchScript.*", "ignore:.*torch.jit.*:FutureWarning"),

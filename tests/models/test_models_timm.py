@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import RESIDUAL, SMALL, every_small, images, small
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay
 from torch import nn
-
-from tests.helpers.small_models import RESIDUAL, SMALL, every_small, images, small
 
 
 @every_small
