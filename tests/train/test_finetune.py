@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from checkpoints import bert_checkpoint, reviews, timm_checkpoint, vit_checkpoint
 from main_job import SCRIPT, metrics_of, train
@@ -87,6 +88,13 @@ def test_it_starts_from_the_checkpoint_of_timm(folders: dict[str, Path], timm_ru
         elif "running_" not in name and "num_batches" not in name:
             assert torch.equal(after[name], value), name
     assert metrics_of(root / "out")["amp_loss"] > metrics_of(root / "out")["loss"]
+
+
+def test_timm_opens_the_run_for_other_classes_and_channels(timm_run: tuple[Path, str]) -> None:
+    after = weights(timm_run[0] / "out", "timm_model.")
+    model = timm.create_model(f"local-dir:{timm_run[0] / 'out'}", pretrained=True, num_classes=3, in_chans=1)
+    differing = {key for key, weight in model.state_dict().items() if not torch.equal(weight, after[key])}
+    assert differing == {"conv1.0.weight", "fc.weight", "fc.bias"}
 
 
 def test_the_ledger_names_the_checkpoint_and_no_folder(timm_run: tuple[Path, str]) -> None:
