@@ -21,6 +21,7 @@ from amp_plugin.flatness.curvature import require_library
 from amp_plugin.flatness.measures import MEASURES, Measures, MeasureSettings, measure, measures_table
 from amp_plugin.flatness.objective import Objective
 from amp_plugin.flatness.pictures import plot_landscapes
+from amp_plugin.text import for_terminal, in_markdown, print_all_characters, tell, visible
 from amp_plugin.train.run_folder import SavedRun, open_run
 
 # Runs that differ in one of these options would be measured on different data.
@@ -81,14 +82,14 @@ def main(argv: Sequence[str]) -> None:
     examples = min(500, len(first.task.train)) if arguments.images is None else arguments.images
     measured = {}
     for name, run in runs.items():
-        print(f"measuring {name}", flush=True)
+        tell(f"measuring {visible(name)}")
         batches = run.training_batches(examples, arguments.batch_size)
         objective = Objective(run.task.model, batches, training=arguments.training_mode)
         measured[name] = measure(objective, settings, tuple(arguments.measures))
     where = f"{examples:,} training {first.task.train.split.kind} of {first.task.dataset}"
     pictures = _draw(measured, out, where)
     page = _page(measured, runs, settings, where, pictures, training=arguments.training_mode)
-    (out / "flatness.md").write_text(page)
+    (out / "flatness.md").write_text(page, encoding="utf-8")
     record = {
         "measured_on": where,
         "training_mode": arguments.training_mode,
@@ -96,8 +97,7 @@ def main(argv: Sequence[str]) -> None:
         "models": {name: found.as_dict() for name, found in measured.items()},
     }
     (out / "flatness.json").write_text(json.dumps(record, allow_nan=False) + "\n")
-    print(page)
-    print(f"results: {out}")
+    tell(f"{page}\nresults: {visible(str(out))}")
 
 
 def _names(folders: Sequence[str]) -> list[str]:
@@ -149,10 +149,10 @@ def _page(
         f"{'validation' if held_out else 'test'} error, from the run (%)": {
             n: f"{run.metrics['eval_error']:.2f}" for n, run in runs.items()
         },
-        "trained with": {n: str(run.settings["optim"]) for n, run in runs.items()},
+        "trained with": {n: in_markdown(run.settings["optim"]) for n, run in runs.items()},
     }
     found = next(iter(measured.values()))
-    notes = [f"Measured on {where}, without augmentation, in {'training' if training else 'eval'} mode."]
+    notes = [f"Measured on {in_markdown(where)}, without augmentation, in {'training' if training else 'eval'} mode."]
     if found.sharpness is not None:
         ball = "around every tensor" if settings.norm == "tensor" else "around all weights together"
         notes.append(
@@ -180,10 +180,11 @@ def _page(
 
 def run(argv: Sequence[str]) -> Any:
     """Call `main`; an error that the user can mend ends the process with one line instead of a traceback."""
+    print_all_characters()
     try:
         main(argv)
     except (ValueError, OSError) as error:
-        return f"error: {error}"
+        return for_terminal(f"error: {error}")
     except ImportError as error:
         hint = "" if "pip install" in str(error) else ' (pip install "amp-plugin[flatness]")'
         return f"error: {error}{hint}"

@@ -15,6 +15,7 @@ from amp_plugin.flatness.curvature import Eigenvalues, Trace, hessian_eigenvalue
 from amp_plugin.flatness.landscape import Landscape, filter_normalised_direction, grid_steps, loss_landscape
 from amp_plugin.flatness.objective import Evaluation, Objective
 from amp_plugin.flatness.sharpness import Sharpness, epsilon_sharpness
+from amp_plugin.text import in_markdown
 
 MEASURES = ("sharpness", "hessian", "line", "plane")
 
@@ -109,6 +110,6 @@ def measures_table(measured: Mapping[str, Measures], more: Mapping[str, Mapping[
             tell("Hessian trace", name, f"{found.trace.value:.4g} ± {found.trace.standard_error:.1g}")
         tell("norm of the weights", name, f"{found.weight_norm:.4g}")
     names = list(measured)
-    lines = [["", *names], ["---"] + ["---:"] * len(names)]
+    lines = [["", *map(in_markdown, names)], ["---"] + ["---:"] * len(names)]
     lines += [[row, *(cells.get(name, "") for name in names)] for row, cells in {**rows, **more}.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

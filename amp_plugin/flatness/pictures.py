@@ -12,10 +12,12 @@ import numpy as np
 
 from amp_plugin.flatness.landscape import Array, Landscape
 from amp_plugin.report.style import AMBER, BLUE, GREEN, PINK, SKY, VERMILION, legend_below, picture
+from amp_plugin.text import for_matplotlib
 
 _LINES = tuple(
     zip((BLUE, VERMILION, GREEN, PINK, SKY, AMBER), ("-", "--", "-.", ":", "-", "--"), "os^vDX", strict=True)
 )
+_LONGEST = 40  # characters of a model's name
 _RATIO = 20  # the scale is logarithmic from this ratio of the largest to the smallest loss
 _LEVELS = 12  # approximate number of contours
 _ERROR = "error (%)"  # this scale is never logarithmic, because a classifier may make no error
@@ -59,7 +61,7 @@ def _draw_lines(landscapes: Mapping[str, Landscape], path: Path, title: str, pan
                     np.where(np.isfinite(heights), heights, np.nan),
                     linestyle=style,
                     color=colour,
-                    label=name,
+                    label=for_matplotlib(name, _LONGEST),
                     marker=marker,
                     markersize=4,
                     markevery=[len(steps) // 2],  # only the weights themselves have a marker
@@ -81,7 +83,10 @@ def _draw_planes(landscapes: Mapping[str, Landscape], path: Path, title: str, pa
             for axes, (name, heights) in zip(row, values.items(), strict=True):
                 filled = _draw_plane(axes, landscapes[name].steps, heights, scale)
                 middle = len(heights) // 2
-                axes.set_title(f"{name}\n{label}, at the weights: {heights[middle, middle]:.3g}", fontsize=9)
+                axes.set_title(
+                    f"{for_matplotlib(name, _LONGEST)}\n{label}, at the weights: {heights[middle, middle]:.3g}",
+                    fontsize=9,
+                )
             figure.colorbar(filled, ax=list(row), label=label, ticks=scale["levels"], format="%.3g", shrink=0.9)
             row[0].set(ylabel=_STEP.format("another"))
         for axes in rows[-1]:
@@ -89,7 +94,7 @@ def _draw_planes(landscapes: Mapping[str, Landscape], path: Path, title: str, pa
 
 
 def _panels(landscapes: Mapping[str, Landscape], unit: str) -> _Panels:
-    panels = {f"loss ({unit})": {name: scape.loss for name, scape in landscapes.items()}}
+    panels = {f"loss ({for_matplotlib(unit, _LONGEST)})": {name: scape.loss for name, scape in landscapes.items()}}
     errors = {name: scape.error for name, scape in landscapes.items() if scape.error is not None}
     return {**panels, _ERROR: errors} if len(errors) == len(landscapes) else panels
 

@@ -11,6 +11,7 @@ import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from amp_plugin.provenance import commit, versions
+from amp_plugin.text import in_address, in_cell, in_code, in_fence, in_markdown
 
 PLACEHOLDER = "OWNER/NAME"  # stands for the repository until there is one
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -28,6 +29,9 @@ _CAPTIONS = {
     "landscape": "Loss landscape",
 }
 
+# The template's own functions: a text becomes Markdown.
+_WRITERS: Any = {f.__name__: f for f in (in_address, in_cell, in_code, in_fence, in_markdown)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
@@ -40,7 +44,7 @@ class RunData:
         config: configuration of the data set.
         split: split that the results are of.
         described: number of images and the like, after the name.
-        note: sentence on what results on these data mean.
+        note: sentence on what results on these data mean, in Markdown.
     """
 
     name: str
@@ -69,10 +73,10 @@ class Run:
         uses_amp: whether the model was trained with AMP.
         from_scratch: whether the first weights were random; None if that is not known.
         base_model: model on the Hub that was fine-tuned.
-        settings: settings of the training, by name.
+        settings: settings of the training, by name, both in Markdown.
         command: command that trains the model again.
         compared: metrics of another run, by that run's name.
-        compared_note: sentence on what else differs in that run.
+        compared_note: sentence on what else differs in that run, in Markdown.
         pictures: file names in the repository.
         license: licence as the Hub calls it.
         language: language of the data.
@@ -116,7 +120,8 @@ def model_card(run: Run) -> ModelCard:
         template_path=str(_TEMPLATE),
         run=run,
         results=_results(run),
-        pictures={name: caption(name) for name in run.pictures},
+        pictures=[captioned(name) for name in run.pictures],
+        **_WRITERS,
         versions=versions(),
         commit=commit(),
     )
@@ -132,11 +137,17 @@ def with_later_pictures(card: str, folder: Path) -> str:
     """Add to a card the pictures that came into the folder later, such as a loss landscape, below its own."""
     lines = card.split("\n")
     shown = [i for i, line in enumerate(lines) if line.startswith("![")]
-    later = [name for name in pictures_in(folder) if f"]({name})" not in card]
+    later = [name for name in pictures_in(folder) if f"]({in_address(name)})" not in card]
     if shown:
         end = shown[-1] + 3  # a caption follows
-        lines[end:end] = [f"\n![{caption(name)}]({name})\n\n*{caption(name)}.*" for name in later]
+        lines[end:end] = [f"\n{captioned(name)}" for name in later]
     return "\n".join(lines)
+
+
+def captioned(picture: str) -> str:
+    """Return Markdown that shows a picture with its caption."""
+    said = in_markdown(caption(picture))
+    return f"![{said}]({in_address(picture)})\n\n*{said}.*"
 
 
 def caption(picture: str) -> str:
@@ -186,9 +197,10 @@ def _results(run: Run) -> list[list[str]]:
     """Return a table: its heading, this run, and those it is compared with."""
     if not run.metrics:
         return []
-    shown = {key: _METRICS.get(key, (key, key.replace("_", " "), "{:.4g}")) for key in run.metrics}
-    rows = {f"**this model{f' ({run.optimizer})' if run.optimizer else ''}**": run.metrics, **run.compared}
-    table = [["", *(name for _, name, _ in shown.values())]]
+    formats = {key: _METRICS.get(key, (key, key.replace("_", " "), "{:.4g}")) for key in run.metrics}
+    rows = {f"**this model{f' ({in_markdown(run.optimizer)})' if run.optimizer else ''}**": run.metrics}
+    rows |= {in_markdown(name): metrics for name, metrics in run.compared.items()}
+    table = [["", *(in_markdown(name) for _, name, _ in formats.values())]]
     for label, row in rows.items():
-        table.append([label, *(form.format(row[key]) if key in row else "" for key, (_, _, form) in shown.items())])
+        table.append([label, *(form.format(row[key]) if key in row else "" for key, (_, _, form) in formats.items())])
     return table

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from amp_plugin.report.style import BLUE, picture
+from amp_plugin.text import for_matplotlib
 
 _WRITTEN = 15  # classes up to which every cell has its number and every class its name
 _NAMES = 25  # the largest number of names along an axis
@@ -80,4 +81,4 @@ def _list_confusions(axes: Any, matrix: Any, class_names: Sequence[str]) -> None
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 18 else f"{name[:17]}…"
+    return for_matplotlib(name, 18)

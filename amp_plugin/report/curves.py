@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from amp_plugin.report.style import BLUE, GREEN, VERMILION, legend_below, picture
+from amp_plugin.text import for_matplotlib
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -74,7 +75,7 @@ def plot_curves(records: Records, path: Path, title: str, *, where: str = "test"
                 [scale * value for value in values],
                 linestyle=line.style,
                 color=line.colour,
-                label=where if line.colour == GREEN else line.label,
+                label=for_matplotlib(where) if line.colour == GREEN else line.label,
                 linewidth=1.6,
                 marker=line.marker if len(epochs) <= _MARKED else "",
                 markersize=4,

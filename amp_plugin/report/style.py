@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import textwrap
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from amp_plugin.text import for_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -14,6 +18,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours (https://jfly.uni-koeln.de/color), which the colour-blind tell apart.
 BLUE, SKY, VERMILION, GREEN, PINK, AMBER = "#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
 
+_PER_INCH = 11  # characters of a title
 _STYLE = {
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -30,14 +35,18 @@ _STYLE = {
 def picture(path: Path, title: str, size: tuple[float, float], figures: str = "") -> Iterator[Figure]:
     """Yield a figure to draw on, whose width and height are in inches of 120 pixels, and save it as a PNG at the end.
 
-    The text ``figures`` lists the numbers that are drawn, by which `shows` knows the picture.
+    The text ``figures`` lists the numbers that are drawn, by which `shows` knows the picture. The title's own lines
+    stay; other texts that are not the program's go through `amp_plugin.text.for_matplotlib`.
     """
     from matplotlib import style
     from matplotlib.figure import Figure  # the object interface: no global state, no display
 
-    with style.context(["default", _STYLE]):
+    with style.context(["default", _STYLE]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it is drawn as a box, and would be told often
         figure = Figure(figsize=size, layout="compressed")
-        figure.suptitle(title)
+        columns = int(size[0] * _PER_INCH)
+        lines = (for_matplotlib(part) for line in title.split("\n") for part in textwrap.wrap(line, columns) or [""])
+        figure.suptitle("\n".join(lines))
         yield figure
         figure.savefig(path, dpi=120, metadata=stamp(figures) if figures else None)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
+from amp_plugin.text import for_shell
 from amp_plugin.train.options import RecipeArguments
 
 clock = time.monotonic
@@ -141,7 +141,7 @@ def stop_line(args: RecipeArguments, argv: Sequence[str], step: int, steps: int)
         launcher = ["accelerate", "launch", *cpu, "--num_processes", str(args.world_size)]
         launcher += ["--mixed_precision", precision]
     resume = [] if args.checkpoint_to_resume() == "last" else ["--resume_from_checkpoint", "last"]
-    command = shlex.join([*launcher, *program, *argv, *resume])
+    command = for_shell([*launcher, *program, *argv, *resume])
     if args.hub_token:
         command = command.replace(args.hub_token, "TOKEN")
     return f"stopped at step {step:,} of {steps:,}, before --minutes {args.minutes:g}; this continues:\n{command}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from amp_plugin.data import ImageBatches
 from amp_plugin.data.settings import BUNDLED, SOURCES
 from amp_plugin.hub.card import RunData
 from amp_plugin.report import read_ledger
+from amp_plugin.text import for_shell, in_code
 from amp_plugin.train.method_options import OBJECTIVES
 from amp_plugin.train.options import DataArguments, RecipeArguments, decides_outcome
 from amp_plugin.train.run_folder import RECORD
@@ -98,8 +98,8 @@ def command_line(argv: list[str], processes: int) -> str:
     kept = {name: values for name, values in options.items() if name == "fast" or decides_outcome(name)}
     launcher = ["torchrun", "--nproc_per_node", str(processes)] if processes > 1 else ["python"]
     parts = [[*launcher, "-m", "amp_plugin.train"], *([f"--{name}", *values] for name, values in kept.items())]
-    whole = " ".join(map(shlex.join, parts))
-    return whole if len(whole) <= _LINE else " \\\n    ".join(map(shlex.join, parts))
+    whole = " ".join(map(for_shell, parts))
+    return whole if len(whole) <= _LINE else " \\\n    ".join(map(for_shell, parts))
 
 
 def _metrics(record: Mapping[str, Any]) -> dict[str, float]:
@@ -142,4 +142,4 @@ def _comparison(ours: Mapping[str, Any], theirs: Mapping[str, Any] | None) -> tu
 
 
 def _cell(value: Any) -> str:
-    return "not set" if value is None else f"`{value}`"
+    return "not set" if value is None else in_code(value)

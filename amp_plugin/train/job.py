@@ -24,6 +24,7 @@ from amp_plugin.metrics import compute_metrics
 from amp_plugin.provenance import run_record
 from amp_plugin.report import append_to_ledger, table
 from amp_plugin.suggest import did_you_mean
+from amp_plugin.text import for_terminal, print_all_characters, tell, visible
 from amp_plugin.train.cadence import Cadence, clock, stop_line
 from amp_plugin.train.card import card_details, compared_run
 from amp_plugin.train.costs import passes_made
@@ -84,7 +85,7 @@ def main(argv: list[str]) -> None:
     model = task.model
     if args.dry_run:
         if args.process_index == 0:
-            print(plan(data_args, model_args, args, task))
+            tell(plan(data_args, model_args, args, task))
         return
     cadence = Cadence(args, begun, len(task.test) / len(task.train))
     trainer = RecipeTrainer(
@@ -107,19 +108,18 @@ def main(argv: list[str]) -> None:
         where = f"cpu, {threads} thread(s)" if args.device.type == "cpu" else str(args.device)
         where += f", {args.arithmetic()}" if args.arithmetic() else ""
         methods = "".join(f", {name}: {words}" for name, words in methods_in_words(vars(args)).items())
-        print(
-            f"{model_args.name} with {model.num_parameters():,} parameters{task.origin()} on"
-            f" {task.dataset}: {len(task.train):,} {task.train.split.kind} to train, {len(task.test):,} to test;"
-            f" {args.optim} ({amp_in_words(args) if args.uses_amp else 'without AMP'}){methods}; on {where}; results in"
-            f" {args.output_dir}",
-            flush=True,
+        tell(
+            f"{visible(model_args.name)} with {model.num_parameters():,} parameters{task.origin()} on"
+            f" {visible(task.dataset)}: {len(task.train):,} {task.train.split.kind} to train, {len(task.test):,} to"
+            f" test; {args.optim} ({amp_in_words(args) if args.uses_amp else 'without AMP'}){methods}; on {where};"
+            f" results in {visible(str(args.output_dir))}"
         )
     start = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=args.checkpoint_to_resume())
     seconds = time.perf_counter() - start
     if cadence.stopped:
         if trainer.is_world_process_zero():
-            print(stop_line(args, given, trainer.state.global_step, trainer.state.max_steps), flush=True)
+            tell(stop_line(args, given, trainer.state.global_step, trainer.state.max_steps))
         _leave(trainer)
         return
     tested = trainer.final_test()
@@ -148,11 +148,11 @@ def main(argv: list[str]) -> None:
             draw_pictures(folder, title, trainer.state.log_history, tested, task.class_names(), where)
             trainer.card_details = card_details(argv, task, data_args, args, record=record, compared=compared)
             trainer.create_model_card()
-            print(f"model card: {folder / 'README.md'}")
+            tell(f"model card: {folder / 'README.md'}")
     if args.push_to_hub:
         pushed = trainer.push_to_hub()
         if isinstance(pushed, CommitInfo):  # only the first process has one
-            print(f"published: {pushed.repo_url}")
+            tell(f"published: {pushed.repo_url}")
     _leave(trainer)
 
 
@@ -173,17 +173,18 @@ def report(metrics: dict[str, float], where: str, folder: Path) -> None:
         "sharpness": f"{metrics['sharpness']:.4f}" if "sharpness" in metrics else "- (none logged)",
         "time": f"{metrics['seconds']:.0f} s",
     }
-    print(f"{table(rows)}\nmodel: {folder}")
+    tell(f"{table(rows)}\nmodel: {folder}")
 
 
 def run(argv: list[str]) -> None:
     """Run `main`; an error that the user can mend ends the process with one line instead of a traceback."""
+    print_all_characters()
     try:
         main(argv)
     except SaveError as error:  # every process raises it: the first one tells, before a launcher ends all of them
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(5)
             sys.exit(1)
-        sys.exit(f"\nerror: {error}")  # the bar has left its line unfinished
+        sys.exit(for_terminal(f"\nerror: {error}"))  # the bar has left its line unfinished
     except (DatasetError, HubError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(for_terminal(f"error: {error}"))

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from amp_plugin import AMP
+from amp_plugin.text import visible
 from amp_plugin.train.costs import Costs, costs, counts
 from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments
 from amp_plugin.train.tasks import Task
@@ -61,7 +62,10 @@ def plan(data_args: DataArguments, model_args: ModelArguments, args: RecipeArgum
     left = max(map(len, rows)) + 2
     width = max(shutil.get_terminal_size((120, 24)).columns, left + 40)
     indent = " " * left
-    folded = (textwrap.fill(v, width, initial_indent=n.ljust(left), subsequent_indent=indent) for n, v in rows.items())
+    folded = (
+        textwrap.fill(visible(v), width, initial_indent=n.ljust(left), subsequent_indent=indent)
+        for n, v in rows.items()
+    )
     return "\n".join(["Dry run: nothing is trained or written.", *folded])
 
 

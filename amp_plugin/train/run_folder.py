@@ -18,6 +18,7 @@ from transformers.trainer_utils import PredictionOutput
 from amp_plugin.data import collate
 from amp_plugin.provenance import versions
 from amp_plugin.report import plot_confusion, plot_curves, plot_reliability
+from amp_plugin.text import tell
 from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments, settings_of
 from amp_plugin.train.tasks import Task, make_task
 from amp_plugin.trainer.checkpoints import explained
@@ -91,7 +92,7 @@ def draw_pictures(
     except ImportError as error:
         print(f'pictures left out: {error.name} is missing (pip install "amp-plugin[plots]")')
     else:
-        print(f"curves: {curves}\nconfusion matrix: {confusion}\nreliability diagram: {reliability}")
+        tell(f"curves: {curves}\nconfusion matrix: {confusion}\nreliability diagram: {reliability}")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from amp_plugin.doors.training_args import AMPArguments
+from amp_plugin.text import in_code, in_markdown
 
 Settings = Mapping[str, Any]
 
@@ -57,9 +58,9 @@ def amp_in_words(args: AMPArguments) -> str:
 
 
 def settings_in_words(args: AMPArguments) -> dict[str, str]:
-    """Describe the settings that decided the outcome of a training, by name, for the table in the card."""
+    """Describe the settings that decided the outcome of a training, by name, in Markdown for the table in the card."""
     arguments = f" ({', '.join(args.optim_args.split(','))})" if args.optim_args else ""
-    words = {"optimizer": _optimizer(vars(args), arguments)}
+    words = {"optimizer": in_markdown(_optimizer(vars(args), arguments))}
     if args.uses_amp:
         words |= {
             "AMP's `epsilon`, radius of the ball": f"{args.amp_epsilon:g}",
@@ -68,9 +69,9 @@ def settings_in_words(args: AMPArguments) -> dict[str, str]:
             "AMP's `norm`": f"`{args.amp_norm}`: {_ONE_BALL[args.amp_norm]}",
         }
         if args.amp_ascent != "full":
-            words["AMP's `ascent`, which steps ascend and along what"] = f"`{args.amp_ascent}`"
+            words["AMP's `ascent`, which steps ascend and along what"] = in_code(args.amp_ascent)
         if args.amp_parameters is not None:
-            words["AMP's `parameters`, what it perturbs"] = f"`{args.amp_parameters}`"
+            words["AMP's `parameters`, what it perturbs"] = in_code(args.amp_parameters)
         if not args.amp_sync_ascent:
             words["AMP's ascent gradient"] = "of each process for itself"
     processes, accumulation = args.world_size, args.gradient_accumulation_steps

@@ -6,15 +6,17 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from amp_plugin.text import for_terminal, in_cell, print_all_characters
+
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Render a Markdown table."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))
+    return "\n".join(f"| {' | '.join(map(in_cell, cells))} |" for cells in (heads, ["---"] * len(heads), *rows))
 
 
 def read_part(page: Path, mark: str) -> str:
     """Return what stands between the marks of a page, without the empty lines beside them."""
-    return _split(page, page.read_text(), mark)[1].strip("\n")
+    return _split(page, page.read_text(encoding="utf-8"), mark)[1].strip("\n")
 
 
 def write_part(
@@ -25,21 +27,22 @@ def write_part(
     A page that does not exist yet is made of the marked part alone. A page without these marks, or whose picture
     cannot be drawn, stays as it was. `alt` describes the picture for those who do not see it.
     """
-    now = page.read_text() if page.exists() else f"<!-- {mark}: begin -->\n<!-- {mark}: end -->\n"
+    now = page.read_text(encoding="utf-8") if page.exists() else f"<!-- {mark}: begin -->\n<!-- {mark}: end -->\n"
     before, _, after = _split(page, now, mark)
     page.parent.mkdir(parents=True, exist_ok=True)
     if draw is not None:
         draw(page.with_name(picture))
         text = f"![{alt}]({picture})\n\n{text}"
-    page.write_text(f"{before}\n{text}\n{after}")
+    page.write_text(f"{before}\n{text}\n{after}", encoding="utf-8")
 
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script; a mistake of its user and an interruption end it with one line."""
+    print_all_characters()
     try:
         main()
     except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(for_terminal(f"error: {error}"))
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command continues")
 

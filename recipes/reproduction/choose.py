@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 from guides.page import table
 
+from amp_plugin.text import in_markdown
 from reproduction import records
 from reproduction.cells import Cell
 from reproduction.comparison import in_words
@@ -47,7 +48,7 @@ def choose(scale: Scale, trials: Sequence[Cell], ledger: list[records.Record]) -
             if i in runs:
                 chosen = "chosen" if i == best else ""
                 figures = [f"{runs[i]['eval_error']:.2f}", f"{runs[i]['eval_nll']:.3f}", chosen]
-            rows.append([dataset, model, augment, method, in_words(cell.values), *figures])
+            rows.append([*map(in_markdown, (dataset, model, augment, method, in_words(cell.values))), *figures])
         if best in runs:
             place = data.setdefault(model, {}).setdefault(augment, {}).setdefault(dataset, {})
             place.pop(method, None)  # the order is that of the trials, whenever they were made

@@ -13,6 +13,7 @@ from guides.page import table as markdown_table
 from torch import nn
 
 from amp_plugin.models.classifier import image_classifier
+from amp_plugin.text import in_markdown
 from amp_plugin.train.costs import costs, counts
 from amp_plugin.train.options import RecipeArguments, parse
 from amp_plugin.train.trainer import RecipeTrainer
@@ -60,13 +61,13 @@ def table(prices: Sequence[Price], gpu: Gpu) -> str:
     """Render the prices in Markdown, one row for the seeds of a cell, with the sum of all."""
     seeds = Counter((*cell.setting, cell.method, passes, flops) for cell, passes, flops in prices)
     rows = [
-        [*names, str(n), f"{passes:g}", f"{flops:.2e}", f"{gpu.hours(flops):.1f}"]
+        [*map(in_markdown, names), str(n), f"{passes:g}", f"{flops:.2e}", f"{gpu.hours(flops):.1f}"]
         for (*names, passes, flops), n in seeds.items()
     ]
     total = sum(one.flops for one in prices)
     return (
         f"Computed, not run: counted FLOPs at an assumed {gpu.utilisation:.0%} of the {gpu.peak / 1e12:g} TFLOP/s of"
-        f" one {gpu.name}; tests and loading are not counted.\n\n{markdown_table(_HEADS, rows)}\n\n"
+        f" one {in_markdown(gpu.name)}; tests and loading are not counted.\n\n{markdown_table(_HEADS, rows)}\n\n"
         f"All {len(prices)} runs: {total:.2e} FLOPs, {gpu.hours(total):,.0f} GPU hours."
     )
 

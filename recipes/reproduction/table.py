@@ -10,6 +10,7 @@ from typing import Any
 from guides.page import table
 
 from amp_plugin.report.style import AMBER, BLUE, VERMILION, legend_below, picture
+from amp_plugin.text import for_matplotlib, in_markdown
 from reproduction.comparison import AMP, REFERENCE, Row, interval, paired, reference_of
 from reproduction.published import Figure, Setting, published
 from reproduction.records import Record
@@ -34,12 +35,16 @@ the number of methods. "Passes" counts forward and backward passes over the trai
 def markdown(tables: Mapping[Setting, Sequence[Row]], with_paper: bool) -> str:
     """Render all tables with a heading each, and below them what the columns mean and what made the runs."""
     parts = [
-        f"### {setting.dataset}, {setting.model}, augmentation {setting.augment}\n\n"
+        f"### {in_markdown(_title(setting))}\n\n"
         + _table(rows, published().results.get(setting, {}) if with_paper else {})
         for setting, rows in tables.items()
     ]
     runs = [run for rows in tables.values() for row in rows for run in row.runs.values()]
     return "\n\n".join([*parts, _NOTE, _origin(runs)])
+
+
+def _title(setting: Setting) -> str:
+    return f"{setting.dataset}, {setting.model}, augmentation {setting.augment}"
 
 
 def _table(rows: Sequence[Row], paper: Mapping[str, Figure]) -> str:
@@ -49,7 +54,7 @@ def _table(rows: Sequence[Row], paper: Mapping[str, Figure]) -> str:
     heads += [f"{name} minus method: {measure}" for name in others for measure in ("error", "NLL")]
     lines = []
     for row in rows:
-        cells = [row.label(), str(len(row.runs))]
+        cells = [in_markdown(row.label()), str(len(row.runs))]
         cells += [spread(row.numbers(name), digits) for name, (_, digits) in _MEASURES.items()]
         cells.append(" to ".join(f"{n:g}" for n in sorted(set(row.numbers("passes")))) or "-")
         cells += _figure(paper.get(row.method)) if paper else []
@@ -98,9 +103,9 @@ def draw(tables: Mapping[Setting, Sequence[Row]], path: Path, title: str, with_p
                     if figures := paper.get(row.method):
                         published_value = figures.mean if name == "eval_error" else figures.nll
                         panel.plot([published_value], [place], "D", color=AMBER, markersize=5, label="the paper's")
-            axes[0].set_yticks(range(len(rows)), [row.label() for row in rows])
+            axes[0].set_yticks(range(len(rows)), [for_matplotlib(row.label()) for row in rows])
             axes[1].set_yticks(range(len(rows)), [""] * len(rows))
-            axes[0].set_title(f"{setting.dataset}, {setting.model}, augmentation {setting.augment}", loc="left")
+            axes[0].set_title(for_matplotlib(_title(setting)), loc="left")
         legend_below(figure)
 
 

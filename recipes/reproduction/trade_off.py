@@ -11,6 +11,7 @@ from typing import NamedTuple
 from guides.page import table
 
 from amp_plugin.report.style import AMBER, BLUE, GREEN, PINK, SKY, VERMILION, legend_below, picture
+from amp_plugin.text import for_matplotlib, in_markdown
 from reproduction.comparison import AMP, REFERENCE, Row, paired, reference_of
 from reproduction.published import Method, Setting, methods
 from reproduction.table import DIGITS, differences, spread
@@ -86,12 +87,17 @@ def markdown(tables: Mapping[Setting, Sequence[Mode]]) -> str:
         rows, lines = [mode.row for mode in modes], []
         reference, amp = reference_of(rows), reference_of(rows, AMP)
         for mode in modes:
-            cells = [mode.method().label, f"{mode.passes:.2f}", f"{mode.seconds:.2f}", str(len(mode.row.runs))]
+            cells = [
+                in_markdown(mode.method().label),
+                f"{mode.passes:.2f}",
+                f"{mode.seconds:.2f}",
+                str(len(mode.row.runs)),
+            ]
             cells += [spread(mode.row.numbers(name), digits) for name, digits in DIGITS.items()]
             cells += differences((reference, amp), mode.row, DIGITS)
             shares = [kept(reference, amp, mode.row, name) for name in _MEASURES]
             lines.append([*cells, *("-" if share is None else f"{share:.0%}" for share in shares)])
-        parts.append(f"### {setting.dataset}, {setting.model}\n\n{table(heads, lines)}")
+        parts.append(f"### {in_markdown(f'{setting.dataset}, {setting.model}')}\n\n{table(heads, lines)}")
     return "\n\n".join([*parts, _NOTE])
 
 
@@ -124,8 +130,8 @@ def draw(tables: Mapping[Setting, Sequence[Mode]], path: Path) -> None:
                     numbers = mode.row.numbers(name)
                     colour, mark = _STYLES[list(methods()).index(mode.row.method) % len(_STYLES)]
                     panel.plot([mode.seconds] * len(numbers), numbers, "o", color=colour, markersize=3, alpha=0.5)
-                    label = f"{mode.method().label}: {mode.passes:.2f} passes"
+                    label = f"{for_matplotlib(mode.method().label)}: {mode.passes:.2f} passes"
                     panel.plot([mode.seconds], [mean(numbers)], mark, color=colour, markersize=7, label=label)
-                panel.set_title(setting.dataset, loc="left")
+                panel.set_title(for_matplotlib(setting.dataset), loc="left")
                 panel.set(xlabel="seconds of a training, SGD = 1 (measured)", ylabel=head)
         legend_below(figure, 3)
