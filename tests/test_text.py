@@ -41,29 +41,16 @@ NASTY = [
         "|",
         "`",
         "``a`",
-        "<b>x</b>",
-        "<!-- x",
-        "&lt;",
-        "&",
-    ),
-    *(
-        "*a*",
-        "_a_",
-        "a_b",
-        "__init__",
-        "~~a~~",
-        "[a](b)",
-        "![a](b)",
         "\\",
         "a\\",
-        "# C #",
-        "a\nb",
-        "a\r\n\n---\nb",
-        "\t",
+        "a_b",
+        "__init__",
     ),
+    *("<b>x</b>", "<!-- x", "&lt;", "&", "*a*", "_a_", "~~a~~", "[a](b)", "![a](b)", "# C #", "a\nb", "a\r\n\n---\nb"),
     *(
         "\x1b[31mred\x1b[0m",
         "\x00",
+        "\t",
         "\x85",
         "\u2028",
         "\u202eabc",
@@ -72,13 +59,12 @@ NASTY = [
         "👩\u200d🚀",
         "名前",
         "\udc80",
-        "",
-        "x" * 999,
     ),
+    *("", "x" * 999),
 ]
 _TEXTS = st.one_of(st.text(st.characters(), max_size=12), st.text("$\\|`*_<>&[]()~#!a \n\x1b\u202e", max_size=12))
 few = settings(max_examples=60, deadline=None, derandomize=True)
-markdown = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
+markdown = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
 
 
 def each_nasty(test: Any) -> Any:
@@ -89,8 +75,9 @@ def each_nasty(test: Any) -> Any:
 
 def rendered(inline: Any) -> str:
     """Return what a reader sees of a paragraph or a cell, and fail on markup other than code."""
-    assert {token.type for token in inline.children or []} <= {"text", "code_inline", "text_special", "html_inline"}
-    return "".join(token.content for token in inline.children or [])
+    pieces = [token for token in inline.children or [] if token.content not in ("<code>", "</code>")]
+    assert {token.type for token in pieces} <= {"text", "code_inline", "text_special"}
+    return "".join(token.content for token in pieces)
 
 
 def cells_of(row: str) -> list[str]:
@@ -146,8 +133,7 @@ def test_markdown_shows_it_literally(text: str) -> None:
 @each_nasty
 def test_code_in_a_table_shows_it_literally(text: str) -> None:
     first, middle, last = cells_of(f"| x | {in_code(text)} | y |")
-    assert (first, middle.removeprefix("<code>").removesuffix("</code>").split()) == ("x", visible(text).split())
-    assert last == "y"
+    assert (first, middle.split(), last) == ("x", visible(text).split(), "y")
 
 
 @each_nasty
@@ -169,10 +155,10 @@ def test_an_address_ends_no_link(text: str) -> None:
 
 
 def test_a_shell_reads_the_words_again() -> None:
-    words = [text for text in NASTY if "\x00" not in text and "\udc80" not in text]
+    words = [text for text in NASTY if "\x00" not in text]
     command = f"printf '%s\\0' {for_shell(words)}"
     printed = subprocess.run(["bash", "-c", command], capture_output=True, env={"LC_ALL": "C.UTF-8"}, check=True).stdout
-    assert printed.decode().split("\0")[:-1] == words
+    assert printed.decode(errors="surrogateescape").split("\0")[:-1] == words
     assert visible(command) == command
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours (https://jfly.uni-koeln.de/color), which the colour-blind tell apart.
 BLUE, SKY, VERMILION, GREEN, PINK, AMBER = "#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
 
-_PER_INCH = 11  # characters of a title
+_PER_INCH = 8  # characters of a title
 _STYLE = {
     "axes.axisbelow": True,
     "axes.grid": True,

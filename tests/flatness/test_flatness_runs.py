@@ -208,3 +208,22 @@ def test_landscapes_of_different_kinds_are_refused(tmp_path: Path) -> None:
     nowhere = Landscape(np.zeros(3), np.full(3, np.nan), None)
     with pytest.raises(ValueError, match="no loss in the landscapes is finite"):
         plot_landscapes({"a": nowhere}, tmp_path / "none.png", "none")
+
+
+def test_names_of_models_are_drawn_and_tabulated_as_they_are(runs: Path) -> None:
+    out, names = runs / "names", [r"$\frac{$", "_a|b\x1b[31m\n"]
+    printed = flatness(runs / "sgd", runs / "amp", *QUICK, "--measures", "line", "plane", "--names", *names,
+                       "--output_dir", out)  # fmt: skip
+    page = (out / "flatness.md").read_text(encoding="utf-8")
+    head, _, *rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert head == r"|  | \$\\frac{\$ | \_a&#124;b\\x1b\[31m\\n |"
+    assert {row.count("|") for row in rows} == {4}
+    assert "\x1b" not in printed
+    assert list(json.loads((out / "flatness.json").read_text())["models"]) == names
+    assert {path.name for path in out.glob("*.png")} == {"landscape.png", "landscape_line.png"}
+
+
+def test_a_legend_names_every_model(tmp_path: Path, drawn: list[Any]) -> None:
+    line = Landscape(steps=np.linspace(-1, 1, 5), loss=np.ones(5), error=None)
+    plot_landscapes({"_hidden": line, "": line, "$x^$": line}, tmp_path / "line.png", "title")
+    assert len(drawn[0].legends[0].get_texts()) == 3

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from hub_server import card_errors
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -113,3 +116,63 @@ def test_a_ledger_gives_the_last_run_that_differs_in_the_optimizer_only(tmp_path
         compared_run(str(ledger), {**ours, "seed": 9})
     with pytest.raises(ValueError, match=r"there is no '.*run\.json'; give the output folder of a finished run"):
         compared_run(str(tmp_path), ours)
+
+
+NASTY = "$x^$ a|b `c` <b> *d* _e_ [f](g)\n---\n\x1b[31m\u202e😀 {{ 7 * 7 }}"
+SHOWN = r"$x^$ a|b `c` <b> *d* _e_ [f](g)\n---\n\x1b[31m\u202e😀 {{ 7 * 7 }}"
+
+
+def tables(card: str) -> list[list[str]]:
+    """Return the rows of all tables of a card, as readers see them."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(ModelCard(card).text)
+    rows: list[list[str]] = []
+    for before, token in pairwise(tokens):
+        if token.type == "tr_open":
+            rows.append([])
+        elif before.type in ("th_open", "td_open"):
+            rows[-1].append("".join(t.content for t in token.children or [] if t.type != "html_inline"))
+    return rows
+
+
+def test_a_card_shows_any_text_as_it_is() -> None:
+    data = RunData(name=NASTY, id=NASTY, on_hub=False, config=NASTY, split=NASTY, described=NASTY)
+    run = Run(
+        **dict.fromkeys(("name", "architecture", "optimizer", "base_model", "license"), NASTY),
+        data=data,
+        metrics={"accuracy": 0.5, NASTY: 1.0},
+        compared={NASTY: {"accuracy": 0.25}},
+        settings={"plain": NASTY},
+        command=f"python {NASTY}\n```\n# no heading",
+        pictures=["a|b).png"],
+    )
+    card = str(model_card(run))
+    head, ours, theirs, *_ = tables(card)
+    assert head == ["", "accuracy", SHOWN.replace("_", " ")]
+    assert ours == [f"this model ({SHOWN})", "0.5000", "1"]
+    assert theirs == [SHOWN, "0.2500", ""]
+    assert {len(row) for row in tables(card)[3:]} == {2}
+    tokens = MarkdownIt("commonmark").parse(ModelCard(card).text)
+    headings = [b.content for a, b in pairwise(tokens) if a.type == "heading_open"]
+    assert headings[1:] == ["Results", "Training", "Licence and citation"]
+    assert not [token for token in tokens if token.type == "html_block"]
+    assert [t.attrs["src"] for token in tokens for t in token.children or [] if t.type == "image"] == ["a%7Cb%29.png"]
+    results = ModelCard(card).data.eval_results or []
+    assert {(r.dataset_name, r.dataset_type, r.dataset_split) for r in results} == {(NASTY, NASTY, NASTY)}
+
+
+@pytest.mark.parametrize("pattern", ["stem|head", r"a\|b", "`|", "$x^$", "<b>\n"])
+def test_the_table_of_settings_keeps_its_columns(tmp_path: Path, pattern: str) -> None:
+    rows = tables(trainer_card(tmp_path, amp_parameters=pattern, optim_args="momentum=0.9"))
+    (found,) = (row[1:] for row in rows if row[0].startswith("AMP's parameters"))
+    assert found == [pattern.replace("\n", r"\n")]
+
+
+def test_a_command_of_any_words_is_one_block_that_a_shell_reads() -> None:
+    words = ["--dataset", NASTY, "--amp_parameters", "```|\n```"]
+    command = command_line(words, 1)
+    assert not {"\x1b", "\u202e"} & set(command)
+    card = str(model_card(Run(name="m", architecture="resnet18", command=command)))
+    (block,) = (t.content for t in MarkdownIt("commonmark").parse(card) if t.type == "fence" and t.info == "bash")
+    script = block.replace("python -m amp_plugin.train", "printf '%s\\0'")
+    read = subprocess.run(["bash", "-c", script], capture_output=True, env={"LC_ALL": "C.UTF-8"}, check=True).stdout
+    assert read.decode().split("\0")[:-1] == words

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +146,27 @@ def test_the_ledger_grows_by_one_line_a_run(tmp_path: Path) -> None:
     assert [r["settings"]["seed"] for r in records] == [1, 2]
     assert records[0]["metrics"] == {"error": 3.0}
     assert {"torch", "timm", "transformers"} <= records[0]["versions"].keys()
+
+
+NAMES = ["$x^$", r"$\frac{$", "_hidden", "", "two\nlines", "\x1b[31mred", "\u202eabc", "名前", "\udc80", "a|`<b>"]
+
+
+@pytest.mark.parametrize("more", [0, 20], ids=["with numbers", "with a list of confusions"])
+def test_names_of_classes_are_drawn_as_they_are(tmp_path: Path, drawn: list[Any], more: int) -> None:
+    names = NAMES + [f"$^{i}$" for i in range(more)]
+    title = f"{' '.join(NAMES)}: " + "long " * 60
+    with warnings.catch_warnings(action="error"):
+        plot_confusion(*logits_of(len(names), 100), names, tmp_path / "confusion.png", title)
+    shown = [text.get_text() for text in drawn[0].axes[0].get_yticklabels()]
+    known = [r"\$x^\$", r"\$\frac{\$", "\u200b_hidden", "\u200b", r"two\nlines", r"\x1b[31mred", r"\u202eabc"]
+    assert shown[:4] == (known[:8:2] if more else known[:4])
+    assert more or shown[4:7] == known[4:]
+    with warnings.catch_warnings(action="ignore"):  # a glyph is missing
+        assert drawn[0]._suptitle.get_window_extent().width < drawn[0].bbox.width, "the title is within the picture"
+
+
+def test_titles_and_legends_are_drawn_as_they_are(tmp_path: Path, drawn: list[Any]) -> None:
+    plot_curves(RECORDS, tmp_path / "curves.png", r"run $\frac{$" "\nsecond line", where="_$x^$")
+    plot_reliability(*logits_of(3, 50), tmp_path / "reliability.png", "$x^$")
+    assert drawn[0]._suptitle.get_text() == "run \\$\\frac{\\$\nsecond line"
+    assert "\u200b_\\$x^\\$" in [text.get_text() for text in drawn[0].legends[0].get_texts()]
