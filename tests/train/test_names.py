@@ -6,8 +6,9 @@ import io
 import sys
 from pathlib import Path
 
-import numpy as np
+import datasets
 import pytest
+from datasets import ClassLabel, Dataset, Features
 from huggingface_hub import ModelCard
 from main_job import QUICK
 from PIL import Image
@@ -23,14 +24,12 @@ def test_names_and_options_with_markup_reach_folder_card_pictures_and_an_ascii_t
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib", reason="draws pictures")
+    images = [Image.new("RGB", (32, 32), (30 * i, 5 * i, 9 * i)) for i in range(8)]
+    features = Features({"image": datasets.Image(), "label": ClassLabel(names=list(CLASSES))})
+    (tmp_path / NAME).mkdir()
     for split in ("train", "test"):
-        for value, name in enumerate(CLASSES):
-            folder = tmp_path / NAME / split / name
-            folder.mkdir(parents=True)
-            for i in range(2):
-                Image.fromarray(np.random.default_rng(value + i).integers(0, 255, (32, 32, 3), np.uint8)).save(
-                    folder / f"{i}.png"
-                )
+        rows = Dataset.from_dict({"image": images, "label": [0, 1, 2, 3] * 2}, features)
+        rows.to_parquet(tmp_path / NAME / f"{split}.parquet")
     monkeypatch.chdir(tmp_path)
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
