@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,32 @@ def append_to_ledger(path: Path, record: Mapping[str, Any]) -> None:
         record: what `amp_plugin.provenance.run_record` returns; what JSON cannot hold becomes text.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"), path.open("a") as ledger:
-        ledger.write(json.dumps(record, default=str) + "\n")
+    with FileLock(f"{path}.lock"), path.open("ab+") as ledger:
+        if ledger.tell():
+            ledger.seek(-1, os.SEEK_END)
+            begun = ledger.read(1) != b"\n"  # an editor left the last line without its end
+        else:
+            begun = False
+        ledger.write(b"\n" * begun + json.dumps(record, default=str).encode() + b"\n")
+
+
+def check_ledger(path: Path) -> None:
+    """Raise a ValueError if a run could not be appended to a ledger; the ledger stays as it is, or is not made."""
+    try:
+        if path.is_dir():
+            raise ValueError(f"ledger {str(path)!r} is a folder; give a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if path.exists():
+                path.open("a").close()
+                read_ledger(path)
+            else:
+                tempfile.TemporaryFile(dir=path.parent).close()
+    except FileExistsError as error:
+        raise ValueError(f"ledger {str(path)!r} cannot be written: {path.parent} is no folder") from error
+    except (OSError, NotImplementedError) as error:  # filelock raises the latter where locks cannot be
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise ValueError(f"ledger {str(path)!r} cannot be written: {reason}; give another file") from error
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
@@ -31,8 +57,12 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
         FileNotFoundError: there is no such ledger.
         ValueError: a line is not a run.
     """
+    try:
+        lines = path.read_text().splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a ledger: it is no text") from error
     records = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
             record["settings"]["seed"], record["metrics"]["eval_error"]

@@ -39,7 +39,11 @@ def compared_run(path: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         if file.name != RECORD:
             others = [r for r in records if r["settings"]["optim"] != settings["optim"]]
             records = [r for r in others if not differences(r["settings"], settings)]
-    except (ValueError, KeyError) as error:
+        for record in records[-1:]:  # what the card will ask for, which else would fail after the training
+            _comparison({"settings": settings, "commit": None}, record)
+        if file.name == RECORD and not records:
+            raise ValueError("it is empty")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ValueError(f"--compare_with {path!r}: {str(file)!r} is not a record of runs ({error!r})") from error
     if not records:
         raise ValueError(
@@ -103,7 +107,7 @@ def command_line(argv: list[str], processes: int) -> str:
 
 
 def _metrics(record: Mapping[str, Any]) -> dict[str, float]:
-    return {name: record["metrics"][f"eval_{name}"] for name in _SHOWN if f"eval_{name}" in record["metrics"]}
+    return {name: float(record["metrics"][f"eval_{name}"]) for name in _SHOWN if f"eval_{name}" in record["metrics"]}
 
 
 def _data(task: Task, args: DataArguments) -> RunData:

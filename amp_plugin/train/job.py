@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -10,7 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from huggingface_hub import CommitInfo
 from transformers import set_seed
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -21,24 +19,21 @@ from amp_plugin.data import DatasetError, collate
 from amp_plugin.data.callback import EpochCallback
 from amp_plugin.hub import HubError
 from amp_plugin.metrics import compute_metrics
-from amp_plugin.provenance import run_record
-from amp_plugin.report import append_to_ledger, table
+from amp_plugin.report.ledger import check_ledger
 from amp_plugin.suggest import did_you_mean
 from amp_plugin.text import for_terminal, print_all_characters, tell, visible
 from amp_plugin.train.cadence import Cadence, clock, stop_line
-from amp_plugin.train.card import card_details, compared_run
-from amp_plugin.train.costs import passes_made
+from amp_plugin.train.card import compared_run
 from amp_plugin.train.defaults import keep_freed_memory
 from amp_plugin.train.options import parse, settings_of, with_recipe
 from amp_plugin.train.plan import plan
 from amp_plugin.train.progress import EpochLine
-from amp_plugin.train.run_folder import RECORD, RecordsFile, draw_pictures, write_config
+from amp_plugin.train.results import check_room, save_results
+from amp_plugin.train.run_folder import RecordsFile, write_config
 from amp_plugin.train.tasks import make_task
 from amp_plugin.train.trainer import RecipeTrainer
-from amp_plugin.trainer.checkpoints import SaveError, check_writable, explained
+from amp_plugin.trainer.checkpoints import SaveError, check_writable
 from amp_plugin.trainer.described import amp_in_words, methods_in_words
-
-_LOGGED = ("loss", "amp_loss", "perturbed_loss", "sharpness", "clipped")
 
 
 def set_cpu_threads(requested: int | None) -> int:
@@ -75,6 +70,8 @@ def main(argv: list[str]) -> None:
     check_trackers(args.report_to)
     if not args.dry_run:
         check_writable(folder)
+        if args.ledger is not None:
+            check_ledger(Path(args.ledger))
     threads = set_cpu_threads(args.cpu_threads)
     set_seed(args.seed)
     if args.fast and args.device.type == "cpu":
@@ -87,6 +84,7 @@ def main(argv: list[str]) -> None:
         if args.process_index == 0:
             tell(plan(data_args, model_args, args, task))
         return
+    check_room(folder, model, checkpoints=args.save_strategy != "no")
     cadence = Cadence(args, begun, len(task.test) / len(task.train))
     trainer = RecipeTrainer(
         model=model,
@@ -122,38 +120,13 @@ def main(argv: list[str]) -> None:
             tell(stop_line(args, given, trainer.state.global_step, trainer.state.max_steps))
         _leave(trainer)
         return
-    tested = trainer.final_test()
-    metrics = {**result.metrics, **(tested.metrics or {})}
-    last = next((r for r in reversed(trainer.state.log_history) if "loss" in r), {})
-    metrics.update({name: last[name] for name in _LOGGED if name in last})
-    metrics.setdefault("loss", metrics["train_loss"])  # if none was logged, the whole run's mean stands in
-    made = passes_made(trainer.optimizer, trainer.state.global_step, trainer.state.log_history)
-    metrics["best_eval_error"] = min(r["eval_error"] for r in trainer.state.log_history if "eval_error" in r)
-    metrics["passes"] = float(trainer.state.epoch or 0.0) * args.passes_per_loss * made
-    metrics["seconds"] = seconds
+    trained = {**result.metrics, "seconds": seconds}
     if shown.first_step:
-        metrics["resumed_at_step"] = shown.first_step  # the seconds count from there
-    with explained("the results", folder):
-        trainer.save_model(_internal_call=True)  # a public call would push before there is a card
-        trainer.save_state()
-        trainer.save_metrics("all", metrics)
-        if trainer.is_world_process_zero():
-            record = run_record(settings, metrics)
-            (folder / RECORD).write_text(json.dumps(record, default=str) + "\n")
-            if args.ledger is not None:
-                append_to_ledger(Path(args.ledger), record)
-            where = "validation" if data_args.validation_images else "test"
-            report(metrics, where, folder)
-            title = f"{model_args.name}, {args.optim} on {task.dataset}"
-            draw_pictures(folder, title, trainer.state.log_history, tested, task.class_names(), where)
-            trainer.card_details = card_details(argv, task, data_args, args, record=record, compared=compared)
-            trainer.create_model_card()
-            tell(f"model card: {folder / 'README.md'}")
-    if args.push_to_hub:
-        pushed = trainer.push_to_hub()
-        if isinstance(pushed, CommitInfo):  # only the first process has one
-            tell(f"published: {pushed.repo_url}")
-    _leave(trainer)
+        trained["resumed_at_step"] = shown.first_step  # the seconds count from there
+    steps = save_results(trainer, task, (data_args, model_args, args), trained, argv, compared)
+    if not (steps.out_of_step and args.world_size > 1):
+        _leave(trainer)
+    steps.end(folder)
 
 
 def _leave(trainer: RecipeTrainer) -> None:
@@ -161,19 +134,6 @@ def _leave(trainer: RecipeTrainer) -> None:
     # ("terminate called without an active exception"), and torchrun then calls the whole job failed.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
-
-
-def report(metrics: dict[str, float], where: str, folder: Path) -> None:
-    """Print the table of a run's metrics, and where the model is."""
-    rows = {
-        "train loss": f"{metrics['loss']:.4f}",
-        f"{where} error": f"{metrics['eval_error']:.2f} %",
-        f"{where} NLL": f"{metrics['eval_nll']:.4f}",
-        f"{where} ECE": f"{metrics['eval_ece']:.4f}",
-        "sharpness": f"{metrics['sharpness']:.4f}" if "sharpness" in metrics else "- (none logged)",
-        "time": f"{metrics['seconds']:.0f} s",
-    }
-    tell(f"{table(rows)}\nmodel: {folder}")
 
 
 def run(argv: list[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -76,23 +76,40 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def draw_pictures(
-    folder: Path, title: str, records: list[dict[str, Any]], tested: PredictionOutput, names: list[str], where: str
+    folder: Path,
+    title: str,
+    records: list[dict[str, Any]],
+    tested: PredictionOutput | None,
+    names: list[str],
+    where: str,
+    attempt: Callable[[Path, Callable[[], None]], Any] = lambda path, draw: draw(),
 ) -> None:
     """Draw the training's curves, and the confusion matrix and reliability diagram of its test; print where they are.
 
     The `records` are ``trainer.state.log_history``, and `where` is what the test was made on: "test" or "validation".
+    The function `attempt` draws each picture, and may go on after one that cannot be drawn.
     """
-    curves, confusion, reliability = (folder / f"{n}.png" for n in ("curves", "confusion", "reliability"))
-    logits, labels = tested.predictions, tested.label_ids
-    subject = f"{title}: {len(logits):,} {where} images"
     try:
-        plot_curves(records, curves, title, where=where)
-        plot_confusion(logits, labels, names, confusion, subject)
-        plot_reliability(logits, labels, reliability, subject)
+        import matplotlib.figure  # noqa: F401
+        import sklearn.metrics  # noqa: F401
     except ImportError as error:
         print(f'pictures left out: {error.name} is missing (pip install "amp-plugin[plots]")')
-    else:
-        tell(f"curves: {curves}\nconfusion matrix: {confusion}\nreliability diagram: {reliability}")
+        return
+
+    def draw(name: str, path: Path, plot: Callable[..., None], *shown: Any, **options: Any) -> None:
+        def step() -> None:
+            plot(*shown, **options)
+            tell(f"{name}: {path}")
+
+        attempt(path, step)
+
+    curves, confusion, reliability = (folder / f"{n}.png" for n in ("curves", "confusion", "reliability"))
+    draw("curves", curves, plot_curves, records, curves, title, where=where)
+    if tested is not None:
+        logits, labels = tested.predictions, tested.label_ids
+        subject = f"{title}: {len(logits):,} {where} images"
+        draw("confusion matrix", confusion, plot_confusion, logits, labels, names, confusion, subject)
+        draw("reliability diagram", reliability, plot_reliability, logits, labels, reliability, subject)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from transformers.trainer_utils import PredictionOutput
 from amp_plugin.train import job, options
 from amp_plugin.train.progress import EpochLine
 from amp_plugin.train.run_folder import RecordsFile, draw_pictures, write_config
+from amp_plugin.trainer.checkpoints import SaveError
 
 SETTINGS = [
     *(*QUICK, "--logging_strategy", "steps", "--logging_steps", "1"),
@@ -152,7 +153,7 @@ def test_only_the_main_process_writes_records(tmp_path: Path) -> None:
 def test_a_record_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
     state = TrainerState(log_history=[{"loss": 1.0}], is_world_process_zero=True)
-    with pytest.raises(job.SaveError, match=r"could not save metrics\.jsonl in .*: Is a directory"):
+    with pytest.raises(SaveError, match=r"could not save metrics\.jsonl in .*: Is a directory"):
         RecordsFile(tmp_path / "metrics.jsonl").on_log(None, state, None)
 
 
