@@ -8,7 +8,10 @@ import sys
 # Waiting threads shall sleep, or on a busy machine they slow each other down sevenfold. torch reads this at its start.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from amp_plugin.train.job import run
+try:
+    from amp_plugin.train.job import run
+except KeyboardInterrupt:
+    sys.exit(130)  # the imports take seconds
 
 if __name__ == "__main__":
     run(sys.argv[1:])

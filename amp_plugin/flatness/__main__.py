@@ -12,16 +12,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 from transformers.utils import logging
 
+from amp_plugin.command import run_command
 from amp_plugin.core.perturbation import NORMS
 from amp_plugin.flatness.curvature import require_library
 from amp_plugin.flatness.measures import MEASURES, Measures, MeasureSettings, measure, measures_table
 from amp_plugin.flatness.objective import Objective
 from amp_plugin.flatness.pictures import plot_landscapes
-from amp_plugin.text import for_terminal, in_markdown, print_all_characters, tell, visible
+from amp_plugin.text import in_markdown, tell, visible
 from amp_plugin.train.run_folder import SavedRun, open_run
 
 # Runs that differ in one of these options would be measured on different data.
@@ -178,18 +178,17 @@ def _page(
     return "\n\n".join(["# Flatness", measures_table(measured, of_run), " ".join(notes), *images]) + "\n"
 
 
-def run(argv: Sequence[str]) -> Any:
-    """Call `main`; an error that the user can mend ends the process with one line instead of a traceback."""
-    print_all_characters()
+def run(argv: Sequence[str]) -> str | None:
+    """Call `main`, and return what the user has to mend."""
     try:
         main(argv)
-    except (ValueError, OSError) as error:
-        return for_terminal(f"error: {error}")
     except ImportError as error:
         hint = "" if "pip install" in str(error) else ' (pip install "amp-plugin[flatness]")'
         return f"error: {error}{hint}"
+    except (ValueError, OSError) as error:
+        return f"error: {error}"
     return None
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    run_command(lambda: run(sys.argv[1:]), ())

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
+from amp_plugin.command import run_command
 from amp_plugin.hub import HubError, push_folder
-from amp_plugin.text import for_terminal, print_all_characters, tell
+from amp_plugin.text import tell
 
-if __name__ == "__main__":
-    print_all_characters()
+
+def main() -> None:
+    """Read the command line, and push."""
     parser = argparse.ArgumentParser(prog="python -m amp_plugin.hub", description=__doc__)
     parser.add_argument("folder", help="Output folder of a finished run.")
     parser.add_argument("repo_id", help="OWNER/NAME, or NAME for the token's owner; made if it does not exist.")
     parser.add_argument("--private", action="store_true", default=None, help="Make the repository private, if new.")
     arguments = parser.parse_args()
-    try:
-        tell(f"published: {push_folder(arguments.folder, arguments.repo_id, private=arguments.private).repo_url}")
-    except (FileNotFoundError, HubError) as error:
-        sys.exit(for_terminal(f"error: {error}"))
+    tell(f"published: {push_folder(arguments.folder, arguments.repo_id, private=arguments.private).repo_url}")
+
+
+if __name__ == "__main__":
+    run_command(main, (FileNotFoundError, HubError))

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import TrainerCallback
 
 from amp_plugin.text import for_shell
 from amp_plugin.train.options import RecipeArguments
+from amp_plugin.trainer.checkpoints import last_checkpoint
 
 clock = time.monotonic
 
@@ -134,6 +136,20 @@ class Cadence(TrainerCallback):
 
 def stop_line(args: RecipeArguments, argv: Sequence[str], step: int, steps: int) -> str:
     """Tell that the training has stopped, and the command that continues; `argv` is what the command was given."""
+    stopped = f"stopped at step {step:,} of {steps:,}, before --minutes {args.minutes:g}"
+    return f"{stopped}; this continues:\n{continuing(args, argv)}"
+
+
+def interruption(args: RecipeArguments, argv: Sequence[str], step: int) -> str:
+    """Tell what is left of a training that its user interrupts; `argv` is what the command was given."""
+    last = last_checkpoint(Path(str(args.output_dir)))
+    if last is None:
+        return f"stopped at step {step:,}, with no checkpoint to continue from; --save_strategy epoch makes them"
+    return f"stopped at step {step:,}; this continues after {last}: {continuing(args, argv)}"
+
+
+def continuing(args: RecipeArguments, argv: Sequence[str]) -> str:
+    """Return the command that continues after the last checkpoint; `argv` is what the command was given."""
     program = ["-m", "amp_plugin.train"] if sys.argv[0].endswith("__main__.py") else [sys.argv[0]]
     launcher = ["torchrun", "--nproc_per_node", str(args.world_size)] if args.world_size > 1 else ["python"]
     if precision := os.environ.get("ACCELERATE_MIXED_PRECISION"):  # set by accelerate launch
@@ -144,4 +160,4 @@ def stop_line(args: RecipeArguments, argv: Sequence[str], step: int, steps: int)
     command = for_shell([*launcher, *program, *argv, *resume])
     if args.hub_token:
         command = command.replace(args.hub_token, "TOKEN")
-    return f"stopped at step {step:,} of {steps:,}, before --minutes {args.minutes:g}; this continues:\n{command}"
+    return command

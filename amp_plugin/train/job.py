@@ -15,14 +15,15 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
 import amp_plugin.train
+from amp_plugin.command import run_command
 from amp_plugin.data import DatasetError, collate
 from amp_plugin.data.callback import EpochCallback
 from amp_plugin.hub import HubError
 from amp_plugin.metrics import compute_metrics
 from amp_plugin.report.ledger import check_ledger
 from amp_plugin.suggest import did_you_mean
-from amp_plugin.text import for_terminal, print_all_characters, tell, visible
-from amp_plugin.train.cadence import Cadence, clock, stop_line
+from amp_plugin.text import for_terminal, tell, visible
+from amp_plugin.train.cadence import Cadence, clock, interruption, stop_line
 from amp_plugin.train.card import compared_run
 from amp_plugin.train.defaults import keep_freed_memory
 from amp_plugin.train.options import parse, settings_of, with_recipe
@@ -113,7 +114,10 @@ def main(argv: list[str]) -> None:
             f" results in {visible(str(args.output_dir))}"
         )
     start = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=args.checkpoint_to_resume())
+    try:
+        result = trainer.train(resume_from_checkpoint=args.checkpoint_to_resume())
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(interruption(args, given, trainer.state.global_step)) from None
     seconds = time.perf_counter() - start
     if cadence.stopped:
         if trainer.is_world_process_zero():
@@ -123,7 +127,10 @@ def main(argv: list[str]) -> None:
     trained = {**result.metrics, "seconds": seconds}
     if shown.first_step:
         trained["resumed_at_step"] = shown.first_step  # the seconds count from there
-    steps = save_results(trainer, task, (data_args, model_args, args), trained, argv, compared)
+    try:
+        steps = save_results(trainer, task, (data_args, model_args, args), trained, argv, compared)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"the training was over; what is saved of it is in {folder}") from None
     if not (steps.out_of_step and args.world_size > 1):
         _leave(trainer)
     steps.end(folder)
@@ -138,13 +145,14 @@ def _leave(trainer: RecipeTrainer) -> None:
 
 def run(argv: list[str]) -> None:
     """Run `main`; an error that the user can mend ends the process with one line instead of a traceback."""
-    print_all_characters()
-    try:
-        main(argv)
-    except SaveError as error:  # every process raises it: the first one tells, before a launcher ends all of them
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(5)
-            sys.exit(1)
-        sys.exit(for_terminal(f"\nerror: {error}"))  # the bar has left its line unfinished
-    except (DatasetError, HubError, ValueError) as error:
-        sys.exit(for_terminal(f"error: {error}"))
+
+    def job() -> None:
+        try:
+            main(argv)
+        except SaveError as error:  # every process raises it: the first one tells, before a launcher ends all of them
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                time.sleep(5)
+                sys.exit(1)
+            sys.exit(for_terminal(f"\nerror: {error}"))  # the bar has left its line unfinished
+
+    run_command(job, (DatasetError, HubError, ValueError))

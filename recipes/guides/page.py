@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from amp_plugin.text import for_terminal, in_cell, print_all_characters
+from amp_plugin.command import run_command
+from amp_plugin.text import in_cell
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -38,13 +38,14 @@ def write_part(
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script; a mistake of its user and an interruption end it with one line."""
-    print_all_characters()
-    try:
-        main()
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(for_terminal(f"error: {error}"))
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command continues")
+
+    def continued() -> None:
+        try:
+            main()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the same command continues") from None
+
+    run_command(continued, (FileNotFoundError, ValueError))
 
 
 def _split(page: Path, text: str, mark: str) -> tuple[str, str, str]:

@@ -1,0 +1,156 @@
+"""Test how commands end: interrupted, without a reader, with closed or full outputs."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from main_job import QUICK
+
+from amp_plugin import command
+from amp_plugin.command import run_command
+from amp_plugin.train import job
+from amp_plugin.train.progress import EpochLine
+
+JOB = [*QUICK, "--train_images", "20", "--num_train_epochs", "2"]
+
+
+def interrupt(*args: Any, **kwargs: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def interrupted(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    with pytest.raises(SystemExit) as left:
+        job.run([*JOB, *map(str, arguments)])
+    assert left.value.code == 130
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    "where", ["with_recipe", "parse", "check_trackers", "make_task", "RecipeTrainer", "write_config"]
+)
+def test_an_interruption_before_the_training_is_one_line(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(job, where, interrupt)
+    assert interrupted(capsys, "--output_dir", tmp_path) == "interrupted"
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_an_interrupted_training_tells_how_to_continue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = EpochLine.on_step_end
+
+    def second(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step(self, args, state, control, **kwargs)
+        if state.global_step == 2:
+            interrupt()
+
+    monkeypatch.setattr(EpochLine, "on_step_end", second)
+    given = ["--output_dir", str(tmp_path)]
+    assert "stopped at step 2, with no checkpoint to continue from" in interrupted(capsys, *given)
+    said = interrupted(capsys, *given, "--save_strategy", "epoch")
+    assert f"stopped at step 2; this continues after {tmp_path / 'checkpoint-1'}: python " in said
+    assert said.endswith(f"--output_dir {tmp_path} --save_strategy epoch --resume_from_checkpoint last")
+    monkeypatch.setattr(EpochLine, "on_step_end", step)
+    monkeypatch.setattr("amp_plugin.train.results.write_record", interrupt)
+    resume = [*given, "--save_strategy", "epoch", "--resume_from_checkpoint", "last"]
+    assert interrupted(capsys, *resume) == f"interrupted: the training was over; what is saved of it is in {tmp_path}"
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_a_process_of_several_leaves_the_line_to_the_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit):
+        run_command(interrupt, ())
+    assert capsys.readouterr().err == ""
+
+
+def test_a_cache_that_cannot_be_written_names_what_to_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise PermissionError(13, "Permission denied", str(tmp_path / ".cache" / "huggingface"))
+
+    with pytest.raises(SystemExit, match=r"^error: .*huggingface: Permission denied; .* set HF_HOME") as left:
+        run_command(main, ())
+    assert "\n" not in str(left.value.code)
+
+
+@pytest.mark.parametrize("error", [ValueError("wrong"), OSError("odd"), SystemExit("error: wrong")])
+def test_a_mistake_is_the_exit_code(error: BaseException) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit, match=r"^error: "):
+        run_command(main, (ValueError,))
+
+
+def test_an_error_that_is_no_mistake_keeps_its_traceback() -> None:
+    def main() -> None:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        run_command(main, (ValueError,))
+
+
+# The runner's file needs no other of the package, so the processes below start fast.
+SCRIPT = f"""
+import importlib.util, pathlib, sys
+spec = importlib.util.spec_from_file_location("command", {command.__file__!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+def main():
+    for _ in range(int(sys.argv[1])):
+        print("a line", flush=True)
+        print("a figure", file=sys.stderr)
+    pathlib.Path("done").write_text("done")
+module.run_command(main, ())
+"""
+
+
+def lines_of(shell: str, folder: Path) -> tuple[int, list[str]]:
+    """Run the script as a shell's ``"$@"``; return its exit code and what it wrote where nothing was closed."""
+    given = ["bash", "-c", shell, "bash", sys.executable, "-c", SCRIPT, "20000"]
+    done = subprocess.run(given, cwd=folder, capture_output=True, text=True, check=False, timeout=60)
+    assert (folder / "done").read_text() == "done", "the work was done"
+    return done.returncode, [line for line in done.stderr.splitlines() if line != "a figure"]
+
+
+def test_a_reader_that_goes_ends_no_work(tmp_path: Path) -> None:
+    code, lines = lines_of('"$@" | head -1; exit ${PIPESTATUS[0]}', tmp_path)
+    assert code == 141
+    assert lines == ["the output cannot be written any more (Broken pipe); the work goes on"]
+    code, lines = lines_of('"$@" 2>&1 | head -1; exit ${PIPESTATUS[0]}', tmp_path)
+    assert (code, lines) == (141, [])
+
+
+@pytest.mark.parametrize("redirected", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_outputs_that_are_closed_from_the_start_are_none(redirected: str, tmp_path: Path) -> None:
+    assert lines_of(f'"$@" {redirected}', tmp_path) == (0, [])
+    assert (tmp_path / "done").read_text() == "done", "no output went into a file"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_below_the_output_ends_no_work(tmp_path: Path) -> None:
+    code, lines = lines_of('"$@" > /dev/full', tmp_path)
+    assert code == 1
+    assert lines == ["the output cannot be written any more (No space left on device); the work goes on"]
+
+
+def test_what_is_left_to_print_at_the_end_is_dropped_silently(capfd: pytest.CaptureFixture[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    output = command.Output(writing)
+    output.at_work = False
+    assert output.write(b"the help") == 8
+    assert output.error == errno.EPIPE
+    assert capfd.readouterr().err == ""
+    os.close(writing)
