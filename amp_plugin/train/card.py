@@ -40,7 +40,7 @@ def compared_run(path: str, settings: Mapping[str, Any]) -> dict[str, Any]:
             others = [r for r in records if r["settings"]["optim"] != settings["optim"]]
             records = [r for r in others if not differences(r["settings"], settings)]
         for record in records[-1:]:  # what the card will ask for, which else would fail after the training
-            _comparison({"settings": settings, "commit": None}, record)
+            _comparison({"settings": settings, "commit": None, "versions": None}, record)
         if file.name == RECORD and not records:
             raise ValueError("it is empty")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
