@@ -70,9 +70,9 @@ def run_command(main: Callable[[], object], mistakes: tuple[type[Exception], ...
     except SystemExit as left:
         code = left.code
     except mistakes as error:
-        code = for_terminal(f"error: {error}")
+        code = f"error: {error}"
     except OSError as error:
-        code = for_terminal(f"error: {in_words(error)}")
+        code = f"error: {in_words(error)}"
     for output in outputs:
         output.at_work = False
     for stream in (sys.stdout, sys.stderr):
@@ -81,7 +81,7 @@ def run_command(main: Callable[[], object], mistakes: tuple[type[Exception], ...
     if errors and not code:
         code = _CLOSED if errno.EPIPE in errors else 1
     if code:
-        sys.exit(code)
+        sys.exit(for_terminal(code) if isinstance(code, str) else code)
 
 
 def in_words(error: OSError) -> str:

@@ -22,7 +22,7 @@ from amp_plugin.hub import HubError
 from amp_plugin.metrics import compute_metrics
 from amp_plugin.report.ledger import check_ledger
 from amp_plugin.suggest import did_you_mean
-from amp_plugin.text import for_terminal, tell, visible
+from amp_plugin.text import tell, visible
 from amp_plugin.train.cadence import Cadence, clock, interruption, stop_line
 from amp_plugin.train.card import compared_run
 from amp_plugin.train.defaults import keep_freed_memory
@@ -153,6 +153,6 @@ def run(argv: list[str]) -> None:
             if os.environ.get("LOCAL_RANK", "0") != "0":
                 time.sleep(5)
                 sys.exit(1)
-            sys.exit(for_terminal(f"\nerror: {error}"))  # the bar has left its line unfinished
+            sys.exit(f"\nerror: {error}")  # the bar has left its line unfinished
 
     run_command(job, (DatasetError, HubError, ValueError))
