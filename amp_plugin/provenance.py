@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import importlib
-import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 _PACKAGES = ("torch", "timm", "transformers", "accelerate", "datasets", "amp_plugin")
 
 
-def run_record(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe a finished run: commit, threads, versions, settings, metrics, and what the metrics were measured on."""
+def run_record(
+    settings: Mapping[str, Any], metrics: Mapping[str, Any], execution: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Describe a finished run: commit, threads, versions, settings, metrics, and what the metrics were measured on.
+
+    `execution` tells how the run was really computed.
+    """
     return {
         "commit": commit(),
-        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "threads": torch.get_num_threads(),
         "versions": versions(),
         "settings": dict(settings),
+        "execution": dict(execution or {}),
         "evaluated_on": "validation" if settings.get("validation_images") else "test",
         "metrics": dict(metrics),
     }

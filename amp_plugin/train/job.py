@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -26,6 +27,14 @@ from amp_plugin.text import tell, visible
 from amp_plugin.train.cadence import Cadence, clock, interruption, stop_line
 from amp_plugin.train.card import compared_run
 from amp_plugin.train.defaults import keep_freed_memory
+from amp_plugin.train.folder_lock import sole_writer
+from amp_plugin.train.identity import (
+    RunSettings,
+    check_checkpoint,
+    check_new_run,
+    checkpoint_to_continue,
+    remove_results,
+)
 from amp_plugin.train.options import parse, settings_of, with_recipe
 from amp_plugin.train.plan import plan
 from amp_plugin.train.progress import EpochLine
@@ -62,6 +71,11 @@ def check_trackers(names: Iterable[str]) -> None:
 
 def main(argv: list[str]) -> None:
     """Train, test, save and report."""
+    with contextlib.ExitStack() as held:
+        _main(argv, held)
+
+
+def _main(argv: list[str], held: contextlib.ExitStack) -> None:
     begun, given = clock(), argv
     argv = with_recipe(argv)  # the card's command needs the recipe's options, and the file may be gone by then
     data_args, model_args, args = parse(argv, amp_plugin.train.__doc__)
@@ -73,6 +87,12 @@ def main(argv: list[str]) -> None:
         check_writable(folder)
         if args.ledger is not None:
             check_ledger(Path(args.ledger))
+        if args.process_index == 0:
+            held.enter_context(sole_writer(folder))
+    if (checkpoint := checkpoint_to_continue(args)) is None:
+        check_new_run(settings, data_args, model_args, args)
+    elif (notes := check_checkpoint(checkpoint, settings, args)) and args.process_index == 0:
+        tell("\n".join(f"note: {note}" for note in notes))
     threads = set_cpu_threads(args.cpu_threads)
     set_seed(args.seed)
     if args.fast and args.device.type == "cpu":
@@ -95,7 +115,7 @@ def main(argv: list[str]) -> None:
         processing_class=task.processor,
         data_collator=collate,
         compute_metrics=compute_metrics,
-        callbacks=[EpochCallback(), cadence, RecordsFile(folder / "metrics.jsonl")],
+        callbacks=[EpochCallback(), cadence, RunSettings(settings), RecordsFile(folder / "metrics.jsonl")],
     )
     disable_progress_bar()  # transformers shows one for every file that it writes
     for default in (ProgressCallback, PrinterCallback):
@@ -103,6 +123,8 @@ def main(argv: list[str]) -> None:
     shown = EpochLine()
     trainer.add_callback(shown)
     if trainer.is_world_process_zero():
+        with explained("the results", folder):
+            remove_results(folder)
         write_config(folder / "config.yaml", data_args, model_args, args)
         where = f"cpu, {threads} thread(s)" if args.device.type == "cpu" else str(args.device)
         where += f", {args.arithmetic()}" if args.arithmetic() else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -148,7 +149,8 @@ class RecipeArguments(MethodArguments):
         None,
         "'last': continue from the last complete checkpoint in the output folder, or start if there is"
         " none, so the same command starts a job and continues it (torchrun --max_restarts repeats it after a"
-        " failure); 'true': the same, but there must be one; or the folder of a checkpoint.",
+        " failure); 'true': the same, but there must be one; or the folder of a checkpoint. Its settings must be"
+        " those of this run, except for the length and for what is tested, logged and saved when.",
     )
     report_to: list[str] = field(
         default_factory=lambda: ["none"], metadata={"help": "Experiment trackers, e.g. tensorboard."}
@@ -200,10 +202,19 @@ class RecipeArguments(MethodArguments):
         if self.save_strategy == "best" and (self.minutes is not None or self.save_minutes is not None):
             raise ValueError("--minutes and --save_minutes save at other times than --save_strategy best; use epoch")
         self.amp_capture |= self.capture
+        self._take_precision_of_launcher()
         self.warmup_steps = float(self.warmup_steps)  # the default is an int
         if self.lr_scheduler_type == "steps" and self.warmup_steps:
             raise ValueError("lr_scheduler_type 'steps' has no warmup; leave warmup_steps at 0 or use e.g. cosine")
         super().__post_init__()
+
+    def _take_precision_of_launcher(self) -> None:
+        """Take what ``accelerate launch --mixed_precision`` asks for, which the accelerator would do unrecorded."""
+        wish = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if not (self.bf16 or self.fp16) and wish not in ("no", ""):
+            if wish not in ("bf16", "fp16"):
+                raise ValueError(f"accelerate launch --mixed_precision {wish}: this job computes in bf16, fp16 or no")
+            self.bf16, self.fp16 = wish == "bf16", wish == "fp16"
 
     def stock_values(self) -> dict[str, Any]:
         """Return the values that stand for ours wherever transformers reads the arguments."""
@@ -261,9 +272,14 @@ def parse(argv: list[str], description: str | None = None) -> tuple[DataArgument
         parser.set_defaults(**chosen)
     data, model, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     if training.output_dir in (None, "trainer_output"):
-        name = (shown_name(data.dataset), model.name, training.optim, *added_methods(vars(training)))
-        training.output_dir = "runs/" + "-".join(name).replace("/", "_").replace(" ", "_") + f"-seed{training.seed}"
+        training.output_dir = default_folder(data, model, training)
     return data, model, training
+
+
+def default_folder(data: DataArguments, model: ModelArguments, training: RecipeArguments) -> str:
+    """Return the output folder of a run that is given none."""
+    name = (shown_name(data.dataset), model.name, training.optim, *added_methods(vars(training)))
+    return "runs/" + "-".join(name).replace("/", "_").replace(" ", "_") + f"-seed{training.seed}"
 
 
 # These stock options are recorded even at their defaults.

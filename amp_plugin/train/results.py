@@ -22,6 +22,7 @@ from amp_plugin.report import append_to_ledger, table
 from amp_plugin.text import tell
 from amp_plugin.train.card import card_details
 from amp_plugin.train.costs import passes_made
+from amp_plugin.train.execution import execution
 from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments, settings_of
 from amp_plugin.train.run_folder import RECORD, draw_pictures
 from amp_plugin.train.tasks import Task
@@ -113,7 +114,8 @@ def save_results(
     steps.do(folder / "trainer_state.json", trainer.save_state)
     steps.do(folder / "all_results.json", lambda: trainer.save_metrics("all", metrics))
     if trainer.is_world_process_zero():
-        record = run_record(settings_of(*parsed), metrics)
+        splits = {"train": task.train.split, "test": task.test.split}
+        record = run_record(settings_of(*parsed), metrics, execution(trainer, splits))
         if tested is not None:
             steps.do(folder / RECORD, lambda: write_record(folder / RECORD, record))
         if tested is not None and args.ledger is not None:

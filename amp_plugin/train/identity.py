@@ -1,0 +1,201 @@
+"""Check that a run, its folder and its checkpoints belong together, before anything takes its time.
+
+The settings of a run stand in the ``trainer_state.json`` of each checkpoint, so a checkpoint has them or is not there.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+
+from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments, default_folder
+from amp_plugin.train.run_folder import RECORD
+from amp_plugin.trainer.checkpoints import LAST, last_checkpoint
+
+Settings = Mapping[str, Any]
+
+# The same training may go on with other values of these: they choose its length, what is written and where it runs.
+_LENGTH = ("num_train_epochs", "max_steps")
+_FREE = (
+    "cpu_threads dataloader_num_workers dataloader_persistent_workers dataloader_prefetch_factor greater_is_better"
+    " load_best_model_at_end metric_for_best_model per_device_eval_batch_size use_cpu"
+)
+_FREE_PREFIXES = ("eval_", "logging_", "save_")
+_INSTEAD = "resume from an earlier checkpoint, or start anew"
+# What a run draws or tells of itself, and `amp_plugin.flatness` of it, holds for that run alone.
+_RESULTS = (
+    *("README.md", RECORD, "all_results.json", "trainer_state.json"),
+    *("curves.png", "confusion.png", "reliability.png", "landscape.png", "landscape_line.png"),
+)
+
+
+class RunSettings(TrainerCallback, ExportableState):
+    """Have every checkpoint tell the settings of its run, as `amp_plugin.train.options.settings_of` returns them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = _as_json(settings)
+
+    def state(self) -> dict[str, Any]:
+        """Return what the Trainer writes into the state of a checkpoint."""
+        return {"args": {"settings": self._settings}, "attributes": {}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Enter the settings into a state that comes from a checkpoint without them."""
+        state.stateful_callbacks[type(self).__name__] = self.state()
+
+
+def checkpoint_to_continue(training: RecipeArguments) -> str | None:
+    """Return the folder of the checkpoint that ``--resume_from_checkpoint`` means; None for a new run.
+
+    Raises:
+        ValueError: There is no such checkpoint.
+    """
+    asked, folder = training.checkpoint_to_resume(), Path(str(training.output_dir))
+    if not asked:
+        return None
+    if asked is True or asked == LAST:
+        last = last_checkpoint(folder)
+        if last is None and asked is True:
+            raise ValueError(f"there is no complete checkpoint to resume from in {str(folder)!r}")
+        return last
+    if not (Path(asked) / TRAINER_STATE_NAME).is_file():
+        raise ValueError(
+            f"--resume_from_checkpoint {asked}: it has no {TRAINER_STATE_NAME}; give the folder of a checkpoint"
+            " (checkpoint-STEP), or 'last'"
+        )
+    return str(asked)
+
+
+def check_checkpoint(checkpoint: str, settings: Settings, training: RecipeArguments) -> list[str]:
+    """Check that a training with these settings can go on from a checkpoint; return what the user should know.
+
+    Raises:
+        ValueError: A file of the checkpoint is missing or damaged, or its run had other settings.
+    """
+    _check_files(Path(checkpoint), training)
+    state = _state_of(Path(checkpoint))
+    saved = state["stateful_callbacks"].get(RunSettings.__name__, {}).get("args", {}).get("settings")
+    if saved is None:
+        return [f"{checkpoint!r} does not tell the settings of its run: nobody checks that they are those of this one"]
+    changed = changes(saved, settings)
+    if differ := {name: c for name, c in changed.items() if not _may_change(name)}:
+        raise ValueError(
+            f"{checkpoint!r} was made with other settings: {_listed(differ)}; give the same ones to continue, or"
+            " another --output_dir to start a new run"
+        )
+    longer = {name: c for name, c in changed.items() if name in _LENGTH}
+    epochs, steps = training.num_train_epochs, training.max_steps
+    made, enough = (state["global_step"], steps) if steps > 0 else (state["epoch"] or 0, epochs)
+    if longer and made > enough:
+        raise ValueError(
+            f"{checkpoint!r} is {made:g} {'steps' if steps > 0 else 'epochs'} old, which is more than the {enough:g}"
+            " asked for; give an earlier checkpoint, or another --output_dir"
+        )
+    kept = "; the learning rate drops where it would have" if training.lr_scheduler_type == "steps" else ""
+    return [f"the run is given another length: {_listed(longer)}{kept}"] if longer else []
+
+
+def check_new_run(settings: Settings, data: DataArguments, model: ModelArguments, training: RecipeArguments) -> None:
+    """Check that a new run mixes with no other in its folder, and under the default name replaces none but its like.
+
+    Raises:
+        ValueError: The folder holds checkpoints, or has the default name and holds a run with other settings.
+    """
+    folder = Path(str(training.output_dir))
+    if (last := last_checkpoint(folder)) is not None:
+        raise ValueError(
+            f"{str(folder)!r} holds {Path(last).name} of an earlier run: --resume_from_checkpoint {LAST} continues that"
+            " run; for a new one give another --output_dir, or delete the old checkpoints"
+        )
+    if str(folder) != default_folder(data, model, training):
+        return
+    try:
+        differ = changes(json.loads((folder / RECORD).read_text())["settings"], settings)
+    except (OSError, ValueError, LookupError, TypeError):  # no finished run is lost
+        return
+    if differ := {n: c for n, c in differ.items() if n in _LENGTH or not _may_change(n)}:
+        raise ValueError(
+            f"{str(folder)!r} holds a finished run with other settings: {_listed(differ)}; give this one an"
+            " --output_dir of its own"
+        )
+
+
+def remove_results(folder: Path) -> None:
+    """Remove what an earlier run tells of itself, so that it never stands beside the weights or figures of another."""
+    for name in _RESULTS:
+        (folder / name).unlink(missing_ok=True)
+
+
+def changes(then: Settings, now: Settings) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ, before and now; a setting that was not recorded had its default."""
+    then, now, known = _as_json(then), _as_json(now), _as_json(dict(_defaults()))
+    pairs = {name: (then.get(name, known[name]), now.get(name, known[name])) for name in known if name in {*then, *now}}
+    pairs["world_size"] = (then.get("world_size", 1), now.get("world_size", 1))
+    return {name: (before, after) for name, (before, after) in sorted(pairs.items()) if before != after}
+
+
+def _defaults() -> Iterator[tuple[str, Any]]:
+    for kind in (DataArguments, ModelArguments, RecipeArguments):
+        for field in fields(kind):
+            yield field.name, field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _may_change(name: str) -> bool:
+    return name in _LENGTH or name in _FREE.split() or name.startswith(_FREE_PREFIXES)
+
+
+def _listed(differ: Mapping[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"{name}: {_shown(then)} -> {_shown(now)}" for name, (then, now) in differ.items())
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def _as_json(settings: Settings) -> dict[str, Any]:
+    values = dict(json.loads(json.dumps(dict(settings), default=str)))
+    if isinstance(kwargs := values.get("model_kwargs"), str):
+        values["model_kwargs"] = json.loads(kwargs)  # spaces and order make no difference
+    return values
+
+
+def _state_of(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / TRAINER_STATE_NAME
+    try:
+        state = json.loads(path.read_text())
+        return {name: state[name] for name in ("global_step", "epoch", "stateful_callbacks")}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} is damaged ({error}); {_INSTEAD}") from None
+
+
+def _check_files(checkpoint: Path, training: RecipeArguments) -> None:
+    """Check that the optimizer, the schedule and the random numbers are there, and that no file lacks its end."""
+    rank = f"_{training.process_index}" if training.world_size > 1 else ""
+    needed = ("optimizer.pt", "scheduler.pt", f"rng_state{rank}.pth")
+    if missing := [name for name in needed if not (checkpoint / name).is_file()]:
+        raise ValueError(
+            f"{str(checkpoint)!r} lacks {' and '.join(missing)}: the training would go on as another one; {_INSTEAD}"
+        )
+    for path in (checkpoint / name for name in needed):
+        try:
+            with zipfile.ZipFile(path) as file:
+                damaged = file.testzip()
+        except (OSError, zipfile.BadZipFile) as error:
+            damaged = str(error)
+        if damaged:
+            raise ValueError(f"{str(path)!r} is damaged ({damaged}); {_INSTEAD}")
+    for path in checkpoint.glob("*.safetensors"):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{str(path)!r} is damaged ({error}); {_INSTEAD}") from None
