@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from amp_plugin.train.trainer import RecipeTrainer
 _ROWS = 1000  # of images or texts that a fingerprint reads
 
 
-def execution(trainer: RecipeTrainer, data: dict[str, LabelledSplit]) -> dict[str, Any]:
+def execution(trainer: RecipeTrainer, data: Mapping[str, LabelledSplit]) -> dict[str, Any]:
     """Describe a training that has ended: machine, arithmetic, batch, optimizer, schedule and data."""
     args = trainer.args
     device = trainer.accelerator.device

@@ -42,7 +42,7 @@ from amp_plugin.train.results import check_room, save_results
 from amp_plugin.train.run_folder import RecordsFile, write_config
 from amp_plugin.train.tasks import make_task
 from amp_plugin.train.trainer import RecipeTrainer
-from amp_plugin.trainer.checkpoints import SaveError, check_writable
+from amp_plugin.trainer.checkpoints import SaveError, check_writable, explained
 from amp_plugin.trainer.described import amp_in_words, methods_in_words
 
 
