@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from amp_plugin.suggest import did_you_mean
+from amp_plugin.train.plain_yaml import read_plain_yaml
 
 # The help shows these options.
 GROUPS = {
@@ -166,8 +167,8 @@ def recipe_options(recipe: str) -> list[str]:
         meant = did_you_mean(Path(recipe).stem, known)
         raise ValueError(f"recipe {recipe!r} does not exist{meant}; known by name are {', '.join(known)}")
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        settings = read_plain_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise ValueError(f"recipe {recipe!r} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"recipe {recipe!r} must be a mapping of options to values")
@@ -177,9 +178,15 @@ def recipe_options(recipe: str) -> list[str]:
 def as_options(settings: Mapping[str, Any], recipe: str) -> list[str]:
     """Return a mapping of options to values as it would be written on the command line; errors name the `recipe`."""
     tokens: list[str] = []
+    known: dict[str, str] = {}
     for name, value in settings.items():
+        if (other := known.setdefault(str(name).replace("-", "_"), name)) != name:
+            raise ValueError(f"recipe {recipe!r} has both {other} and {name}, which are one option")
         if value is None:
             raise ValueError(f"recipe {recipe!r} has no value for --{name}; leave it out for the default")
-        text = json.dumps(value) if isinstance(value, dict) else value
+        try:
+            text = json.dumps(value) if isinstance(value, dict) else value
+        except TypeError as error:
+            raise ValueError(f"recipe {recipe!r}: --{name} has a value that JSON has not: {error}") from error
         tokens += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={text}"]
     return tokens
