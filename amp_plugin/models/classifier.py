@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import timm
+import torch
+from torch import Tensor, nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 from transformers.utils import logging
 
@@ -37,16 +39,19 @@ def image_classifier(
 
     Raises:
         ValueError: timm has no such architecture (the message tells near ones), or the architecture refuses an
-            argument.
+            argument, or does not take these images.
     """
     if not timm.is_model(architecture):
         near = did_you_mean(architecture.lower(), timm.list_models(), at_most=3)
         raise ValueError(f"model {architecture!r} is unknown to timm{near}; timm.list_models() lists them")
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if getattr(timm.get_pretrained_cfg(architecture), "fixed_input_size", False):
+        model_args.setdefault("img_size", [height, width])  # it would be made for the images of its checkpoints
     try:
         initial = timm.create_model(architecture, num_classes=len(class_names), **model_args)
-    except TypeError as error:
-        raise ValueError(f"model {architecture!r} does not take these arguments: {error}") from error
+    except Exception as error:  # each architecture fails in its own way
+        raise ValueError(f"model {architecture!r} does not take these arguments: {_in_words(error)}") from error
+    _check_images(initial, architecture, len(class_names), height, width)
     settings: dict[str, Any] = {
         "architecture": architecture,
         "model_args": model_args,
@@ -81,3 +86,26 @@ def image_classifier(
 def adaptable_layers(model: Any) -> dict[str, Any]:
     """Return the part of timm's `pretrained_cfg` that names the layers to adapt to other classes and other channels."""
     return {key: model.pretrained_cfg[key] for key in ("classifier", "first_conv") if model.pretrained_cfg.get(key)}
+
+
+def _check_images(model: nn.Module, architecture: str, classes: int, height: int, width: int) -> None:
+    """Raise a ValueError if the model does not make one logit for each class of an image of this size."""
+    training = model.training
+    images = torch.zeros(1, 3, height, width, device=next(model.parameters()).device)
+    advice = "choose another image size, or arguments of the architecture that fit it"
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            logits = model.eval()(images)
+    except Exception as error:  # each architecture fails in its own way
+        raise ValueError(
+            f"model {architecture!r} does not take images of {height} x {width} pixels with three channels:"
+            f" {_in_words(error)}; {advice}"
+        ) from error
+    finally:
+        model.train(training)
+    if not isinstance(logits, Tensor) or logits.shape != (1, classes):
+        raise ValueError(f"model {architecture!r} does not make {classes} logits of an image with these arguments")
+
+
+def _in_words(error: Exception) -> str:
+    return f"{' '.join(str(error).split())}" or type(error).__name__
