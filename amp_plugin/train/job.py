@@ -35,6 +35,7 @@ from amp_plugin.train.identity import (
     checkpoint_to_continue,
     remove_results,
 )
+from amp_plugin.train.optimizer_arguments import check_optimizer
 from amp_plugin.train.options import parse, settings_of, with_recipe
 from amp_plugin.train.plan import plan
 from amp_plugin.train.progress import EpochLine
@@ -83,6 +84,7 @@ def _main(argv: list[str], held: contextlib.ExitStack) -> None:
     settings = settings_of(data_args, model_args, args)
     compared = None if args.compare_with is None else compared_run(args.compare_with, settings)
     check_trackers(args.report_to)
+    check_optimizer(args)
     if not args.dry_run:
         check_writable(folder)
         if args.ledger is not None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from amp_plugin import AMP, AMPTrainingArguments
 from amp_plugin.train.methods.optimizers import BASELINES, RMP
+from amp_plugin.train.ranges import check_ranges
 from amp_plugin.trainer.described import BALLS
 
 # These options change the training loss, whatever the optimizer.
@@ -49,16 +49,13 @@ class MethodArguments(AMPTrainingArguments):
     def __post_init__(self) -> None:
         """Check the options, and settle the radius of a baseline's ball."""
         optim = str(getattr(self.optim, "value", self.optim))
-        _check_range("flood_level", self.flood_level, 0.0, math.inf, zero=True)
-        _check_range("mixup_alpha", self.mixup_alpha, 0.0, math.inf)
-        _check_range("adversarial_epsilon", self.adversarial_epsilon, 0.0, 1.0)
+        check_ranges(self)
         if optim.partition("_")[0] in BASELINES and optim not in BASELINES:
             raise ValueError(
                 f"optim {optim!r} is unknown: {', '.join(BASELINES)} are around SGD only; AMP is around any"
             )
         radius = BALLS.get(optim)
         for name in dict.fromkeys(BALLS.values()):
-            _check_range(name, getattr(self, name), 0.0, math.inf, zero=True)
             if name != radius and getattr(self, name) is not None:
                 optims = " or ".join(baseline for baseline, theirs in BALLS.items() if theirs == name)
                 raise ValueError(f"--{name} is for --optim {optims}, but --optim is {optim}")
@@ -92,12 +89,3 @@ class MethodArguments(AMPTrainingArguments):
             return super().optimizer_kwargs()
         further = {"norm": self.amp_norm, "seed": self.seed} if self.baseline is RMP else {"norm": "global"}
         return {"epsilon": getattr(self, BALLS[self.optim]), **further}
-
-
-def _check_range(name: str, value: float | None, low: float, high: float, *, zero: bool = False) -> None:
-    if value is not None and not (low < value < high or (zero and value == low)):
-        below = "finite" if math.isinf(high) else f"below {high:g}"
-        raise ValueError(
-            f"--{name} must be {'at least' if zero else 'above'} {low:g} and {below}, got {value}; leave it out to"
-            " train without it"
-        )

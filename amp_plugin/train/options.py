@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,8 @@ from amp_plugin.data.splits import Split
 from amp_plugin.train.command_line import CommandLine, recipe_options
 from amp_plugin.train.defaults import can_be_captured, fast_settings, fine_tuning_settings
 from amp_plugin.train.method_options import MethodArguments, option
+from amp_plugin.train.ranges import check_ranges
+from amp_plugin.train.stock_options import check_stock_options, settle_best_metric, settle_choices
 from amp_plugin.trainer.described import added_methods
 
 
@@ -51,7 +53,8 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        """Check that the options are for images or for texts."""
+        """Check the numbers, and that the options are for images or for texts."""
+        check_ranges(self)
         images = {"image_column": None, "image_size": None, "augment": "default"}
         texts = {"text_pair_column": None, "max_seq_length": None}
         for name, default in (texts if self.text_column is None else images).items():
@@ -73,6 +76,19 @@ class DataArguments:
         return (train if self.train_images is None else train.subset(self.train_images)), test
 
 
+_DEFAULT_MODEL, _NARROW = "preactresnet18", '{"width": 16, "layers": [1, 1, 1, 1]}'
+# These arguments of a timm architecture are settled elsewhere.
+_SETTLED = {
+    "checkpoint_path": "--pretrained takes a checkpoint",
+    "features_only": "a network without its head cannot classify; leave it out",
+    "in_chans": "images have three channels here (grey ones are made so); leave it out",
+    "num_classes": "the data set tells the number of classes; leave it out",
+    "pretrained": "--pretrained takes a checkpoint",
+    "pretrained_cfg": "--pretrained takes a checkpoint",
+    "pretrained_cfg_overlay": "--pretrained takes a checkpoint",
+}
+
+
 @dataclass
 class ModelArguments:
     """Choose the network."""
@@ -84,15 +100,20 @@ class ModelArguments:
     )
     freeze_backbone: bool = option(False, "Train the head of --pretrained alone.")
 
-    model: str = option("preactresnet18", "Any architecture that timm knows.")
+    model: str = option(_DEFAULT_MODEL, "Any architecture that timm knows.")
     model_kwargs: str | None = option(
-        '{"width": 16, "layers": [1, 1, 1, 1]}',
-        "Its arguments, as JSON. Default: a narrow network; '{}' for the full one.",
+        None,
+        f"Its arguments, as JSON. Default: those of a narrow network for {_DEFAULT_MODEL}, none for others; '{{}}' for"
+        " the full network.",
     )
 
     def __post_init__(self) -> None:
         """Check the JSON, and that there is a backbone to freeze."""
-        self.parsed_model_kwargs()
+        if self.model_kwargs is None:
+            self.model_kwargs = _NARROW if self.model == _DEFAULT_MODEL else "{}"
+        for name, where in _SETTLED.items():
+            if name in self.parsed_model_kwargs():
+                raise ValueError(f"--model_kwargs has {name!r}, but {where}")
         if self.freeze_backbone and self.pretrained is None:
             raise ValueError("--freeze_backbone needs --pretrained: random features are not worth keeping")
 
@@ -105,8 +126,8 @@ class ModelArguments:
         """Return `model_kwargs` as a dict."""
         said = f"--model_kwargs must be a JSON object, got {self.model_kwargs!r}"
         try:
-            value: Any = json.loads(self.model_kwargs or "{}")
-        except json.JSONDecodeError as error:
+            value: Any = json.loads(self.model_kwargs or "{}", object_pairs_hook=_each_once)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{said}: {error}") from error
         if not isinstance(value, dict):
             raise ValueError(said)
@@ -187,16 +208,12 @@ class RecipeArguments(MethodArguments):
     hub_license: str = option("mit", "Licence of the weights, as the Hub calls it.")
 
     def __post_init__(self) -> None:
-        """Check the schedule."""
+        """Check the schedule and the stock options."""
+        check_ranges(self)  # before the words below compare numbers
+        settle_choices(self)
+        settle_best_metric(self)
         if not all(0.0 < m < 1.0 for m in self.lr_milestones):
             raise ValueError(f"lr_milestones must be fractions of the training in (0, 1), got {self.lr_milestones}")
-        if not self.lr_gamma > 0.0:
-            raise ValueError(f"lr_gamma must be positive, got {self.lr_gamma}")
-        if self.cpu_threads is not None and self.cpu_threads < 1:
-            raise ValueError(f"cpu_threads must be positive, got {self.cpu_threads}")
-        for name in ("eval_every_epochs", "save_minutes", "minutes"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
         if self.minutes is not None and self.save_only_model:
             raise ValueError("--minutes needs checkpoints to continue from, which --save_only_model leaves incomplete")
         if self.save_strategy == "best" and (self.minutes is not None or self.save_minutes is not None):
@@ -232,6 +249,14 @@ class RecipeArguments(MethodArguments):
         """Return a checkpoint's folder, "last", or whether to take the last checkpoint in the output folder."""
         word = str(self.resume_from_checkpoint).lower()
         return word == "true" if word in ("true", "false") else self.resume_from_checkpoint
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice!r} is there twice")
+    return dict(pairs)
 
 
 def shown_name(name: str) -> str:
@@ -270,7 +295,11 @@ def parse(argv: list[str], description: str | None = None) -> tuple[DataArgument
         if not can_be_captured(named):
             chosen.pop("capture", None)
         parser.set_defaults(**chosen)
-    data, model, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    try:
+        data, model, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except (ImportError, NotImplementedError, OSError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(" ".join(str(error).split())) from error  # transformers refuses options so
+    check_stock_options(training, texts=data.text_column is not None)
     if training.output_dir in (None, "trainer_output"):
         training.output_dir = default_folder(data, model, training)
     return data, model, training
@@ -308,7 +337,14 @@ def settings_of(data: DataArguments, model: ModelArguments, training: RecipeArgu
     recorded = [f.name for f in options if f.name in own] + _STOCK.split()
     recorded += [f.name for f in options if _changed(f, training)]
     settings |= {name: getattr(training, name) for name in recorded}
-    return {n: v.value if isinstance(v, Enum) else v for n, v in settings.items() if decides_outcome(n)}
+    return {name: _plain(value) for name, value in settings.items() if decides_outcome(name)}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value that transformers has made of a plain one as JSON and YAML can hold it."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return value.value if isinstance(value, Enum) else value
 
 
 def _changed(option: Field[Any], training: RecipeArguments) -> bool:

@@ -18,6 +18,7 @@ from amp_plugin.models.pretrained_texts import text_checkpoint
 from amp_plugin.train.methods.mixup import MixedBatches
 from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments, shown_name
 from amp_plugin.train.resident import move_to_device
+from amp_plugin.train.stock_options import check_whole_batches
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def _image_task(data_args: DataArguments, model_args: ModelArguments, args: Reci
             image_size=None if data_args.dataset in SOURCES else side,
         )
     train, test = data_args.chosen(data.train, data.test)
+    check_whole_batches(args, len(train), len(test))
     model: PreTrainedModel
     processor, new, settings = None, None, data.settings
     if checkpoint is None:
@@ -120,6 +122,7 @@ def _text_task(data_args: DataArguments, model_args: ModelArguments, args: Recip
             test_split=data_args.test_split,
         )
     train, test = data_args.chosen(data.train, data.test)
+    check_whole_batches(args, len(train), len(test))
     checkpoint = text_checkpoint(model_args.pretrained, data.class_names, data_args.max_seq_length)
     batches = partial(TextBatches, tokenizer=checkpoint.tokenizer, max_length=checkpoint.max_length)
     return Task(

@@ -135,7 +135,7 @@ def test_a_killed_run_continues_from_its_checkpoint(tmp_path: Path) -> None:
         (["--dataset", "cifar11"], "data set 'cifar11' is unknown, did you mean 'cifar10'"),
         (["--model", "preactresnet19"], "model 'preactresnet19' is unknown to timm, did you mean 'preactresnet1"),
         (["--optim", "amq"], "optim 'amq' is unknown, did you mean 'amp'"),
-        (["--amp_epsilon", "-1"], "epsilon must be a finite number >= 0, got -1.0"),
+        (["--amp_epsilon", "-1"], "--amp_epsilon must be at least 0 and finite, got -1.0"),
         (["--model_kwargs", '{"widht": 3}'], "model 'preactresnet18' does not take these arguments"),
         (["--lr_milestones", "2"], "lr_milestones must be fractions of the training in (0, 1), got [2.0]"),
         (["--warmup_steps", "5"], "lr_scheduler_type 'steps' has no warmup"),
