@@ -121,5 +121,5 @@ def test_costs_of_a_model_worked_out_by_hand(epsilon: float) -> None:
 
 def test_a_setting_that_could_not_train_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"epsilon must be a finite number >= 0, got -1\.0"):
+    with pytest.raises(ValueError, match=r"--amp_epsilon must be at least 0 and finite, got -1\.0"):
         job.main([*QUICK, "--amp_epsilon", "-1", "--dry_run"])
