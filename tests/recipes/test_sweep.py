@@ -61,7 +61,7 @@ def test_a_cell_is_run_once_and_a_failure_stops_no_other(
     assert sweep.elsewhere == [taken]
     (failure,) = sweep.failures
     assert failure.cell is cells[0]
-    assert "error: width=-1: give at least 1" in str(failure).splitlines()[-1]
+    assert "arguments: width=-1: give at least 1" in str(failure).splitlines()[-1]
     (run,) = records.read(sweep.ledger)
     assert run["evaluated_on"] == "test"
     assert run["metrics"]["passes"] == 4.0, "two epochs of two passes"
