@@ -51,9 +51,13 @@ class CapturedTraining:
         optimizer: optimizer that the loop's wrapper steps; its ``step`` is replaced until :meth:`close`.
         amp: the AMP optimizer in it; None in a training without AMP.
         device: device of the parameters, where the batches go.
+
+    Raises:
+        ValueError: The host has a say in the optimizer's step.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, amp: AMP | None, device: torch.device) -> None:
+        check_optimizer(optimizer, amp)
         self.model, self._optimizer, self._amp, self._device = model, optimizer, amp, device
         self._params = list(model.parameters())
         self._rates = _DeviceRates(optimizer, device)
@@ -130,22 +134,27 @@ class CapturedTraining:
     def _kind_of(self, batches: Sequence[Any], num_items: Any) -> _Kind | None:
         """Return the kind of a window; None if it cannot be captured."""
         if any(p.grad is not None for p in self._params):
-            return None  # gradients from before the step, to which the passes add theirs
+            self._tell("a gradient from before the step is there, to which the passes add theirs")
+            return None
+        # A graph reads and writes the memory of its capture, whatever the parameters and the optimizer hold now.
+        places = [(p.data_ptr(), p.requires_grad) for p in self._params]
+        ball = None if self._amp is None else (self._amp.inner_iter, self._amp.norm)
         try:
-            outline = map_tensors(_outline, (list(batches), num_items)), _options(self._optimizer)
+            outline = map_tensors(_outline, (list(batches), num_items)), _options(self._optimizer), ball, places
         except TypeError as error:
             self._tell(f"{error}")
             return None
         for kind in self._kinds:
-            if kind.outline == outline:
+            if kind.outline == outline and kind.state is self._optimizer.state:
                 return kind
         if len(self._kinds) == MOST_KINDS:
             self._tell(
-                f"batches of more than {MOST_KINDS} shapes, or hyper-parameters that change beside the learning rate;"
-                " pad the batches to one length (padding='max_length')"
+                f"batches of more than {MOST_KINDS} shapes, or hyper-parameters that change beside the learning rate,"
+                " or parameters that are frozen or replaced on the way; pad the batches to one length"
+                " (padding='max_length')"
             )
             return None
-        self._kinds.append(_Kind(outline, batches, num_items, self._device))
+        self._kinds.append(_Kind(outline, self._optimizer.state, batches, num_items, self._device))
         return self._kinds[-1]
 
     def _tell(self, reason: str) -> None:
@@ -190,14 +199,15 @@ class _Kind:
     """Windows that are captured alike, with the tensors that the graphs read.
 
     Attributes:
-        outline: shapes and constants of the window, and the hyper-parameters.
+        outline: shapes and constants of the window, the hyper-parameters, and where the parameters are.
+        state: the optimizer's, which a load replaces.
         gradients: gradients that the captured passes write, one for each parameter of the model.
         progress: the AMP step after the passes.
         outcome: what the ball has found in them.
     """
 
-    def __init__(self, outline: Any, batches: Sequence[Any], num_items: Any, device: torch.device) -> None:
-        self.outline = outline
+    def __init__(self, outline: Any, state: Any, batches: Sequence[Any], num_items: Any, device: torch.device) -> None:
+        self.outline, self.state = outline, state
         self._static: list[Tensor] = []
 
         def static(leaf: Any) -> Any:
@@ -268,6 +278,15 @@ def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
         {name: value for name, value in group.items() if name != "lr" and isinstance(value, (*_CONSTANTS, tuple))}
         for group in optimizer.param_groups
     ]
+
+
+def check_optimizer(optimizer: Optimizer, amp: AMP | None) -> None:
+    """Raise ValueError if the host has a say in the steps of an optimizer, which a replay would not ask."""
+    if not all(group.get("fused") for group in optimizer.param_groups) or not (amp is None or amp.capturable):
+        raise ValueError(
+            "amp_capture needs an optimizer made with fused=True, and AMP with capturable=True too: else the host has"
+            " a say; let the Trainer make the optimizer, or leave amp_capture out"
+        )
 
 
 def fused_options(optimizer: Any, args: Any) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from amp_plugin.core.inputs import detached_inputs
 from amp_plugin.core.optimizer import AMP
 from amp_plugin.core.replay import ExtraPasses
 from amp_plugin.doors.attach_callback import AttachCallback, release
-from amp_plugin.doors.captured_training import CapturedTraining, Passes, fused_options
+from amp_plugin.doors.captured_training import CapturedTraining, Passes, check_optimizer, fused_options
 from amp_plugin.doors.flops import CountedFlops
 from amp_plugin.doors.logged_loss import loss_for_log
 from amp_plugin.doors.means import Means
@@ -151,6 +151,8 @@ class AMPMixin(TrainerMixin):
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.amp is not None and self.model is not None:
             self.amp.name_parameters(self.model)
+        if self.args.captures and self.optimizer is not None:  # the caller may have made the optimizer
+            check_optimizer(self.optimizer, self.amp)
         return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -251,8 +253,8 @@ class AMPMixin(TrainerMixin):
         """Log as the Trainer does; a training record gains ``amp_loss``, ``sharpness`` and the statistics."""
         if "loss" in logs and self._amp_means:
             logs.update(self._amp_means.taken(self.accelerator))
-            if self.amp is not None and self.amp.capturable and self.amp.skipped_steps:
-                tell_of_skipped_step(self.amp)  # the device alone knew
+        if self.amp is not None and self.amp.capturable and self.amp.skipped_steps:
+            tell_of_skipped_step(self.amp)  # the device alone knew; the last log is that of the end
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -349,6 +351,8 @@ class AMPMixin(TrainerMixin):
         if not window.returned:
             captured = self._amp_captured
             if captured is None or captured.model is not model:
+                if captured is not None:
+                    captured.close()
                 optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's
                 captured = self._amp_captured = CapturedTraining(model, optimizer, self.amp, self.args.device)
                 if self.amp is not None and self.args.torch_compile:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
-from amp_plugin import AMPTrainer, AMPTrainingArguments
+from amp_plugin import AMP, AMPTrainer, AMPTrainingArguments
 from amp_plugin.core import captured_call, move
 from amp_plugin.doors import captured_training
 
@@ -80,6 +82,37 @@ class Halve(TrainerCallback):
                 p.grad.mul_(0.5)
             else:
                 p.grad = p.grad * 0.5
+
+
+class Intervene(TrainerCallback):
+    """Changes the model or the optimizer between two steps, once they are captured."""
+
+    def __init__(self, change: Callable[[Any, Any], None], step: int = 11) -> None:
+        self.change, self.step = change, step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.change(kwargs["model"], kwargs["optimizer"])
+
+
+def freeze(model: Any, optimizer: Any) -> None:
+    model.body[0].requires_grad_(False)
+
+
+def other_memory(model: Any, optimizer: Any) -> None:
+    for p in model.parameters():
+        p.data = p.data * 0.75
+
+
+def load_optimizer(model: Any, optimizer: Any) -> None:
+    state = copy.deepcopy(optimizer.state_dict())
+    for values in state["state"].values():
+        values["momentum_buffer"].mul_(0.5)
+    optimizer.load_state_dict(state)
+
+
+def climb_twice(model: Any, optimizer: Any) -> None:
+    optimizer.optimizer.inner_iter = 2
 
 
 class Rates(TrainerCallback):
@@ -180,6 +213,34 @@ def test_hyper_parameters_that_change_are_captured_anew(tmp_path: Path, tape: No
     assert_same(run("eager"), run("captured", amp_capture=True))
 
 
+@pytest.mark.parametrize("change", [freeze, other_memory, load_optimizer, climb_twice])
+def test_what_a_callback_changes_is_what_is_trained(change: Any, tmp_path: Path, tape: None) -> None:
+    """A graph would go on in the memory, and with the parameters, of its capture."""
+
+    def run(folder: str, **capture: Any) -> AMPTrainer:
+        return trained(tmp_path / folder, **BALL, **capture, callbacks=[Intervene(change)])
+
+    eager = run("eager")
+    assert_same(eager, run("captured", amp_capture=True))
+    with pytest.raises(AssertionError):
+        assert_same(eager, trained(tmp_path, **BALL))
+
+
+def test_an_optimizer_that_asks_the_host_is_refused(tmp_path: Path, tape: None) -> None:
+    def train(make: Any, **settings: Any) -> None:
+        model = Net()
+        args = AMPTrainingArguments(str(tmp_path), **{**SETTINGS, **BALL, **settings}, amp_capture=True)
+        AMPTrainer(
+            model=model, args=args, train_dataset=dataset(), eval_dataset=dataset(), optimizers=(make(model), None)
+        ).train()
+
+    with pytest.raises(ValueError, match="let the Trainer make the optimizer"):
+        train(lambda model: AMP(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="let the Trainer make the optimizer"):
+        train(lambda model: AMP(model.parameters(), lr=0.1, fused=True))
+    train(lambda model: AMP(model.parameters(), lr=0.1, fused=True, capturable=True))
+
+
 def test_batches_of_many_shapes_are_told_and_trained_as_they_are(
     tmp_path: Path, tape: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,11 +282,12 @@ def test_what_cannot_be_captured_is_told_and_made_as_it_is(
     assert_same(trained(tmp_path, **BALL), captured)
 
 
-def test_a_step_of_values_that_are_not_finite_is_skipped_and_told(tmp_path: Path, tape: None) -> None:
+@pytest.mark.parametrize("logging", ["steps", "no"])
+def test_a_step_of_values_that_are_not_finite_is_skipped_and_told(logging: str, tmp_path: Path, tape: None) -> None:
     rows = dataset()
     rows[3]["x"] = rows[3]["x"] * torch.nan
     with pytest.warns(RuntimeWarning, match="the step was skipped"):
-        captured = trained(tmp_path, **BALL, amp_capture=True, rows=rows)
+        captured = trained(tmp_path, **BALL, amp_capture=True, rows=rows, logging_strategy=logging)
     assert captured.amp is not None
     assert captured.amp.skipped_steps == EPOCHS
     assert all(p.isfinite().all() for p in captured.model.parameters())
