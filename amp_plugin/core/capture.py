@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Generic
 
 import torch
@@ -13,6 +14,7 @@ from amp_plugin.core.captured_call import CapturedCall, Result, can_capture
 from amp_plugin.core.distributed import in_process_group
 from amp_plugin.core.find import find_amp
 from amp_plugin.core.optimizer import AMP
+from amp_plugin.core.sharding import local_shard
 from amp_plugin.core.step import Step
 from amp_plugin.core.warn import warn_user
 
@@ -52,6 +54,7 @@ class CapturedStep(Generic[Result]):
             warm_up = calls_to_warm_up()
         if warm_up < 1:
             raise ValueError(f"warm_up must be at least 1, got {warm_up}")
+        self._optimizer = optimizer
         self._params = [p for group in optimizer.param_groups for p in group["params"]]
         device: torch.device = self._params[0].device
         if can_capture(device) and not all(isinstance(group["lr"], Tensor) for group in optimizer.param_groups):
@@ -59,7 +62,8 @@ class CapturedStep(Generic[Result]):
                 "CapturedStep repeats the learning rate of its capture, because that is a number; a schedule needs"
                 " lr=torch.tensor(0.1, device=...)"
             )
-        self._call = CapturedCall(
+        self._make = partial(
+            CapturedCall,
             step,
             device,
             "CapturedStep: this step",
@@ -67,13 +71,18 @@ class CapturedStep(Generic[Result]):
             prepare=self._clear_gradients,
             forget=self._forget,
         )
+        self._call: CapturedCall[Result] = self._make()
+        self._places, self._state = places_of(self._params), optimizer.state
 
     def __call__(self) -> Result:
-        """Make one step.
+        """Make one step; a step whose parameters or state have moved is captured anew.
 
         Returns:
             What the step returns; under CUDA always the same tensors, with new values.
         """
+        places, state = places_of(self._params), self._optimizer.state
+        if places != self._places or state is not self._state:
+            self._call, self._places, self._state = self._make(), places, state
         return self._call()
 
     def _clear_gradients(self) -> None:
@@ -85,6 +94,11 @@ class CapturedStep(Generic[Result]):
         self._clear_gradients()
         if self._amp is not None:
             forget_step(self._amp)
+
+
+def places_of(params: Iterable[Tensor]) -> list[tuple[int, bool]]:
+    """Return where parameters are, and which are trained: a graph goes on with what they were at its capture."""
+    return [(local_shard(p).data_ptr(), p.requires_grad) for p in params]
 
 
 def calls_to_warm_up() -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.utils import logging
 
-from amp_plugin.core.capture import calls_to_warm_up, forget_step
+from amp_plugin.core.capture import calls_to_warm_up, forget_step, places_of
 from amp_plugin.core.captured_call import CapturedCall
 from amp_plugin.core.inputs import map_tensors
 from amp_plugin.core.optimizer import AMP
@@ -136,11 +136,14 @@ class CapturedTraining:
         if any(p.grad is not None for p in self._params):
             self._tell("a gradient from before the step is there, to which the passes add theirs")
             return None
-        # A graph reads and writes the memory of its capture, whatever the parameters and the optimizer hold now.
-        places = [(p.data_ptr(), p.requires_grad) for p in self._params]
         ball = None if self._amp is None else (self._amp.inner_iter, self._amp.norm)
         try:
-            outline = map_tensors(_outline, (list(batches), num_items)), _options(self._optimizer), ball, places
+            outline = (
+                map_tensors(_outline, (list(batches), num_items)),
+                _options(self._optimizer),
+                ball,
+                places_of(self._params),
+            )
         except TypeError as error:
             self._tell(f"{error}")
             return None

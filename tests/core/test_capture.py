@@ -319,6 +319,50 @@ def test_a_learning_rate_that_is_a_number_is_told(monkeypatch: pytest.MonkeyPatc
         CapturedStep(lambda: None, tensors)
 
 
+def freeze(model: nn.Module, optimizer: AMP) -> None:
+    next(iter(model.children())).requires_grad_(False)
+
+
+def other_memory(model: nn.Module, optimizer: AMP) -> None:
+    for p in model.parameters():
+        p.data = p.data * 0.75
+
+
+def load(model: nn.Module, optimizer: AMP) -> None:
+    state = copy.deepcopy(optimizer.state_dict())
+    for values in state["state"].values():
+        values["momentum_buffer"].mul_(0.5)
+    optimizer.load_state_dict(state)
+
+
+@WAYS
+@pytest.mark.parametrize("change", [freeze, other_memory, load])
+def test_what_has_moved_between_two_steps_is_captured_anew(
+    way: Any, change: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(capture: bool, *, changes: bool = True) -> Any:
+        model = net()
+        optimizer = AMP(model.parameters(), epsilon=0.05, inner_lr=0.5, capturable=True, **SGD)
+        step = way(model, optimizer)
+        images, labels = (torch.empty_like(t) for t in data[0])
+        call: Any = lambda: step(images, labels)  # noqa: E731
+        captured = CapturedStep(call, optimizer, warm_up=1) if capture else call
+        losses = []
+        for i, batch in enumerate(data):
+            images.copy_(batch[0])
+            labels.copy_(batch[1])
+            if i == 4 and changes:
+                change(model, optimizer)
+            losses.append(captured().clone())
+        return losses, model, optimizer
+
+    monkeypatch.setitem(captured_call.RECORDERS, "cpu", on_tape)
+    data = batches(8)
+    assert_same(run(capture=False), run(capture=True))
+    with pytest.raises(AssertionError):
+        assert_same(run(capture=False), run(capture=True, changes=False))
+
+
 @pytest.mark.parametrize(("together", "calls"), [(False, 3), (True, 11)])
 def test_a_process_group_takes_longer_to_warm_up(together: bool, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = []

@@ -20,7 +20,9 @@ from device_trainings import (
     STEPS,
     Step,
     Training,
+    assert_a_nan_changes_nothing,
     assert_ends_as_the_reference,
+    assert_overflows_lower_the_scale,
     batches,
     by_ascend,
     by_ascent_passes,
@@ -99,33 +101,14 @@ def test_compiled_code_with_graphs_of_its_own(door: str) -> None:
 @pytest.mark.parametrize("door", ["closure", "ascend"])
 def test_a_step_with_a_nan_changes_nothing_and_is_counted(door: str, captured: bool) -> None:
     training = Training("fp32", captured=captured)
-    step: Step = DOORS[door](training)
-    if captured:
-        step = CapturedStep(step, training.optimizer, warm_up=1)
-    good, bad = batches()[:2]
-    bad[0][3, 1, 2, 2] = torch.nan
-    for batch, moves in [(good, True)] * 3 + [(bad, False)] * 2 + [(good, True)]:
-        before = [tensor.detach().clone() for tensor in training.held()]
-        training.load(*batch)
-        step()
-        same = [torch.equal(a, b) for a, b in zip(before, training.held(), strict=False)]  # momentum begins with a step
-        assert same == [not moves] * len(same)
-    assert training.optimizer.skipped_steps == 2
+    assert_a_nan_changes_nothing(training, DOORS[door](training), captured)
 
 
 @CAPTURED
 def test_a_gradient_scaler_skips_what_overflows_and_lowers_its_scale(captured: bool) -> None:
     training = Training("fp16", captured=captured)
     training.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**40)
-    step: Step = by_ascend(training)
-    if captured:
-        step = CapturedStep(step, training.optimizer, warm_up=1)
-    training.load(*batches()[0])
-    before = [p.detach().clone() for p in training.net.parameters()]
-    for k in range(1, 5):
-        step()
-        assert training.scaler.get_scale() == 2.0 ** (40 - k)
-    assert all(torch.equal(a, b) for a, b in zip(before, training.net.parameters(), strict=True))
+    assert_overflows_lower_the_scale(training, by_ascend(training), captured)
 
 
 def test_a_schedule_reaches_a_captured_step() -> None:

@@ -20,10 +20,11 @@ from device_trainings import (
     PRECISIONS,
     SGD,
     STEPS,
-    Step,
     Training,
     allow_tf32,
+    assert_a_nan_changes_nothing,
     assert_ends_as_the_reference,
+    assert_overflows_lower_the_scale,
     autocast,
     batches,
     by_attach,
@@ -38,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
-from amp_plugin import AMP, AMPTrainer, AMPTrainingArguments, CapturedStep, amp_backward
+from amp_plugin import AMP, AMPTrainer, AMPTrainingArguments, amp_backward
 
 pytestmark = MARKS
 IN_FLOAT32 = [name for name in PRECISIONS if name != "fp64"]
@@ -86,18 +87,7 @@ def test_an_attached_net_compiled_with_graphs_of_its_own_ends_where_the_referenc
 @CAPTURED
 def test_a_step_with_a_nan_changes_nothing_and_is_counted(captured: bool) -> None:
     training = Training("fp32", captured=captured)
-    step: Step = by_attach(training)
-    if captured:
-        step = CapturedStep(step, training.optimizer, warm_up=1)
-    good, bad = batches()[:2]
-    bad[0][3, 1, 2, 2] = torch.nan
-    for batch, moves in [(good, True)] * 3 + [(bad, False)] * 2 + [(good, True)]:
-        before = [tensor.detach().clone() for tensor in training.held()]
-        training.load(*batch)
-        step()
-        same = [torch.equal(a, b) for a, b in zip(before, training.held(), strict=False)]  # momentum begins with a step
-        assert same == [not moves] * len(same)
-    assert training.optimizer.skipped_steps == 2
+    assert_a_nan_changes_nothing(training, by_attach(training), captured)
 
 
 @CAPTURED
@@ -105,15 +95,7 @@ def test_a_gradient_scaler_skips_what_overflows_and_lowers_its_scale(captured: b
     """The first ascent knows nothing of the scale, so it is the descent that overflows; then the ascents do."""
     training = Training("fp16", captured=captured)
     training.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**40)
-    step: Step = by_attach(training)
-    if captured:
-        step = CapturedStep(step, training.optimizer, warm_up=1)
-    training.load(*batches()[0])
-    before = [p.detach().clone() for p in training.net.parameters()]
-    for k in range(1, 5):
-        step()
-        assert training.scaler.get_scale() == 2.0 ** (40 - k)
-    assert all(torch.equal(a, b) for a, b in zip(before, training.net.parameters(), strict=True))
+    assert_overflows_lower_the_scale(training, by_attach(training), captured)
 
 
 # --- libraries

@@ -252,3 +252,30 @@ def own_settings() -> Iterator[None]:
         os.environ.clear()
         os.environ.update(environment)
         torch._dynamo.reset()
+
+
+def assert_a_nan_changes_nothing(training: Training, step: Step, captured: bool) -> None:
+    if captured:
+        step = CapturedStep(step, training.optimizer, warm_up=1)
+    good, bad = batches()[:2]
+    bad[0][3, 1, 2, 2] = torch.nan
+    for batch, moves in [(good, True)] * 3 + [(bad, False)] * 2 + [(good, True)]:
+        before = [tensor.detach().clone() for tensor in training.held()]
+        training.load(*batch)
+        step()
+        same = [torch.equal(a, b) for a, b in zip(before, training.held(), strict=False)]  # momentum begins with a step
+        assert same == [not moves] * len(same)
+    assert training.optimizer.skipped_steps == 2
+
+
+def assert_overflows_lower_the_scale(training: Training, step: Step, captured: bool) -> None:
+    """Where the training's scaler starts at 2 ** 40."""
+    if captured:
+        step = CapturedStep(step, training.optimizer, warm_up=1)
+    training.load(*batches()[0])
+    before = [p.detach().clone() for p in training.net.parameters()]
+    for k in range(1, 5):
+        step()
+        assert training.scaler is not None
+        assert training.scaler.get_scale() == 2.0 ** (40 - k)
+    assert all(torch.equal(a, b) for a, b in zip(before, training.net.parameters(), strict=True))
