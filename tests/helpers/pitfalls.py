@@ -612,8 +612,8 @@ PITFALLS = [
         "hyper-parameters that change are frozen in a captured step",
         "CUDA graphs, by design",
         "doors/captured_training.py",
-        "(list(batches), num_items)), _options(self._optimizer)\n",
-        "(list(batches), num_items)), None\n",
+        "                _options(self._optimizer),\n",
+        "                None,\n",
         "doors/test_captured_training.py::test_hyper_parameters_that_change_are_captured_anew",
     ),
     Pitfall(
@@ -628,8 +628,8 @@ PITFALLS = [
         "a step that the device skips is never told",
         "captured steps of this package",
         "doors/trainer.py",
-        "                tell_of_skipped_step(self.amp)  # the device alone knew\n",
-        "                pass\n",
+        "            tell_of_skipped_step(self.amp)  # the device alone knew; the last log is that of the end\n",
+        "            pass\n",
         "doors/test_captured_training.py::test_a_step_of_values_that_are_not_finite_is_skipped_and_told",
     ),
     Pitfall(
@@ -647,6 +647,22 @@ PITFALLS = [
         "(pixels.clone(), labels.clone()) if call.captured else",
         "(pixels, labels) if call.captured else",
         "train/test_capture.py::test_a_captured_job_is_the_job_as_it_is",
+    ),
+    Pitfall(
+        "a captured step goes on with parameters that were frozen, or in memory that they have left",
+        "CUDA graphs, by design",
+        "core/capture.py",
+        "        if places != self._places or state is not self._state:\n",
+        "        if False:\n",
+        "core/test_capture.py::test_what_has_moved_between_two_steps_is_captured_anew",
+    ),
+    Pitfall(
+        "a Trainer's captured step goes on with parameters that were frozen, or in memory that they have left",
+        "CUDA graphs, by design",
+        "doors/captured_training.py",
+        "                places_of(self._params),\n",
+        "                None,\n",
+        "doors/test_captured_training.py::test_what_a_callback_changes_is_what_is_trained",
     ),
 ]
 
