@@ -53,6 +53,11 @@ def check_ascents(amp: AMP, step: Step) -> None:
 
     A step whose passes have left no gradient at all is as harmless as the base optimizer's.
     """
+    if step.rest is not None:
+        raise RuntimeError(
+            f"ascent={str(amp.policy)!r} spares the descent the samples of the ascent: make its pass over"
+            " optimizer.descent_batches([batch]), or take ascent='subset(...)', whose descent is on all"
+        )
     harmless = step.plain or (step.idle and not amp.has_gradients())
     if step.ascents != amp.inner_iter and not step.descents and not harmless:
         raise RuntimeError(

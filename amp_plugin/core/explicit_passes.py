@@ -62,6 +62,24 @@ def ascent_passes(
         raise
 
 
+def descent_batches(self: AMP, batches: Sequence[Any]) -> Sequence[Any]:
+    """Return the micro-batches that the pass of the descent has to run, of those that :meth:`AMP.ascent_passes` had.
+
+    These are all of them, but with ``"split(0.25)"`` in a step that ascends, which is an error without this call::
+
+        for micro_batches in optimizer.ascent_passes([(x, y)]):
+            ...
+        micro_batches = optimizer.descent_batches([(x, y)])
+        for x_, y_ in micro_batches:
+            (loss_fn(model(x_), y_) / len(micro_batches)).backward()
+
+    Args:
+        batches: micro-batches of the step.
+    """
+    rest, self.progress.rest = self.progress.rest, None
+    return batches if rest is None else rest
+
+
 @not_compiled
 @torch.no_grad()
 def ascend(self: AMP, *, grad_scale: Scale = 1.0) -> None:
@@ -90,7 +108,7 @@ def ascend(self: AMP, *, grad_scale: Scale = 1.0) -> None:
         return
     _check_gradients(self)
     self.others_check.look(self._params())
-    _, share = self.policy.select_batches(None)
+    _, share, *_ = self.policy.select_batches(None)
     try:
         self._ascend(grad_scale, share)
     except BaseException:

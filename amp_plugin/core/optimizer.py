@@ -32,7 +32,7 @@ from amp_plugin.core.explicit_passes import Batches, Scale
 from amp_plugin.core.fused import step_where_finite
 from amp_plugin.core.other_gradients import OthersCheck
 from amp_plugin.core.perturbation import Norm, Perturbation
-from amp_plugin.core.policies import AscentPolicy, make_policy
+from amp_plugin.core.policies import AscentPolicy, BatchParts, make_policy
 from amp_plugin.core.replay import ExtraPasses
 from amp_plugin.core.selection import Parameters, ParameterSelection
 from amp_plugin.core.step import Step
@@ -69,14 +69,16 @@ class AMP(OptimizerWrapper):
         weight_decay: option of the base optimizer, which acts at theta, never in the ascent.
         nesterov: option of the base optimizer.
         ascent: steps that ascend, and what they ascend on and along, to spend fewer passes: ``"full"`` (default, the
-            paper), ``"subset(0.5)"``, ``"every(2)"``, ``"window(0.5, 1.0)"``, ``"stale"``, ``"momentum"``,
-            ``"adaptive(0.0)"``, or several, ``"every(2), subset(0.5)"``; see :mod:`amp_plugin.core.policies`.
+            paper), ``"subset(0.5)"``, ``"split(0.25)"``, ``"every(2)"``, ``"window(0.5, 1.0)"``, ``"stale"``,
+            ``"momentum"``, ``"adaptive(0.0)"``, or several, ``"every(2), subset(0.5)"``; see
+            :mod:`amp_plugin.core.policies`.
         parameters: choice of what is perturbed: ``"norm"`` for the weight and bias of normalisation layers, another
             string for a regular expression to be found in the names (see :meth:`name_parameters`), or a function of
             name and parameter; default None, all parameters.
         capturable: whether the host reads nothing in a step, so that a CUDA graph can hold one
             (:class:`amp_plugin.CapturedStep`), and the base optimizer's fused kernel skips what was not finite, without
-            a warning; default False. Needs ``fused=True`` and ``ascent="full"``.
+            a warning; default False. Needs ``fused=True`` and a policy whose steps are all alike (``"full"``,
+            ``"subset(0.25)"``, ``"split(0.25)"``).
         **kwargs: further arguments of the base optimizer.
 
     Attributes:
@@ -182,21 +184,23 @@ class AMP(OptimizerWrapper):
         This is :meth:`ascent_passes` for doors, which restore after an error by themselves. With ``prune`` parameters
         outside the ball require no gradient in these passes; DDP must not wait for one then.
         """
-        self.progress.begun = True
+        self.progress.begun, self.progress.rest = True, None
         if not (self.ascends and complaints.may_perturb(self)):
             self.progress.plain = True
         elif not self.policy.cost:  # the direction is known without a pass
             ball = self.selection.within(self.param_groups)
             self._ascend(directions=self.policy.directions(self.base_optimizer, ball))
         else:
-            part, share = self.policy.select_batches(batches)
+            part, share, self.progress.rest = BatchParts(*self.policy.select_batches(batches))
+            splits = self.progress.rest is not None
             for k in range(self.inner_iter):
-                guard = passes.ascent(k, self._params()) if passes else self.others_check.ascent(self._params())
+                own = self._params()
+                guard = passes.ascent(k, own, splits=splits) if passes else self.others_check.ascent(own)
                 with guard, self.selection.pruned(self.param_groups if prune else []) as outside:
                     yield part
                 if outside:  # reentrant checkpointing may have dropped gradients in the ball with theirs
                     self.progress.unreached = [p for p in self.selection.within(self.param_groups) if p.grad is None]
-                self._ascend(grad_scale, share)
+                self._ascend(grad_scale, 0.0 if splits and k == 0 else share)  # the descent is spared it
 
     @torch.no_grad()
     def _ascend(
@@ -289,6 +293,7 @@ class AMP(OptimizerWrapper):
     # --- for loops that make the passes themselves, and for gradient scalers
 
     ascent_passes = explicit_passes.ascent_passes
+    descent_batches = explicit_passes.descent_batches
     ascend = explicit_passes.ascend
     pass_on_overflow = Renamed("propagate_overflow")
 

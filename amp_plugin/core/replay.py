@@ -77,6 +77,7 @@ class ExtraPasses:
         self._drawing: set[torch.device] = set()  # devices whose generator that pass drew from
         self._looked = False  # whether there was such a pass
         self._own: set[int] = set()  # identities of the optimizer's parameters
+        self._splits = False  # whether the descent of the step under way is on other samples than the ascent
         self._aside: GradientsAside | None = None  # gradients of all others, in a pass of the ascent
 
     @contextmanager
@@ -89,29 +90,30 @@ class ExtraPasses:
     @contextmanager
     def perturbed(self) -> Iterator[None]:
         """Guard a pass at theta + delta: replay state and random numbers, and put the state back afterwards."""
-        self._search.save(self._end)
-        try:
-            self._replay()
+        with self._repeated(keeps=False):
             yield
-        finally:
-            self._end.load()
 
     def nth(self, index: int) -> AbstractContextManager[None]:
-        """Return the guard of a pass by its index in the step: :meth:`clean` for 0, wherever the weights are."""
-        return self.perturbed() if index else self.clean()
+        """Return the guard of a pass by its index in the step: :meth:`clean` for 0, wherever the weights are.
+
+        The last pass of a step whose passes share out the batch (``"split(0.25)"``) keeps the state that it leaves.
+        """
+        return self._repeated(keeps=self._splits) if index else self.clean()
 
     @contextmanager
-    def ascent(self, index: int, own: Iterable[Tensor]) -> Iterator[None]:
+    def ascent(self, index: int, own: Iterable[Tensor], *, splits: bool = False) -> Iterator[None]:
         """Guard a pass of the ascent, which leaves no gradient on parameters of the module that others train.
 
         Args:
             index: index of the pass in the step.
             own: parameters of the optimizer, whose gradients the ascent is along.
+            splits: whether the pass of the descent is on other samples; default False.
         """
         self._own = {id(p) for p in own}
         aside = self._aside = GradientsAside(p for p in parameters_of(self.module) if id(p) not in self._own)
         try:
-            with self.nth(index):
+            with self.perturbed() if index else self.clean():
+                self._splits = splits
                 yield
         finally:
             self._aside = None
@@ -138,8 +140,22 @@ class ExtraPasses:
         finally:
             self._end.load()
 
+    @contextmanager
+    def _repeated(self, *, keeps: bool) -> Iterator[None]:
+        """Guard a pass that starts as the clean one did, and that keeps its own state or puts back what there was."""
+        self._search.save(self._end)
+        try:
+            self._replay()
+            yield
+        except BaseException:
+            self._end.load()
+            raise
+        if not keeps:
+            self._end.load()
+
     @not_compiled
     def _begin(self) -> None:
+        self._splits = False
         capturing = _is_capturing()
         self._search.begin(self._start, may_wait=not capturing)
         if self.rng == "same":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -41,6 +42,7 @@ class Step:
             step, whose own it waits for.
         costs: price of going from theta to each theta + delta, in forward and backward passes over the batch; there
             are several where each micro-batch is perturbed for itself.
+        rest: micro-batches that the pass of the descent is to be on and was not given yet, where these are not all.
         unreached: parameters in the ball that got no gradient in an ascent pass, while those outside required none.
         set_aside: gradients from before ``step(closure)``, while the closure runs; None while no closure runs.
     """
@@ -55,6 +57,7 @@ class Step:
     factors: list[AsyncScalar] = field(default_factory=list)
     unread: list[AsyncScalar] | None = None
     costs: list[float] = field(default_factory=list)
+    rest: Sequence[Any] | None = None
     unreached: list[Tensor] = field(default_factory=list)
     set_aside: dict[Tensor, Tensor] | None = None
 

@@ -115,7 +115,7 @@ def amp_backward(
             for part, sync in ascent:
                 means.append(run(detached_inputs(part), sync))
         with passes.nth(len(means)):
-            means.append(run(batches))
+            means.append(run(amp.descent_batches(batches)))
         note_idle(amp)
     except BaseException:
         clear()

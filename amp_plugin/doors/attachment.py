@@ -46,6 +46,7 @@ class Attachment:
         self.amp_loss: Tensor | None = None
         self.amp, self.module, self.passes, self._sync_ascent = amp, module, passes, sync
         self._ascending = False  # whether the hooks see a pass of the ascent, which they leave alone
+        self._inputs: tuple[Any, Any] | None = None  # of the descent's forward pass, if they are a part of the call's
         self._forward: ExitStack | None = None  # the guard of the descent's forward pass, while that runs
         self.grad_scale: Tensor | None = None
         self.handles: list[RemovableHandle] = []
@@ -105,8 +106,10 @@ class Attachment:
             forward.close()
 
     @not_compiled_itself
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Make the ascent, as a forward pre-hook.
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Make the ascent, as a forward pre-hook; return the arguments for the descent, if they are not all.
 
         The generator of the ascent only says what to call; the call is here, because torch.compile would not compile a
         call from a generator.
@@ -120,6 +123,8 @@ class Attachment:
                 _advance(passes, error=error)
                 raise
             call = _advance(passes, output)
+        inputs, self._inputs = self._inputs, None
+        return inputs
 
     @not_compiled
     def _ascent(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Passes:
@@ -135,6 +140,9 @@ class Attachment:
             return 0
         self._check_module(module)
         made = yield from self._passes(amp, passes, module, args, kwargs)
+        batch = [(args, kwargs)]
+        rest = amp.descent_batches(batch)
+        self._inputs = None if rest is batch else rest[0]
         _running.set(self)
         self._forward = ExitStack()
         self._forward.enter_context(passes.nth(made))

@@ -9,8 +9,8 @@ So k accumulation steps equal one batch that is k times larger.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import torch
@@ -222,17 +222,19 @@ class AMPMixin(TrainerMixin):
         try:
             if window.descent is None:
                 self._ascend(amp, step, model, num_items)
-            window.current = id(inputs)
-            loss = step(model, inputs, num_items)
+            if window.rest is window.batches:
+                window.amp_losses.append(self._pass(step, model, inputs, num_items))
+            elif (k := window.calls - len(window.batches) + len(window.rest)) >= 0:
+                with self._as_window(window.rest, num_items) as items:
+                    window.amp_losses.append(self._pass(step, model, window.rest[k], items))
         except BaseException:
             self._end_amp_window()
             raise
         finally:
             window.in_step = False
-        window.amp_losses.append(detached_for_good(loss))
-        if window.clean_losses:
-            loss = window.clean_losses[len(window.amp_losses) - 1]
-        if len(window.amp_losses) == len(window.batches):
+        window.calls += 1
+        loss = (window.clean_losses or window.amp_losses)[window.calls - 1]
+        if window.calls == len(window.batches):
             self._amp_means.add(self._measures(amp))
             note_idle(amp)
             self._end_amp_window()
@@ -305,27 +307,40 @@ class AMPMixin(TrainerMixin):
         )
         with closing(ascent), backward_observed(self.accelerator, passes.spare_leaves):
             for part, sync in ascent:
-                losses = self._ascent_pass(step, model, part, num_items, sync=sync)
+                losses = self._passes_over(step, model, part, num_items, sync=sync, detach=True)
                 if made == 0:
                     window.clean_losses = losses if len(part) == k else [torch.stack(losses).sum() / k] * k
                 made += 1
+        window.rest = amp.descent_batches(window.batches)
         window.descent.enter_context(passes.nth(made))
 
-    def _ascent_pass(
-        self, step: TrainingStep, model: nn.Module, part: Sequence[Any], num_items: Any, *, sync: bool
+    def _passes_over(
+        self, step: TrainingStep, model: nn.Module, part: Sequence[Any], num_items: Any, *, sync: bool, detach: bool
     ) -> list[Tensor]:
         """Make the step of each micro-batch of a part of the window, as if the part were the window."""
+        losses = []
+        with self._as_window(part, num_items) as items:
+            for k, inputs in enumerate(part, 1):
+                with gradient_sync(model, sync and k == len(part)):
+                    losses.append(self._pass(step, model, inputs, items, detach=detach))
+        return losses
+
+    def _pass(
+        self, step: TrainingStep, model: nn.Module, inputs: Any, num_items: Any, *, detach: bool = False
+    ) -> Tensor:
+        """Make the step of a micro-batch; an ascent detaches its inputs, whose gradient the descent may want."""
+        self._amp_window.current = id(inputs)
+        return detached_for_good(step(model, detached_inputs(inputs) if detach else inputs, num_items))
+
+    @contextmanager
+    def _as_window(self, part: Sequence[Any], num_items: Any) -> Iterator[Any]:
+        """Let the Trainer take a part of the window for all of it; yield the number of items in the part."""
         whole = self.current_gradient_accumulation_steps
         if num_items is not None and part is not self._amp_window.batches:
             num_items = self._get_num_items_in_batch(list(part), self.args.device)
         try:
             self.current_gradient_accumulation_steps = len(part)
-            losses = []
-            for k, inputs in enumerate(part, 1):
-                self._amp_window.current = id(inputs)
-                with gradient_sync(model, sync and k == len(part)):
-                    losses.append(detached_for_good(step(model, detached_inputs(inputs), num_items)))
-            return losses
+            yield num_items
         finally:
             self.current_gradient_accumulation_steps = whole
 
@@ -370,10 +385,8 @@ class AMPMixin(TrainerMixin):
         try:
             if amp is not None and amp.perturbs:
                 self._ascend(amp, step, model, num_items)
-            for k, inputs in enumerate(batches, 1):
-                window.current = id(inputs)
-                with gradient_sync(model, k == len(batches)):
-                    window.amp_losses.append(detached_for_good(step(model, inputs, num_items)))
+            rest = window.rest or batches
+            window.amp_losses = self._passes_over(step, model, rest, num_items, sync=True, detach=False)
             measures = {}
             if amp is not None and amp.perturbs:
                 measures = self._measures(amp)

@@ -24,6 +24,8 @@ class Window:
     """The accumulation window under way."""
 
     batches: Sequence[Any] = ()
+    rest: Sequence[Any] = ()  # micro-batches that the descent runs, in the last calls of the loop
+    calls: int = 0  # how often the loop has called a step of this window
     clean_losses: list[Tensor] = field(default_factory=list)  # one for each micro-batch
     amp_losses: list[Tensor] = field(default_factory=list)  # one for each micro-batch that the descent has run
     descent: ExitStack | None = None  # closing it leads back to theta

@@ -163,9 +163,8 @@ class AMPArguments(_AMPOptions, TrainingArguments):
     def _check_capture(self, policy: AscentPolicy) -> None:
         """Refuse with `amp_capture` what the host has a say in."""
         reasons = {
-            f'amp_ascent={self.amp_ascent!r} takes steps of several kinds; use amp_ascent="full"': (
-                self.uses_amp and policy.name != "full"
-            ),
+            f"amp_ascent={self.amp_ascent!r} takes steps of several kinds; use 'full', 'subset(0.25)' or"
+            " 'split(0.25)'": self.uses_amp and not policy.is_static,
             "fp16 lets the host decide which steps are made; use bf16=True": self.fp16,
             f"torch_compile_mode={self.torch_compile_mode!r} captures graphs of its own; leave it out": (
                 self.torch_compile_mode in _OWN_GRAPHS

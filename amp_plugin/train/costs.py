@@ -62,7 +62,7 @@ def mean_passes(optimizer: Any, steps: int) -> float:
         return 1
     policy = amp.policy
     ascents = sum(policy.ascends({**policy.state, "ascent_step": step}, steps) for step in range(steps))
-    return 1 + amp.inner_iter * policy.cost * ascents / steps
+    return 1 + (amp.inner_iter - policy.spares_descent) * policy.cost * ascents / steps
 
 
 def passes_made(optimizer: Any, steps: int, records: Iterable[Mapping[str, float]]) -> float:

@@ -123,7 +123,9 @@ def _values(scale: Scale, setting: Setting, method: str) -> dict[str, Any] | Non
     """Return the hyper-parameters of a run that is reported; None if they have yet to be chosen."""
     if scale.tuning is not None:
         setting = setting._replace(dataset=scale.tuning.carried.get(setting.dataset, setting.dataset))
-        return scale.chosen.get(setting, {}).get(methods()[method].tuned_as or method)
+        found = [scale.chosen.get(setting, {}).get(source) for source in methods()[method].sources]
+        values = {name: value for some in found if some for name, value in some.items()}
+        return None if None in found else values
     return published().perturbation[setting.model][setting.augment] if method == "amp" else {}
 
 
@@ -132,5 +134,6 @@ def tunable(scale: Scale, method: str) -> list[str]:
     own = [name for name in methods()[method].options if name not in ("optim", "epochs_times", "amp_ascent")]
     if method == "amp":
         own += ["amp_epsilon", "amp_inner_lr"]
-    trials = scale.tuning.trials.get(methods()[method].tuned_as or method, []) if scale.tuning else []
+    tried = scale.tuning.trials if scale.tuning else {}
+    trials = [trial for source in methods()[method].sources for trial in tried.get(source, [])]
     return list(dict.fromkeys([*own, *(name for trial in trials for name in trial)]))

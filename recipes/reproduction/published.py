@@ -51,7 +51,7 @@ class Method(NamedTuple):
 
     label: str  # name in the tables
     options: dict[str, Any]  # of train.py, or "dropout" or "epochs_times" (see methods.yaml)
-    tuned_as: str | None = None  # method whose chosen values this one takes; None for its own
+    sources: tuple[str, ...]  # methods whose chosen values this one takes: itself, or what "tuned_as" names
 
     @property
     def ascent(self) -> str | None:
@@ -72,7 +72,14 @@ def published() -> Published:
 def methods() -> dict[str, Method]:
     """Read the methods by name, in the order in which a sweep runs them."""
     data = yaml.safe_load((HERE / "methods.yaml").read_text())
-    return {name: Method(**fields) for name, fields in data.items()}
+    return {
+        name: Method(fields["label"], fields["options"], _names(fields.get("tuned_as", name)))
+        for name, fields in data.items()
+    }
+
+
+def _names(given: str | list[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def by_setting(data: dict[str, Any], convert: Callable[[Any], T]) -> dict[Setting, dict[str, T]]:

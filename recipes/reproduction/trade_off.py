@@ -61,7 +61,7 @@ def modes_of(rows: Sequence[Row], seconds: Mapping[str, float]) -> list[Mode]:
     modes = []
     for row in rows:
         method = methods()[row.method]
-        if row.values != shared.get(method.tuned_as or row.method, row.values):
+        if row.values != shared.get(method.sources[0], row.values) or len(method.sources) > 1:
             continue
         if method.ascent is not None:
             if method.ascent not in seconds:
@@ -69,7 +69,7 @@ def modes_of(rows: Sequence[Row], seconds: Mapping[str, float]) -> list[Mode]:
                     f"the benchmark has no seconds of {method.ascent}: run benchmark.py --only ascents anew"
                 )
             cost = seconds[method.ascent]
-        elif REFERENCE in (row.method, method.tuned_as):
+        elif method.sources == (REFERENCE,):
             cost = float(method.options.get("epochs_times", 1))  # the same step, so many times as often
         else:
             continue

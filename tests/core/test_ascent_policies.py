@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from ascent_doors import BALL, DOORS, LOOPS, SGD, CountingNet, Seen, make, samples_of, train, train_with_trainer
-from ascent_reference import RULES, STEPS, Batch, policy_trajectory, stale
+from ascent_reference import RULES, STEPS, Batch, descent_of, policy_trajectory, stale
 from exactness_problem import Net
-from passes import OWNS_BATCH, PAGE, POLICIES, seen_of, table, windows_of
+from passes import OWNS_BATCH, PAGE, POLICIES, seen_of, table, takes_part, windows_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,7 +22,8 @@ from amp_plugin.core.policies import Every, Subset, make_policy
 
 
 def reference(policy: tuple[str, str | None], windows: list[list[Batch]], each: bool = False) -> Any:
-    return policy_trajectory(Net(), F.cross_entropy, windows, RULES[policy][0], **SGD, **BALL, each=each)
+    rule, on = RULES[policy][0], descent_of(policy[0])
+    return policy_trajectory(Net(), F.cross_entropy, windows, rule, **SGD, **BALL, each=each, descent_on=on)
 
 
 def assert_close(weights: list[dict[str, torch.Tensor]], want: Any) -> None:
@@ -41,7 +42,7 @@ def assert_close(weights: list[dict[str, torch.Tensor]], want: Any) -> None:
 def test_trajectory_and_passes(door: str, policy: tuple[str, str | None], micro_batches: int) -> None:
     """The weights after each of 20 steps, and the samples that went forward and backward in it."""
     windows = windows_of(micro_batches)
-    if "subset" in policy[0] and door in OWNS_BATCH:
+    if takes_part(policy[0]) and door in OWNS_BATCH:
         with pytest.raises(ValueError, match=r"a closure or a bare ascend\(\) keeps it.*attach.*amp_backward"):
             train(door, *policy, windows)
         return
@@ -161,7 +162,7 @@ def test_a_checkpoint_from_before_there_were_policies_loads(ascent: str) -> None
 @pytest.mark.parametrize("door", ["closure", "passes", "attach", "amp_backward"])
 @pytest.mark.parametrize("policy", [p for p in POLICIES if "adaptive" not in p[0]], ids=str)
 def test_an_interrupt_in_any_pass_finds_clean_weights(door: str, policy: tuple[str, str | None]) -> None:
-    if "subset" in policy[0] and door in OWNS_BATCH:
+    if takes_part(policy[0]) and door in OWNS_BATCH:
         return
     windows = windows_of(1)
     net, amp = make(*policy)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from ascent_doors import BALL, SGD
 from ascent_processes import CASES, POLICIES, WORLD, batches
-from ascent_reference import RULES, half_of_each, policy_trajectory
+from ascent_reference import (
+    RULES,
+    Batch,
+    half_of_each,
+    policy_trajectory,
+    quarter_of_each,
+    three_quarters_of_each,
+)
 from exactness_problem import Net
 from launch import run_processes
 from torch.nn import functional as F
@@ -25,9 +33,12 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_two_processes_equal_one(policy: tuple[str, str | None], seen: Any) -> None:
     rule, passes = RULES[policy]
+    on: Callable[[Sequence[Batch]], Sequence[Batch]] = lambda window: window  # noqa: E731
     if policy[0] == "subset(0.5)":  # of the batch of every process
         rule = lambda m: m.gradient(half_of_each(m))  # noqa: E731
-    want = policy_trajectory(Net(), F.cross_entropy, batches(), rule, **SGD, **BALL)
+    if policy[0] == "split(0.25)":
+        rule, on = quarter_of_each, three_quarters_of_each
+    want = policy_trajectory(Net(), F.cross_entropy, batches(), rule, **SGD, **BALL, descent_on=on)
     for case in [case for case in CASES if case[1:] == policy]:
         first, second = (of_rank[case] for of_rank in seen)
         expected = [2.0 if a else 1.0 for _, a in want] if passes is None else list(map(passes, range(len(want))))

@@ -110,8 +110,9 @@ def by_passes(net: nn.Module, amp: AMP) -> Step:
         for part in amp.ascent_passes(window):
             for batch in part:
                 (net(*batch)["loss"] / len(part)).backward()
-        for batch in window:
-            (net(*batch)["loss"] / len(window)).backward()
+        rest = amp.descent_batches(window)
+        for batch in rest:
+            (net(*batch)["loss"] / len(rest)).backward()
         amp.step()
         amp.zero_grad()
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from ascent_doors import LOOPS, make, train_with_trainer
 from ascent_reference import STEPS, Batch
 from leaving import leave
+from passes import takes_part
 from problems import small_batches
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -28,11 +29,12 @@ POLICIES: list[tuple[str, str | None]] = [
     ("every(3)", None),
     ("adaptive(-1.4)", None),
     ("subset(0.5)", None),
+    ("split(0.25)", None),
     ("full", "norm"),
 ]
 DOORS = ("closure", "passes", "attach", "fully_shard", "amp_backward", "AMPTrainer")
 # A closure keeps its batch, and passes of one's own are synchronised by DDP like any other.
-CASES = [(door, *policy) for policy in POLICIES for door in DOORS if (door, policy[0]) != ("closure", "subset(0.5)")]
+CASES = [(door, *policy) for policy in POLICIES for door in DOORS if door != "closure" or not takes_part(policy[0])]
 
 
 def batches() -> list[list[Batch]]:

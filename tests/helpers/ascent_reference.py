@@ -48,6 +48,24 @@ def half_of_each(m: Moment) -> list[Batch]:
     return [(x[: len(x) // 2], y[: len(y) // 2]) for x, y in m.window]
 
 
+def quarter(m: Moment) -> Tensors:
+    """The first quarter of the samples; of two micro-batches the first."""
+    return quarter_of_each(m) if len(m.window) == 1 else m.gradient(m.window[:1])
+
+
+def quarter_of_each(m: Moment) -> Tensors:
+    return m.gradient([(x[:2], y[:2]) for x, y in m.window])
+
+
+def three_quarters(window: Sequence[Batch]) -> Sequence[Batch]:
+    """What `quarter` leaves, for the descent."""
+    return three_quarters_of_each(window) if len(window) == 1 else window[1:]
+
+
+def three_quarters_of_each(window: Sequence[Batch]) -> Sequence[Batch]:
+    return [(x[2:], y[2:]) for x, y in window]
+
+
 def stale(m: Moment) -> Tensors | None:
     return m.descents[-1] if m.descents else None
 
@@ -80,15 +98,22 @@ STEPS = 20
 RULES: dict[tuple[str, str | None], tuple[Rule, Callable[[int], float] | None]] = {
     ("full", None): (full, lambda t: 2.0),
     ("subset(0.5)", None): (half, lambda t: 1.5),
+    ("split(0.25)", None): (quarter, lambda t: 1.0),
     ("every(3)", None): (when(lambda t: t % 3 == 0, full), lambda t: 2.0 if t % 3 == 0 else 1.0),
     ("window(5, 12)", None): (when(lambda t: 5 <= t < 12, full), lambda t: 2.0 if 5 <= t < 12 else 1.0),
     ("stale", None): (stale, lambda t: 1.0),
     ("momentum", None): (momentum, lambda t: 1.0),
     ("adaptive(-1.4)", None): (adaptive, None),
     ("every(2), subset(0.5)", None): (when(lambda t: t % 2 == 0, half), lambda t: 1.5 if t % 2 == 0 else 1.0),
+    ("split(0.25), every(2)", None): (when(lambda t: t % 2 == 0, quarter), lambda t: 1.0),
     ("stale, every(2)", None): (when(lambda t: t % 2 == 0, stale), lambda t: 1.0),
     ("full", "norm"): (of_batch_norm, lambda t: 2.0),
 }
+
+
+def descent_of(ascent: str) -> Callable[[Sequence[Batch]], Sequence[Batch]]:
+    """What the descent of a step that ascends is on."""
+    return three_quarters if "split" in ascent else lambda window: window
 
 
 def policy_trajectory(
@@ -104,6 +129,7 @@ def policy_trajectory(
     nesterov: bool,
     weight_decay: float,
     each: bool = False,
+    descent_on: Callable[[Sequence[Batch]], Sequence[Batch]] = lambda window: window,
 ) -> list[tuple[Tensors, bool]]:
     """Train a float64 copy of `model`.
 
@@ -114,6 +140,7 @@ def policy_trajectory(
         rule: what to ascend along.
         lr, epsilon, inner_lr, momentum, nesterov, weight_decay: of AMP around SGD.
         each: whether every micro-batch is perturbed for itself.
+        descent_on: micro-batches for the descent of a step that ascends.
 
     Returns:
         For each step the parameters after it, and whether it ascended.
@@ -138,7 +165,7 @@ def policy_trajectory(
             along = rule(Moment(step, group, theta, dict(velocity), descents, at_theta))
             delta = project({name: inner_lr * g for name, g in (along or {}).items()}, epsilon, "tensor")
             moved = {name: p + delta[name] if name in delta else p for name, p in theta.items()}
-            for name, g in gradient(moved, group).items():
+            for name, g in gradient(moved, group if along is None else descent_on(group)).items():
                 descent[name] += g / len(groups)
         theta = sgd(theta, descent, velocity, lr, momentum, nesterov, weight_decay)
         descents.append(descent)

@@ -20,6 +20,11 @@ POLICIES = list(RULES)
 OWNS_BATCH = ("closure", "ascend")  # doors that cannot be told a part of the batch
 
 
+def takes_part(ascent: str) -> bool:
+    """Whether a policy ascends on a part of the batch."""
+    return "subset" in ascent or "split" in ascent
+
+
 def windows_of(micro_batches: int, size: int = 8) -> list[list[Batch]]:
     """The micro-batches of every step."""
     every = iter(small_batches(STEPS * micro_batches, size, torch.float64))
@@ -40,7 +45,7 @@ def table() -> str:
         ascent, parameters = policy
         cells = [f'`"{ascent}"`' + (f' with `parameters="{parameters}"`' if parameters else "")]
         for door in DOORS:
-            if "subset" in ascent and door in OWNS_BATCH:
+            if takes_part(ascent) and door in OWNS_BATCH:
                 cells.append("refused")
             else:
                 seen = seen_of(door, policy, 1)

@@ -9,18 +9,21 @@ from __future__ import annotations
 from amp_plugin.core.policies.adaptive import Adaptive
 from amp_plugin.core.policies.combined import Combined
 from amp_plugin.core.policies.parse import make_policy
-from amp_plugin.core.policies.policy import AscentPolicy, Full
+from amp_plugin.core.policies.policy import AscentPolicy, BatchParts, Full
 from amp_plugin.core.policies.schedule import Every, Window
+from amp_plugin.core.policies.split import Split
 from amp_plugin.core.policies.stale import Momentum, Stale
 from amp_plugin.core.policies.subset import Subset
 
 __all__ = [
     "Adaptive",
     "AscentPolicy",
+    "BatchParts",
     "Combined",
     "Every",
     "Full",
     "Momentum",
+    "Split",
     "Stale",
     "Subset",
     "Window",

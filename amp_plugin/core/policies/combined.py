@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from amp_plugin.core.policies.policy import AscentPolicy, Full
+from amp_plugin.core.policies.part import PartOfBatch
+from amp_plugin.core.policies.policy import AscentPolicy, BatchParts, Full
 from amp_plugin.core.policies.schedule import Every, Window
 from amp_plugin.core.policies.stale import Remembered
-from amp_plugin.core.policies.subset import Subset
 
 
 @dataclass
@@ -41,7 +41,10 @@ class Combined(AscentPolicy):
         sources = [p.name for p in self.policies if isinstance(p, Remembered)]
         if len(sources) > 1:
             raise ValueError(f"ascent={str(self)!r}: there can be one direction only, {' or '.join(sources)}")
-        if sources and any(isinstance(p, Subset) for p in self.policies):
+        parts = [p.name for p in self.policies if isinstance(p, PartOfBatch)]
+        if len(parts) > 1:
+            raise ValueError(f"ascent={str(self)!r}: there can be one part only, {' or '.join(parts)}")
+        if sources and parts:
             raise ValueError(f"ascent={str(self)!r}: {sources[0]} makes no ascent pass, so there is no part of one")
 
     @property
@@ -64,6 +67,11 @@ class Combined(AscentPolicy):
         """Whether all the policies are deterministic."""
         return all(p.is_deterministic for p in self.policies)
 
+    @property
+    def spares_descent(self) -> bool:  # type: ignore[override]
+        """Whether one of the policies does."""
+        return any(p.spares_descent for p in self.policies)
+
     def ascends(self, state: Mapping[str, Any], total_steps: int | None) -> bool:
         """Return whether all policies ascend.
 
@@ -80,9 +88,9 @@ class Combined(AscentPolicy):
                 )
         return all(p.ascends(state, total_steps) for p in self.policies)
 
-    def select_batches(self, batches: Sequence[Any] | None) -> tuple[Sequence[Any], float]:
-        """Return the part that a subset takes, if there is one among the policies, else all."""
-        return next((p for p in self.policies if isinstance(p, Subset)), Full()).select_batches(batches)
+    def select_batches(self, batches: Sequence[Any] | None) -> BatchParts:
+        """Return the parts of the policy that takes some, if there is one, else all."""
+        return next((p for p in self.policies if isinstance(p, PartOfBatch)), Full()).select_batches(batches)
 
     def directions(self, base: Optimizer, ball: Iterable[Tensor]) -> dict[Tensor, Tensor]:
         """Return the directions of the policy that has some."""

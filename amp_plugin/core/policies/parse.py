@@ -10,14 +10,15 @@ from amp_plugin.core.policies.adaptive import Adaptive
 from amp_plugin.core.policies.combined import Combined
 from amp_plugin.core.policies.policy import AscentPolicy, Full
 from amp_plugin.core.policies.schedule import Every, Window
+from amp_plugin.core.policies.split import Split
 from amp_plugin.core.policies.stale import Momentum, Stale
 from amp_plugin.core.policies.subset import Subset
 from amp_plugin.suggest import did_you_mean
 
 KINDS: dict[str, type[AscentPolicy]] = {
-    kind.name: kind for kind in (Full, Subset, Every, Window, Stale, Momentum, Adaptive)
+    kind.name: kind for kind in (Full, Subset, Split, Every, Window, Stale, Momentum, Adaptive)
 }
-EXAMPLES = "'full', 'subset(0.5)', 'every(2)', 'window(0.5, 1.0)', 'stale', 'momentum', 'adaptive(0.0)'"
+EXAMPLES = "'full', 'subset(0.5)', 'split(0.25)', 'every(2)', 'window(0.5, 1.0)', 'stale', 'momentum', 'adaptive(0.0)'"
 
 
 def make_policy(ascent: str | AscentPolicy) -> AscentPolicy:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -18,6 +18,20 @@ _RENAMED = {
     "forget": "reset",
     "foreseeable": "is_deterministic",
 }
+
+
+class BatchParts(NamedTuple):
+    """What the passes of a step run on.
+
+    Attributes:
+        ascent: micro-batches for the passes of the ascent.
+        share: how large a share of the step these are.
+        descent: micro-batches for the pass of the descent; None for all of the step.
+    """
+
+    ascent: Sequence[Any]
+    share: float
+    descent: Sequence[Any] | None = None
 
 
 @dataclass
@@ -33,6 +47,8 @@ class AscentPolicy:
         cost: price of an ascent, in forward and backward passes over the batch; 0 if a direction is there already.
         copies: number of copies of the perturbed parameters that the policy keeps.
         is_deterministic: whether :meth:`ascends` is known before the training.
+        is_static: whether all steps make passes of the same kind, so that one of them can be captured and replayed.
+        spares_descent: whether a step that ascends spares the descent the samples of the ascent.
     """
 
     part, settle, forget, foreseeable = map(Renamed, _RENAMED.values())
@@ -42,6 +58,8 @@ class AscentPolicy:
     cost: ClassVar[float] = 1.0
     copies: ClassVar[int] = 0
     is_deterministic: ClassVar[bool] = True
+    is_static: ClassVar[bool] = False
+    spares_descent: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -52,8 +70,11 @@ class AscentPolicy:
 
     def check(self, *, inner_iter: int, capturable: bool) -> None:
         """Raise ValueError if the policy cannot be followed with that many ascent steps, or in a captured step."""
-        if capturable and self.name != "full":
-            raise ValueError(f'capturable=True replays one step: it needs ascent="full", got {str(self)!r}')
+        if capturable and not self.is_static:
+            raise ValueError(
+                "capturable=True replays one step: it needs steps that are all alike, ascent='full', 'subset(0.25)' or"
+                f" 'split(0.25)', got {str(self)!r}"
+            )
         if not self.cost and inner_iter > 1:
             raise ValueError(f"ascent={str(self)!r} has one direction: inner_iter must be 1, got {inner_iter}")
 
@@ -66,9 +87,9 @@ class AscentPolicy:
         """
         return True
 
-    def select_batches(self, batches: Sequence[Any] | None) -> tuple[Sequence[Any], float]:
-        """Return the micro-batches of a step to ascend on, and how large a share of the step they are."""
-        return batches or (), 1.0
+    def select_batches(self, batches: Sequence[Any] | None) -> BatchParts:
+        """Return the micro-batches of a step to ascend on, their share, and those to descend on, if not on all."""
+        return BatchParts(batches or (), 1.0)
 
     def directions(self, base: Optimizer, ball: Iterable[Tensor]) -> dict[Tensor, Tensor]:
         """Return tensors to ascend along, by parameter, if :attr:`cost` is 0; the caller may overwrite them.
@@ -100,6 +121,7 @@ class Full(AscentPolicy):
     """Ascend in every step on the whole batch, as in the paper. A step costs ``1 + inner_iter`` passes."""
 
     name = "full"
+    is_static = True
 
 
 class CountsSteps(AscentPolicy):
