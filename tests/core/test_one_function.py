@@ -69,14 +69,14 @@ TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "bfloat16 autocast": 1e-5}
     door=st.sampled_from(sorted(DOORS)),
     kinds=st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=3, unique=True),
     inner_iter=st.integers(1, 2),
-    ascent=st.sampled_from(["full", "every(2)", "subset(0.5)"]),
+    ascent=st.sampled_from(["full", "every(2)", "subset(0.5)", "split(0.5)"]),
     norm=st.sampled_from(["tensor", "global"]),
     precision=st.sampled_from(sorted(TOLERANCES)),
 )
 def test_any_mixture_of_them(
     door: str, kinds: list[str], inner_iter: int, ascent: str, norm: str, precision: str
 ) -> None:
-    if door == "closure" and ascent == "subset(0.5)":  # a closure keeps the batch to itself
+    if door == "closure" and ascent in ("subset(0.5)", "split(0.5)"):  # a closure keeps the batch to itself
         ascent = "full"
     dtype = torch.float64 if precision == "float64" else torch.float32
     options = {"ascent": ascent, "inner_iter": inner_iter, "norm": norm, "autocast": "autocast" in precision}
@@ -101,11 +101,11 @@ def test_rounding_is_all_that_a_lower_precision_changes(door: str, precision: st
 
 # The Trainer itself cannot move these to the device: it takes every tuple for a plain one.
 UNKNOWN_TO_THE_TRAINER = ("named tuple", "packed sequence")
-# What `subset` cannot take the first samples of.
+# What no part of the samples can be taken of.
 WITHOUT_SAMPLES = ("dataclass", "frozen dataclass", "object", "packed sequence", "nested tensor", "sparse tensor")
 
 
-@pytest.mark.parametrize("ascent", ["full", "subset(0.5)"])
+@pytest.mark.parametrize("ascent", ["full", "subset(0.5)", "split(0.5)"])
 @pytest.mark.parametrize(
     ("container", "door"),
     [(c, d) for c in CONTAINERS for d in DOORS if d != "AMPTrainer" or c not in UNKNOWN_TO_THE_TRAINER],
@@ -116,7 +116,7 @@ def test_batches_come_in_any_container(container: str, door: str, ascent: str) -
     boxes = [(CONTAINERS[container].pack(x.clone(), y.clone()),) for x, y in data]
     refused = ascent != "full" and (container in WITHOUT_SAMPLES or door == "closure")
     seed()
-    with pytest.raises(ValueError, match="subset") if refused else nullcontext():
+    with pytest.raises(ValueError, match=ascent[:5]) if refused else nullcontext():
         DOORS[door](Boxed(net, container), boxes, ascent=ascent)
     if not refused:
         expected = by_hand(Net(["queue", "masks of numpy"]), data, ascent=ascent)

@@ -183,6 +183,9 @@ def tape(monkeypatch: pytest.MonkeyPatch) -> None:
         {"amp_inner_iter": 2, "amp_norm": "global", "amp_batch_norm": "all", **BALL},
         {"max_grad_norm": 0.0, **BALL},
         {"bf16": True, **BALL},
+        {"amp_ascent": "subset(0.25)", **BALL},
+        {"amp_ascent": "split(0.25)", **BALL},
+        {"amp_ascent": "split(0.25)", "gradient_accumulation_steps": 2, **BALL},
     ],
     ids=str,
 )
@@ -301,7 +304,7 @@ def test_the_optimizer_has_its_own_step_afterwards(tmp_path: Path, tape: None) -
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"amp_ascent": "every(2)"}, r'use amp_ascent="full"'),
+        ({"amp_ascent": "every(2)"}, r"use 'full', 'subset\(0.25\)'"),
         ({"fp16": True, "use_cpu": False}, r"use bf16=True"),
         ({"torch_compile_mode": "reduce-overhead"}, r"captures graphs of its own"),
         ({"optim": "amp_adafactor"}, r"needs an optimizer with fused kernels"),

@@ -366,7 +366,9 @@ def by_hand(
     """Train with AMP around SGD, written down directly."""
     seed()
     for k, (x, y) in enumerate(data):
-        part = (x[: len(x) // 2], y[: len(y) // 2]) if ascent == "subset(0.5)" else (x, y)
+        half = len(x) // 2
+        part = (x[:half], y[:half]) if ascent in ("subset(0.5)", "split(0.5)") else (x, y)
+        rest = (x[half:], y[half:]) if ascent == "split(0.5)" else (x, y)
         ascents = 0 if ascent == "every(2)" and k % 2 else inner_iter
         start, begin = copy.deepcopy(net), _random_state()
         names = [name for name, p in net.named_parameters() if p.requires_grad]
@@ -381,7 +383,7 @@ def by_hand(
                             p.add_(deltas[name])
                 _set_random_state(begin)
             params = [p for p in runs.parameters() if p.requires_grad]
-            loss = loss_of(runs, part if i < ascents else (x, y), autocast)
+            loss = loss_of(runs, part if i < ascents else rest, autocast)
             grads = torch.autograd.grad(loss, params, allow_unused=True)
             if i < ascents:
                 for name, g in zip(names, grads, strict=True):
@@ -391,6 +393,11 @@ def by_hand(
                 for name, d in deltas.items():
                     size = float((every if norm == "global" else d).norm())
                     deltas[name] = d * min(1.0, EPSILON / max(size, 1e-300))
+        if ascent == "split(0.5)":  # the state is that which the descent has left
+            with torch.no_grad():
+                for (name, p), q in zip(runs.named_parameters(), net.parameters(), strict=True):
+                    p.copy_(q if name in names else p)
+            net = runs
         for own, last in zip(own_generators(net), own_generators(runs), strict=True):
             own.bit_generator.state = last.bit_generator.state  # random numbers go on from the last pass
         with torch.no_grad():

@@ -79,6 +79,8 @@ def test_processes_share_the_batches() -> None:
     [
         ("full", 3),
         ("subset(0.5)", 2),
+        ("split(0.25)", 1.25),
+        ("split(0.25), every(2)", 1 + 50 / 100 * 0.25),
         ("every(4)", 1 + 2 * 25 / 100),
         ("every(3)", 1 + 2 * 34 / 100),
         ("window(0.5, 0.75)", 1 + 2 * 25 / 100),

@@ -20,7 +20,8 @@ class PartOfBatch(AscentPolicy):
     """A policy that ascends on a part of the batch.
 
     The part is the first samples, so the data must be in random order; or as many that torch's global generator draws,
-    anew in every step. In a window of several micro-batches, the part is whole micro-batches. Numbers are rounded up.
+    anew in every step; two at least, because BatchNorm normalises no single one. In a window of several micro-batches,
+    the part is whole micro-batches. Numbers are rounded up.
 
     A batch is made of tensors and arrays with the samples along their first dimension, in tuples, lists and mappings;
     what has no dimension is passed on as it is.
@@ -58,12 +59,13 @@ class PartOfBatch(AscentPolicy):
         """Whether the part is the first samples, and so the same places of every batch."""
         return not self.random
 
-    def divide(self, batches: Sequence[Any] | None, spared: int = 0) -> tuple[Sequence[Any], Sequence[Any], float]:
+    def divide(self, batches: Sequence[Any] | None, *, leave: bool) -> tuple[Sequence[Any], Sequence[Any], float]:
         """Return the part of the micro-batches, or of the samples of a single one; the rest; and the part's share.
 
         Args:
             batches: micro-batches of a step.
-            spared: how many samples (or micro-batches) are left for the rest at least; default 0.
+            leave: whether the rest needs as much as a part does at least; if there is too little for both, the part is
+                all of it, and the rest has nothing.
 
         Raises:
             ValueError: there is no batch here to take a part of, or the batch does not tell its samples.
@@ -74,7 +76,10 @@ class PartOfBatch(AscentPolicy):
                 " amp_plugin.attach(), AMPTrainer or amp_backward(), or `for part in optimizer.ascent_passes([batch])`"
             )
         count = len(batches) if len(batches) > 1 else _rows(batches[0], self.name)
-        kept = min(math.ceil(round(count * self.fraction, 6)), count - spared)
+        least = 1 if len(batches) > 1 else 2
+        kept = max(math.ceil(round(count * self.fraction, 6)), min(least, count))
+        if leave:
+            kept = count if count < 2 * least else min(kept, count - least)
         if len(batches) > 1:
             chosen = set(torch.randperm(count)[:kept].tolist() if self.random else range(kept))
             part = [batch for k, batch in enumerate(batches) if k in chosen]

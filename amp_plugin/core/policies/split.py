@@ -26,10 +26,10 @@ class Split(PartOfBatch):
     descent batch, and the ascent's gradient is as noisy as that of ``subset``.
 
     The clean loss is that of A, the loss at theta + delta that of B, and the running statistics, with all that a pass
-    leaves in the module, are those of the descent's pass. A batch of one sample cannot be split, and is passed twice.
+    leaves in the module, are those of the descent's pass. A batch of less than four samples is passed twice.
 
     Args:
-        fraction: share of the batch that is A, in (0, 1); both parts have one sample at least.
+        fraction: share of the batch that is A, in (0, 1); both parts have two samples, or one micro-batch, at least.
         random: whether A is drawn, for data that is not in random order; default False, the first samples.
 
     Raises:
@@ -42,5 +42,5 @@ class Split(PartOfBatch):
 
     def select_batches(self, batches: Sequence[Any] | None) -> BatchParts:
         """Return the part, its share, and the rest for the descent."""
-        part, rest, share = self.divide(batches, spared=1)
-        return BatchParts(part, share, rest) if share else BatchParts(batches or (), 1.0)
+        part, rest, share = self.divide(batches, leave=True)
+        return BatchParts(part, share, rest if share < 1 else None)

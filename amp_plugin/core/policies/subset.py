@@ -29,5 +29,5 @@ class Subset(PartOfBatch):
 
     def select_batches(self, batches: Sequence[Any] | None) -> BatchParts:
         """Return the part and its share; all are left for the descent."""
-        part, _, share = self.divide(batches)
+        part, _, share = self.divide(batches, leave=False)
         return BatchParts(part, share)
