@@ -37,8 +37,9 @@ class ExtraPasses:
     Args:
         module: module whose state and whose devices' random number generators are replayed.
         batch_norm: ``"clean"`` (default) to keep in the buffers what the clean pass has written, so that running
-            statistics describe the weights that are kept; ``"all"`` to let every pass update the buffers, as the
-            released code of the paper does.
+            statistics describe the weights that are kept (with ``ascent="split(0.25)"``, whose clean pass has the
+            smaller part of the batch, what the descent's pass has written); ``"all"`` to let every pass update the
+            buffers, as the released code of the paper does.
         rng: ``"same"`` (default) to let every pass of a step draw the random numbers (dropout masks, drop-path) of the
             clean pass, from torch's, numpy's and Python's generators, and from generators in plain attributes of the
             module; ``"fresh"`` to let each pass draw new ones.

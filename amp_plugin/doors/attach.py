@@ -32,10 +32,11 @@ def attach(
     """Make a module that returns its loss train with AMP in a plain ``loss.backward(); optimizer.step()`` loop.
 
     A training forward pass costs ``inner_iter + 1`` passes, or less with an ascent policy. The loss that it returns has
-    the value at theta and the gradient at theta + delta; other outputs are those of the pass at theta + delta, and to
-    differentiate them is an error, because the ascent follows the loss alone. With gradient accumulation each
-    micro-batch is perturbed for itself (:class:`amp_plugin.AMPTrainer` treats the window as one batch). In eval mode,
-    or without gradients, the module is left alone.
+    the value at theta and the gradient at theta + delta; other outputs are those of the pass at theta + delta (with
+    ``ascent="split(0.25)"`` of the descent's samples alone), and to differentiate them is an error, because the ascent
+    follows the loss alone. With gradient accumulation each micro-batch is perturbed for itself
+    (:class:`amp_plugin.AMPTrainer` treats the window as one batch). In eval mode, or without gradients, the module is
+    left alone.
 
     Args:
         optimizer: an :class:`amp_plugin.AMP`, also inside accelerate's wrapper or timm's Lookahead.

@@ -61,7 +61,8 @@ class AMPMixin(TrainerMixin):
     ``perturbation_norm``, the length of the perturbation; and ``amp_passes``, the number of forward and backward passes
     over the batch that a step has taken. Each is a mean over the steps since the last log. With an ascent policy, all
     but ``loss`` and ``amp_passes`` are means over the steps that ascended; where the policy makes no pass at the clean
-    weights, ``loss`` is the loss at the perturbed weights, and there is no ``sharpness``.
+    weights, ``loss`` is the loss at the perturbed weights, and there is no ``sharpness``. With ``"split(0.25)"``
+    ``loss`` is that of the ascent's samples, and ``amp_loss`` that of the descent's.
 
     Attributes:
         amp_generators: Generators that the model or the loss draws from besides torch's, numpy's and Python's global

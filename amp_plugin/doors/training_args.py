@@ -40,7 +40,8 @@ class _AMPOptions:
         default="full",
         metadata={
             "help": "Which steps ascend and along what, for fewer passes: 'full' (the paper), 'subset(0.5)',"
-            " 'every(2)', 'window(0.5, 1.0)', 'stale', 'momentum', 'adaptive(0.0)', or several, separated by commas."
+            " 'split(0.25)', 'every(2)', 'window(0.5, 1.0)', 'stale', 'momentum', 'adaptive(0.0)', or"
+            " several, separated by commas."
         },
     )
     amp_parameters: str | None = field(
