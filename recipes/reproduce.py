@@ -22,7 +22,6 @@ leaves the GPU waiting for Python, and where their memory fits (train.py --dry_r
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,14 +29,18 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from guides.page import run_script, write_part
+from guides.page import run_script, write_part, write_whole
 from reproduction import price, records, slurm, trade_off
 from reproduction.cells import Cell, Selection
 from reproduction.choose import choose
 from reproduction.comparison import rows_of
-from reproduction.scale import PAPER, Scale, read_scale
+from reproduction.scale import PAPER, Scale, check_train_args, read_scale
 from reproduction.sweep import Sweep
 from reproduction.table import draw, markdown
+
+from amp_plugin.arguments import Parser, number, path, words
+from amp_plugin.report.ledger import check_ledger
+from amp_plugin.trainer.checkpoints import check_writable
 
 # `benchmark.py --only ascents --sizes 0.3M --batch_sizes 50` wrote this file.
 BENCHMARK = Path(__file__).with_name("benchmark_ascents.jsonl")
@@ -46,9 +49,8 @@ T = TypeVar("T")
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__)
+    positive = number(float, "(0, inf)")
     what = parser.add_argument_group("what to do; without any of these: run the cells").add_mutually_exclusive_group()
     what.add_argument("--tune", action="store_true", help="Run the trials that choose hyper-parameters.")
     what.add_argument("--choose", action="store_true", help="Write the best trials' values to SCALE_chosen.yaml.")
@@ -61,41 +63,54 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     cells.add_argument("--datasets", nargs="+", metavar="NAME", help="cifar10, cifar100, svhn.")
     cells.add_argument("--augment", nargs="+", metavar="NAME", help="plain, cutout, autoaugment, none.")
     cells.add_argument("--methods", nargs="+", metavar="NAME", help="Default: the scale's, or those published.")
-    cells.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="Of the runs that are reported.")
+    cells.add_argument(
+        "--seeds", nargs="+", type=number(int, "[0, inf)"), metavar="SEED", help="Of the runs that are reported."
+    )
     how = parser.add_argument_group("how to run them")
-    how.add_argument("--data_root", metavar="DIR", help="Folder of the data sets; default: the Hub.")
-    how.add_argument("--output_dir", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="[%(default)s]")
-    how.add_argument("--ledger", type=Path, metavar="FILE", help="JSON Lines. Default: ledger.jsonl in --output_dir.")
+    how.add_argument("--data_root", type=path, metavar="DIR", help="Folder of the data sets; default: the Hub.")
+    how.add_argument("--output_dir", type=path, default=Path("runs/reproduce"), metavar="DIR", help="[%(default)s]")
+    how.add_argument("--ledger", type=path, metavar="FILE", help="JSON Lines. Default: ledger.jsonl in --output_dir.")
     how.add_argument("--list", action="store_true", help="Only list the cells, and which are done.")
     how.add_argument(
         *("--jobs", "--at_once"),
-        type=int,
+        type=number(int, "[1, 1024]"),
         default=1,
         metavar="N",
         help="Cells at a time: on a GPU each, or several on one that a cell does not fill, or with cores each. [1]",
     )
     how.add_argument(
-        "--minutes", type=float, metavar="N", help="Stop before so many, with checkpoints; the same command continues."
+        "--minutes",
+        type=positive,
+        metavar="N",
+        help="Stop before so many, with checkpoints; the same command continues.",
     )
-    how.add_argument("--launch_args", metavar="TEXT", help="For accelerate launch, instead of the scale's.")
-    how.add_argument("--train_args", default="", metavar="TEXT", help='More for train.py: --train_args="--bf16 true".')
+    how.add_argument("--launch_args", type=words, metavar="TEXT", help="For accelerate launch, instead of the scale's.")
+    how.add_argument(
+        "--train_args", type=words, default=[], metavar="TEXT", help='More for train.py: --train_args="--bf16 true".'
+    )
     cluster = parser.add_argument_group("on a cluster")
     cluster.add_argument("--slurm", action="store_true", help="Submit a job array, a task for each cell to do.")
-    cluster.add_argument("--sbatch_args", default="", metavar="TEXT", help='E.g. --sbatch_args="--gres=gpu:1".')
+    cluster.add_argument(
+        "--sbatch_args", type=words, default=[], metavar="TEXT", help='E.g. --sbatch_args="--gres=gpu:1".'
+    )
     cluster.add_argument("--task", type=int, metavar="I", help="Run the cell of this index alone, as its tasks do.")
     shown = parser.add_argument_group("what --table, --trade_off, --choose and --plan show")
     shown.add_argument(
-        "--page", type=Path, metavar="FILE", help="Its part between marks is replaced. [one in --output_dir]"
+        "--page", type=path, metavar="FILE", help="Its part between marks is replaced. [one in --output_dir]"
     )
-    shown.add_argument("--benchmark", type=Path, default=BENCHMARK, metavar="FILE", help="Seconds of the modes' steps.")
+    shown.add_argument("--benchmark", type=path, default=BENCHMARK, metavar="FILE", help="Seconds of the modes' steps.")
     shown.add_argument("--gpu", default=price.Gpu().name, metavar="NAME", help="[%(default)s]")
-    shown.add_argument("--peak_tflops", type=float, default=price.Gpu().peak / 1e12, metavar="X", help="[%(default)s]")
-    shown.add_argument("--utilisation", type=float, default=price.Gpu().utilisation, metavar="X", help="[%(default)s]")
-    args = parser.parse_args(argv)
-    if args.jobs < 1:
-        parser.error(f"--jobs must be positive, got {args.jobs}")
-    if args.minutes is not None and not args.minutes > 0:
-        parser.error(f"--minutes must be positive, got {args.minutes}")
+    shown.add_argument(
+        "--peak_tflops", type=positive, default=price.Gpu().peak / 1e12, metavar="X", help="[%(default)s]"
+    )
+    shown.add_argument(
+        "--utilisation",
+        type=number(float, "(0, 1]"),
+        default=price.Gpu().utilisation,
+        metavar="X",
+        help="[%(default)s]",
+    )
+    args: argparse.Namespace = parser.parse_args(argv)
     args.ledger = args.ledger or args.output_dir / "ledger.jsonl"
     return args
 
@@ -103,15 +118,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Do what is asked for."""
     args = parse(argv)
-    scale = replace(read_scale(args.scale), train_args=shlex.split(args.train_args))
+    check_train_args(args.train_args)
+    scale = replace(read_scale(args.scale), train_args=args.train_args)
     if args.launch_args is not None:
-        scale = replace(scale, launch=shlex.split(args.launch_args))
+        scale = replace(scale, launch=args.launch_args)
     chosen = Selection(scale, args.models, args.datasets, args.augment, args.methods, args.seeds)
     ledger = [] if args.plan else records.read(args.ledger)
     if args.choose:
         choice = choose(scale, chosen.trials(), ledger)
         show(args, "trials", scale, choice.runs, lambda _: choice.table)
-        scale.chosen_path.write_text(choice.file)
+        write_whole(scale.chosen_path, choice.file)
         print(f"chosen: {scale.chosen_path}")
     elif args.table:
         paper = scale.name == PAPER
@@ -136,13 +152,14 @@ def show(
     render: Callable[[T], str],
     draw: Callable[[T, Path], object] | None = None,
 ) -> None:
-    """Print what was found and put it, with its picture if it has one, between the marks of a page."""
+    """Print what was found, and put it, with its picture if it has one, between the marks of a page."""
     if not found:  # a page that has something shall keep it
         raise ValueError(f"{args.ledger} has no runs of these cells; run them first, or name their --ledger")
     mark, text = f"{what}-{scale.name}", render(found)
     page: Path = args.page or args.output_dir / f"{mark}.md"
+    print(text, flush=True)
     write_part(page, mark, text, draw and partial(draw, found), f"{mark}.png", "The tables below as a picture")
-    print(f"{text}\n\npage: {page}" + (f"\npicture: {page.with_name(f'{mark}.png')}" if draw else ""))
+    print(f"\npage: {page}" + (f"\npicture: {page.with_name(f'{mark}.png')}" if draw else ""))
 
 
 def run(cells: list[Cell], scale: Scale, args: argparse.Namespace, argv: list[str]) -> None:
@@ -150,8 +167,14 @@ def run(cells: list[Cell], scale: Scale, args: argparse.Namespace, argv: list[st
     sweep = Sweep(scale, args.ledger, args.output_dir, args.data_root, args.jobs, args.minutes)
     if args.task is not None:
         if not 0 <= args.task < len(cells):
-            raise ValueError(f"--task {args.task}: the cells chosen here are 0 to {len(cells) - 1}")
+            has = f"are 0 to {len(cells) - 1}" if cells else "are none"
+            raise ValueError(f"--task {args.task}: the cells chosen here {has}")
         cells = [cells[args.task]]
+    if not args.list:
+        if args.data_root is not None and not args.data_root.is_dir():
+            raise ValueError(f"--data_root {args.data_root} is no folder")
+        check_writable(args.output_dir)
+        check_ledger(args.ledger)
     if not (args.list or args.slurm):
         sweep.run(cells)
         if sweep.elsewhere:
@@ -168,7 +191,7 @@ def run(cells: list[Cell], scale: Scale, args: argparse.Namespace, argv: list[st
         tasks = [index for index, cell in enumerate(cells) if cell in todo]
         script = slurm.write_script(args.output_dir, tasks, slurm.task_argv(argv))
         print(f"{len(todo)} of {len(cells)} cells: {script}")
-        print(slurm.submit(script, shlex.split(args.sbatch_args)))
+        print(slurm.submit(script, args.sbatch_args))
     else:
         print(f"all {len(cells)} cells are in {args.ledger}")
 

@@ -11,6 +11,10 @@ from typing import Any
 
 from filelock import FileLock
 
+from amp_plugin.text import shortened
+
+_LARGEST = 2**1000  # a float can be as large
+
 
 def append_to_ledger(path: Path, record: Mapping[str, Any]) -> None:
     """Append one finished run to a JSON Lines file that several processes may write to.
@@ -58,17 +62,48 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
         ValueError: a line is not a run.
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a ledger: it is no text") from error
     records = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
-            record["settings"]["seed"], record["metrics"]["eval_error"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}, is not a run of train.py ({error!r})") from error
+            check_record(record)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path}, line {number}, is not a run of train.py: {error}; delete the line, or name another ledger"
+            ) from error
         if "sync_ascent" in record["settings"]:  # the option's old name
             record["settings"]["amp_sync_ascent"] = record["settings"].pop("sync_ascent")
         records.append(record)
     return records
+
+
+def check_record(record: Any) -> None:
+    """Raise a ValueError that tells what JSON lacks to be a finished run, of whichever version."""
+    _require(record, dict, "it")
+    for name in ("settings", "metrics"):
+        _require(record.get(name), dict, name)
+    _require(record.get("versions", {}), dict, "versions")
+    settings, metrics = record["settings"], record["metrics"]
+    _require(settings.get("seed"), int, "settings.seed")
+    for name in ("dataset", "model", "optim", "model_kwargs"):  # a pretrained network has none of the model's
+        if (value := settings.get(name, "")) is not None:
+            _require(value, str, f"settings.{name}")
+    try:
+        _require(json.loads(settings.get("model_kwargs") or "{}"), dict, "it")
+    except ValueError as error:
+        raise ValueError(f"settings.model_kwargs: {error}") from None
+    for name, value in {"eval_error": None, **metrics}.items():
+        _require(value, (int, float), f"metrics.{name}")
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            raise ValueError(f"metrics.{name} has {len(str(value))} digits")
+
+
+def _require(value: Any, kind: type | tuple[type, ...], name: str) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        words: dict[Any, str] = {dict: "a mapping", str: "a text", int: "an integer"}
+        raise ValueError(f"{name} is {shortened(json.dumps(value), 40)}, not {words.get(kind, 'a number')}")

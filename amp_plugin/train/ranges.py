@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import re
 from typing import Any
 
-_INTEGERS = 2**32 - 1  # the largest seed of numpy; no count of examples, steps or epochs comes near
+from amp_plugin.intervals import demand
 
-# As in mathematics: a bracket belongs to the range, a parenthesis does not. "inf)" is any finite number.
+# As `amp_plugin.intervals` reads them.
 RANGES = {
     "adam_beta1": "[0, 1)",
     "adam_beta2": "[0, 1)",
@@ -67,27 +65,8 @@ def check_ranges(options: Any) -> None:
         value = getattr(options, name, None)
         if value is None or (name == "max_steps" and value == -1):
             continue
-        opening, low, high, closing = _parsed(text)
-        above = value >= low if opening == "[" else value > low
-        below = value <= high if closing == "]" else value < high
-        large = isinstance(value, int) and value > _INTEGERS
-        if above and below and not large:
+        if not (must := demand(text, value)):
             continue
-        if math.isinf(high):
-            whole = isinstance(value, int)
-            ends = f" and at most {_INTEGERS}" if large else "" if whole or closing == "]" else " and finite"
-        else:
-            ends = f" and {'at most' if closing == ']' else 'below'} {_number(high)}"
-        start = f"{'at least' if opening == '[' else 'above'} {_number(low)}"
         hint = "; leave it out to train without it" if name in _SWITCHES else ""
         hint = "; leave it out to count in epochs" if name == "max_steps" else hint
-        raise ValueError(f"--{name} must be {start}{ends}, got {value}{hint}")
-
-
-def _parsed(text: str) -> tuple[str, float, float, str]:
-    opening, low, high, closing = re.fullmatch(r"([\[(])(\S+), (\S+)([\])])", text).groups()  # type: ignore[union-attr]
-    return opening, float(low), float(high), closing
-
-
-def _number(value: float) -> str:
-    return f"{int(value)}" if value == int(value) else f"{value:g}"
+        raise ValueError(f"--{name} must be {must}, got {value}{hint}")

@@ -33,7 +33,14 @@ def write_part(
     if draw is not None:
         draw(page.with_name(picture))
         text = f"![{alt}]({picture})\n\n{text}"
-    page.write_text(f"{before}\n{text}\n{after}", encoding="utf-8")
+    write_whole(page, f"{before}\n{text}\n{after}")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file whole, or leave it as it was."""
+    new = file.with_name(f"_{file.name}")
+    new.write_text(text, encoding="utf-8")
+    new.replace(file)
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -44,6 +51,8 @@ def run_script(main: Callable[[], None]) -> None:
             main()
         except KeyboardInterrupt:
             raise KeyboardInterrupt("the same command continues") from None
+        except ImportError as error:
+            raise ValueError(f'{error} (pip install "amp-plugin[plots]")') from error
 
     run_command(continued, (FileNotFoundError, ValueError))
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
+from amp_plugin.arguments import different
 from reproduction.published import Setting, methods, published
 from reproduction.scale import Scale
 
@@ -46,7 +47,10 @@ class Cell:
 
     def __str__(self) -> str:
         """Describe the run in a line."""
-        said = ", ".join(f"{name} {value:g}" for name, value in self.values.items())
+        said = ", ".join(
+            f"{name} {value:g}" if isinstance(value, float | int) else f"{name} {value}"
+            for name, value in self.values.items()
+        )
         where = f"{self.setting.dataset} {self.setting.model} {self.setting.augment}"
         return f"{self.method}{f' ({said})' if said else ''}, {where}, seed {self.seed}"
 
@@ -64,12 +68,15 @@ class Selection:
 
     def __post_init__(self) -> None:
         """Check the names."""
-        for kind in ("models", "datasets", "augmentations"):
+        for kind, option in {"models": "models", "datasets": "datasets", "augmentations": "augment"}.items():
             has = getattr(self.scale, kind)
             if unknown := [name for name in getattr(self, kind) or () if name not in has]:
                 raise ValueError(
-                    f"--{kind} {' '.join(unknown)}: the scale {self.scale.name} has no such; it has {', '.join(has)}"
+                    f"--{option} {' '.join(unknown)}: the scale {self.scale.name} has no such; it has {', '.join(has)}"
                 )
+            different(getattr(self, kind), f"--{option}")
+        different(self.methods, "--methods")
+        different(self.seeds, "--seeds")
         if unknown := [name for name in self.methods or () if name not in methods()]:
             raise ValueError(f"--methods {' '.join(unknown)}: unknown; there are {', '.join(methods())}")
         if not self.settings():

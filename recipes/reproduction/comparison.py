@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean, stdev
@@ -41,6 +42,10 @@ class Row:
         """Return one metric of every run."""
         return list(self.measured(name).values())
 
+    def mean(self, name: str) -> float:
+        """Return the mean of one metric over the runs; NaN if no run has it."""
+        return mean(self.numbers(name) or [math.nan])
+
     def label(self) -> str:
         """Name the method and its hyper-parameters."""
         said = in_words(self.values)
@@ -49,14 +54,19 @@ class Row:
 
 def in_words(values: Mapping[str, Any]) -> str:
     """Name hyper-parameters, for the reader."""
-    return ", ".join(f"{_SYMBOLS.get(name, name.split('_')[-1])} {value:.3g}" for name, value in values.items())
+    return ", ".join(
+        f"{_SYMBOLS.get(name, name.split('_')[-1])} {value:.3g}"
+        if isinstance(value, float | int)
+        else f"{name} {value}"
+        for name, value in values.items()
+    )
 
 
 def interval(numbers: Sequence[float]) -> Interval | None:
-    """Return the interval of the mean of at least two numbers; None for fewer."""
+    """Return the interval of the mean of at least two finite numbers; None for fewer, or where one is not finite."""
     from scipy import stats  # the extra "plots" has it; a sweep without tables does not need it
 
-    if len(numbers) < 2:
+    if len(numbers) < 2 or not all(map(math.isfinite, numbers)):
         return None
     half = stats.t.ppf(0.975, len(numbers) - 1) * stdev(numbers) / len(numbers) ** 0.5
     return Interval(mean(numbers), mean(numbers) - half, mean(numbers) + half)
@@ -91,7 +101,7 @@ def rows_of(chosen: Selection, ledger: Sequence[Record]) -> dict[Setting, list[R
             kinds.append((method, expected(Cell(setting, method, 0), chosen.scale), names))
         rows: dict[tuple[str, ...], Row] = {}
         for seed, ours, run in runs:
-            if (ours["dataset"], ours["model"]) != (setting.dataset, model.architecture):
+            if (ours.get("dataset"), ours.get("model")) != (setting.dataset, model.architecture):
                 continue
             # ERM comes first: the others that train with SGD differ from it by an option that is off in ERM's runs.
             fits = ((m, names) for m, settings, names in kinds if same(ours, settings, {"seed", *names.values()}))

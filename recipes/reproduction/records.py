@@ -12,7 +12,7 @@ from amp_plugin.report import read_ledger
 from amp_plugin.train.command_line import as_options
 from amp_plugin.train.options import parse, settings_of
 from reproduction.cells import Cell
-from reproduction.scale import Scale
+from reproduction.scale import Scale, processes
 
 Record = dict[str, Any]
 Settings = dict[str, Any]
@@ -24,7 +24,7 @@ _ELSEWHERE = {"cpu_threads", "use_cpu", "per_device_eval_batch_size", "dataloade
 
 def read(ledger: Path) -> list[Record]:
     """Return the runs in a ledger; none if there is no such file."""
-    return read_ledger(ledger) if ledger.is_file() else []
+    return read_ledger(ledger) if ledger.exists() else []
 
 
 def train_argv(cell: Cell, scale: Scale) -> list[str]:
@@ -34,9 +34,11 @@ def train_argv(cell: Cell, scale: Scale) -> list[str]:
 
 def expected(cell: Cell, scale: Scale) -> Settings:
     """Return the settings that the cell's run will have, as `comparable` returns them."""
-    launch = scale.launch
-    processes = int(launch[launch.index("--num_processes") + 1]) if "--num_processes" in launch else 1
-    return comparable({**settings_of(*parse(train_argv(cell, scale))), "world_size": processes})
+    try:
+        parsed = parse(train_argv(cell, scale))
+    except ValueError as error:
+        raise ValueError(f"{cell}: {error}") from None
+    return comparable({**settings_of(*parsed), "world_size": processes(scale.launch)})
 
 
 def comparable(settings: Mapping[str, Any]) -> Settings:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection
+from dataclasses import MISSING, dataclass, field, fields
 from itertools import product
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-import yaml
-
+from amp_plugin.arguments import Parser, different, number
+from reproduction.plain import check_type, read_yaml
 from reproduction.published import HERE, Setting, by_setting, methods, published
 
 PAPER = "paper"  # the scale at which the published figures are comparable
+_Chosen = dict[str, dict[str, dict[str, dict[str, dict[str, Any]]]]]  # by model, augmentation, data set and method
+# A cell has values of its own for these options of train.py, and a sweep for the others.
+_OF_CELLS = ("augment", "dataset", "model", "model_kwargs", "seed", "validation_images")
+_OF_SWEEPS = ("data_root", "ledger", "output_dir", "resume_from_checkpoint", "save_total_limit")
 
 
 @dataclass(frozen=True)
@@ -57,17 +62,65 @@ def read_scale(name: str) -> Scale:
     path = HERE / f"{name}.yaml" if (HERE / f"{name}.yaml").is_file() else Path(name)
     if not path.is_file():
         raise ValueError(f"--scale {name!r} is neither paper nor cpu nor a YAML file")
-    data = yaml.safe_load(path.read_text())
-    known = {f.name for f in fields(Scale)} - {"path", "chosen", "train_args"}
-    needed = known - {"methods", "tuning"}
-    if not isinstance(data, dict) or not needed <= data.keys() <= known:
-        raise ValueError(f"{path}: a scale names {', '.join(sorted(needed))}, and methods and tuning if it likes")
-    tuning = data.pop("tuning", None)
-    scale = Scale(path=path, tuning=None if tuning is None else Tuning(**tuning), **data)
+    data = _checked(read_yaml(path), Scale, f"{path}: a scale", {"path", "chosen", "train_args"})
+    if data.get("tuning") is not None:
+        data["tuning"] = Tuning(**_checked(data["tuning"], Tuning, f"{path}: tuning"))
+    scale = Scale(path=path, **data)
     _check(scale)
     if scale.chosen_path.is_file():
-        scale.chosen.update(by_setting(yaml.safe_load(scale.chosen_path.read_text()), itemgetter("values")))
+        scale.chosen.update(by_setting(read_chosen(scale.chosen_path), itemgetter("values")))
     return scale
+
+
+def read_chosen(path: Path) -> _Chosen:
+    """Read a scale's file of chosen values, which may have none yet.
+
+    Raises:
+        ValueError: The file is not such a one.
+    """
+    data: _Chosen = read_yaml(path) or {}
+    try:
+        check_type(data, _Chosen, "the file")
+        for setting, entries in by_setting(data, lambda entry: entry.get("values")).items():
+            for method, values in entries.items():
+                check_type(values, dict[str, Any], f"values of {method} on {setting.dataset}")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; mend it, or delete it and run --choose again") from None
+    return data
+
+
+def check_train_args(words: list[str]) -> None:
+    """Raise a ValueError if further arguments of train.py set what the cells or the sweep set."""
+    names = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    _leave_to_cells("--train_args", names)
+
+
+def processes(launch: list[str]) -> int:
+    """Return the number of processes that these arguments of ``accelerate launch`` ask for."""
+    parser = Parser(add_help=False)
+    parser.add_argument("--num_processes", "--num-processes", type=number(int, "[1, inf)"), default=1)
+    try:
+        return int(parser.parse_known_args(launch)[0].num_processes)
+    except ValueError as error:
+        raise ValueError(f"launch: {error}") from None
+
+
+def _checked(data: Any, kind: Any, name: str, apart: Collection[str] = ()) -> dict[str, Any]:
+    """Return a mapping as a file has it, whose keys and types are those of a dataclass."""
+    known = {f.name: f for f in fields(kind) if f.name not in apart}
+    needed = [f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING]
+    if not isinstance(data, dict) or not set(needed) <= data.keys() <= known.keys():
+        rest = known.keys() - needed
+        raise ValueError(f"{name} names {', '.join(sorted(needed))}, and {' and '.join(sorted(rest))} if it likes")
+    hints = get_type_hints(kind) | {"tuning": Any}  # which is another such mapping
+    for key, value in data.items():
+        check_type(value, hints[key], f"{name.removesuffix(' a scale')} {key}")
+    return dict(data)
+
+
+def _leave_to_cells(where: str, names: Collection[str]) -> None:
+    if own := sorted({*_OF_CELLS, *_OF_SWEEPS}.intersection(names)):
+        raise ValueError(f"{where}: {', '.join(own)} differ from cell to cell; leave that to the sweep")
 
 
 def _check(scale: Scale) -> None:
@@ -79,7 +132,21 @@ def _check(scale: Scale) -> None:
     ):
         if unknown := [name for name in named if name not in known]:
             raise ValueError(f"{scale.path}: unknown {kind} {', '.join(unknown)}; there are {', '.join(known)}")
+    for key in ("models", "datasets", "augmentations", "seeds"):
+        if not getattr(scale, key):
+            raise ValueError(f"{scale.path}: {key} is empty")
+        different(list(getattr(scale, key)), f"{scale.path}: {key}")
+    epochs = scale.options.get("num_train_epochs")
+    if not isinstance(epochs, (int, float)) or isinstance(epochs, bool):
+        raise ValueError(f"{scale.path}: options must have num_train_epochs, a number, got {epochs!r}")
+    try:
+        _leave_to_cells("options", {name.replace("-", "_") for name in scale.options})
+        processes(scale.launch)
+    except ValueError as error:
+        raise ValueError(f"{scale.path}: {error}") from None
     if scale.tuning:
+        if not trials or not scale.methods:
+            raise ValueError(f"{scale.path}: a scale with tuning names its methods, and trials of each")
         counts = {name: len(some) for name, some in trials.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(f"{scale.path}: every method needs the same number of trials, got {counts}")

@@ -67,7 +67,7 @@ class Sweep:
     scale: Scale
     ledger: Path  # file to which train.py appends finished runs
     folder: Path  # folder of the cells' folders
-    data_root: str | None = None  # argument of train.py; None for the Hub
+    data_root: Path | None = None  # argument of train.py; None for the Hub
     jobs: int = 1  # number of cells that run at the same time
     minutes: float | None = None  # the sweep stops before so many, with checkpoints; None for no limit
     failures: list[Failure] = field(default_factory=list)  # cells that could not be run
@@ -111,7 +111,7 @@ class Sweep:
         # Without --quiet its own traceback would end the log of a run that failed.
         launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", *self.scale.launch]
         output = ["--output_dir", str(self.folder / cell.name(self.scale)), "--ledger", str(self.ledger)]
-        data = [] if self.data_root is None else ["--data_root", self.data_root]
+        data = [] if self.data_root is None else ["--data_root", str(self.data_root)]
         # The cell's own options come later and win.
         shared = ["--cpu_threads", str(max(1, _cores() // self.jobs))] if self.jobs > 1 else []
         shared += [] if self.minutes is None else ["--minutes", f"{max(self._minutes_left(), 0.001):.3f}"]
@@ -157,10 +157,10 @@ class Sweep:
         known = records.find(child.cell, self.scale, records.read(self.ledger))
         if status == 0 and known is not None:
             for checkpoint in child.folder.glob("checkpoint-*"):  # the weights are saved beside them
-                shutil.rmtree(checkpoint)
+                shutil.rmtree(checkpoint, ignore_errors=True)
             metrics = known["metrics"]
             where = "validation" if child.cell.trial else "test"
-            figures = f"{where} error {metrics['eval_error']:.2f} %, NLL {metrics['eval_nll']:.3f}"
+            figures = f"{where} error {metrics['eval_error']:.2f} %, NLL {metrics.get('eval_nll', math.nan):.3f}"
             _say(child.number, child.cell, f"{figures}; {time.monotonic() - child.start:.0f} s")
         elif status == 0 and not (child.folder / RECORD).exists():
             self.stopped.append(child.cell)
@@ -191,11 +191,12 @@ def _cores() -> int:
 
 def _end(children: Sequence[_Child]) -> None:
     for kind in (signal.SIGTERM, signal.SIGKILL):
-        for child in children:
-            with suppress(ProcessLookupError):
-                os.killpg(child.process.pid, kind)
-        until = time.monotonic() + _GRACE
-        while time.monotonic() < until and any(child.process.poll() is None for child in children):
-            time.sleep(0.05)
+        with suppress(KeyboardInterrupt):  # a second one shortens the grace
+            for child in children:
+                with suppress(ProcessLookupError):
+                    os.killpg(child.process.pid, kind)
+            until = time.monotonic() + _GRACE
+            while time.monotonic() < until and any(child.process.poll() is None for child in children):
+                time.sleep(0.05)
     for child in children:
         child.process.wait()

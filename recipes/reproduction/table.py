@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -66,7 +67,8 @@ def spread(numbers: Sequence[float], digits: int) -> str:
     """Render mean and standard deviation."""
     if not numbers:
         return "-"
-    spread = f" ± {stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
+    known = len(numbers) > 1 and all(map(math.isfinite, numbers))  # stdev refuses what is not finite
+    spread = f" ± {stdev(numbers):.{digits}f}" if known else ""
     return f"{mean(numbers):.{digits}f}{spread}"
 
 
@@ -111,7 +113,7 @@ def draw(tables: Mapping[Setting, Sequence[Row]], path: Path, title: str, with_p
 
 def _panel(axes: Any, rows: Sequence[Row], name: str) -> None:
     if reference := reference_of(rows):
-        axes.axvline(mean(reference.numbers(name)), color="0.4", linestyle="--", linewidth=1, label="ERM's mean")
+        axes.axvline(reference.mean(name), color="0.4", linestyle="--", linewidth=1, label="ERM's mean")
     for place, row in enumerate(rows):
         numbers = row.numbers(name)
         colour, bar = (VERMILION, " (ERM)") if row.method == REFERENCE else (BLUE, "")
@@ -119,6 +121,6 @@ def _panel(axes: Any, rows: Sequence[Row], name: str) -> None:
         if found := interval(numbers):
             label = f"mean, 95 % interval{bar}"
             axes.plot([found.low, found.high], [place, place], color=colour, linewidth=2, label=label)
-        axes.plot([mean(numbers)], [place], "s", color=colour, markersize=5)
+        axes.plot([row.mean(name)], [place], "s", color=colour, markersize=5)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)

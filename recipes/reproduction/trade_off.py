@@ -17,6 +17,7 @@ from reproduction.published import Method, Setting, methods
 from reproduction.table import DIGITS, differences, spread
 
 SECTION = "Ascent policies"  # section of the benchmark
+_MAKE_IT = "make it with benchmark.py --only ascents --sizes 0.3M --batch_sizes 50"
 _MEASURES = {"eval_error": "test error %", "eval_nll": "test NLL"}
 # Okabe and Ito's have fewer colours than there are modes; the second round has another mark.
 _STYLES = [(colour, mark) for mark in "sDv" for colour in (VERMILION, BLUE, GREEN, PINK, AMBER, SKY)]
@@ -42,14 +43,16 @@ class Mode(NamedTuple):
 
 def seconds_of(benchmark: Path) -> dict[str, float]:
     """Return the ratios of `benchmark.py --only ascents` by policy, from the JSON Lines that it wrote."""
-    rows = [json.loads(text) for text in benchmark.read_text().splitlines()] if benchmark.is_file() else []
-    rows = [row for row in rows if row.get("section") == SECTION]
-    if len({row["case"] for row in rows}) != 1:
-        raise ValueError(
-            f"{benchmark} must have the ascent policies of one network and batch size; make it with"
-            " benchmark.py --only ascents --sizes 0.3M --batch_sizes 50"
-        )
-    return {row["name"]: row["ratio"] for row in rows}
+    try:
+        lines = benchmark.read_text(encoding="utf-8").splitlines() if benchmark.exists() else []
+        rows = [row for row in map(json.loads, lines) if row.get("section") == SECTION]
+        ratios = {str(row["name"]): float(row["ratio"]) for row in rows}
+        one_case = len({row["case"] for row in rows}) == 1
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{benchmark} is not what benchmark.py writes: {error!r}; {_MAKE_IT}") from error
+    if not one_case:
+        raise ValueError(f"{benchmark} must have the ascent policies of one network and batch size; {_MAKE_IT}")
+    return ratios
 
 
 def modes_of(rows: Sequence[Row], seconds: Mapping[str, float]) -> list[Mode]:
@@ -57,6 +60,9 @@ def modes_of(rows: Sequence[Row], seconds: Mapping[str, float]) -> list[Mode]:
     reference, amp = reference_of(rows), reference_of(rows, AMP)
     if reference is None:
         return []
+    passes = reference.mean("passes")
+    if not passes > 0:
+        raise ValueError(f"the ledger does not tell the passes of {reference.label()}")
     shared = {REFERENCE: reference.values, AMP: None if amp is None else amp.values}
     modes = []
     for row in rows:
@@ -73,7 +79,7 @@ def modes_of(rows: Sequence[Row], seconds: Mapping[str, float]) -> list[Mode]:
             cost = float(method.options.get("epochs_times", 1))  # the same step, so many times as often
         else:
             continue
-        modes.append(Mode(row, mean(row.numbers("passes")) / mean(reference.numbers("passes")), cost))
+        modes.append(Mode(row, row.mean("passes") / passes, cost))
     return sorted(modes, key=lambda mode: (mode.row.method != REFERENCE, mode.passes, mode.seconds))
 
 
@@ -124,14 +130,14 @@ def draw(tables: Mapping[Setting, Sequence[Mode]], path: Path) -> None:
         grid = figure.subplots(len(tables), len(_MEASURES), squeeze=False)
         for axes, (setting, modes) in zip(grid, tables.items(), strict=True):
             for panel, (name, head) in zip(axes, _MEASURES.items(), strict=True):
-                plain = [(mode.seconds, mean(mode.row.numbers(name))) for mode in modes if mode.method().ascent is None]
+                plain = [(mode.seconds, mode.row.mean(name)) for mode in modes if mode.method().ascent is None]
                 panel.plot(*zip(*plain, strict=True), color="0.5", linestyle="--", linewidth=1, zorder=1)
                 for mode in modes:
                     numbers = mode.row.numbers(name)
                     colour, mark = _STYLES[list(methods()).index(mode.row.method) % len(_STYLES)]
                     panel.plot([mode.seconds] * len(numbers), numbers, "o", color=colour, markersize=3, alpha=0.5)
                     label = f"{for_matplotlib(mode.method().label)}: {mode.passes:.2f} passes"
-                    panel.plot([mode.seconds], [mean(numbers)], mark, color=colour, markersize=7, label=label)
+                    panel.plot([mode.seconds], [mode.row.mean(name)], mark, color=colour, markersize=7, label=label)
                 panel.set_title(for_matplotlib(setting.dataset), loc="left")
                 panel.set(xlabel="seconds of a training, SGD = 1 (measured)", ylabel=head)
         legend_below(figure, 3)
