@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from amp_plugin.core.norms import norms_of, overall_norm
-from amp_plugin.core.perturbation import Norm
+from amp_plugin.core.perturbation import NORMS, Norm
 from amp_plugin.flatness.curvature import Eigenvalues, Trace, hessian_eigenvalues, hessian_trace
 from amp_plugin.flatness.landscape import Landscape, filter_normalised_direction, grid_steps, loss_landscape
 from amp_plugin.flatness.objective import Evaluation, Objective
 from amp_plugin.flatness.sharpness import Sharpness, epsilon_sharpness
+from amp_plugin.intervals import demand
 from amp_plugin.text import in_markdown
 
 MEASURES = ("sharpness", "hessian", "line", "plane")
 
 
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _setting(default: Any, interval: str, text: str) -> Any:
+    return field(default=default, metadata={"interval": interval, "help": text})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,23 +31,36 @@ class MeasureSettings:
     """Radius and norm of the ball, and the arguments of the measures that the options of the command set.
 
     Raises:
-        ValueError: the points or the span make no grid.
+        ValueError: a setting is out of its range, or the settings do not fit together.
     """
 
-    epsilon: float
+    epsilon: float = field(metadata={"interval": "(0, inf)"})
     norm: Norm = "tensor"
-    steps: int = _setting(20, "Steps of the ascent in the ball.")
-    eigenvalues: int = _setting(5, "Number of largest eigenvalues of the Hessian.")
-    products: int = _setting(40, "Hessian-vector products for the eigenvalues.")
-    probes: int = _setting(20, "Random vectors for the trace, each a Hessian-vector product.")
-    span: float = _setting(1.0, "Farthest step along a direction; 1 is as long as the weights.")
-    line_points: int = _setting(41, "Points along the line.")
-    plane_points: int = _setting(21, "Points along each side of the plane.")
-    seed: int = _setting(0, "Seed of the directions and of all other random numbers.")
+    steps: int = _setting(20, "[1, inf)", "Steps of the ascent in the ball.")
+    eigenvalues: int = _setting(5, "[1, inf)", "Number of largest eigenvalues of the Hessian.")
+    products: int = _setting(40, "[1, inf)", "Hessian-vector products for the eigenvalues.")
+    probes: int = _setting(20, "[2, inf)", "Random vectors for the trace, each a Hessian-vector product.")
+    span: float = _setting(1.0, "(0, inf)", "Farthest step along a direction; 1 is as long as the weights.")
+    line_points: int = _setting(41, "[3, 1000000]", "Points along the line.")
+    plane_points: int = _setting(21, "[3, 10000]", "Points along each side of the plane.")
+    seed: int = _setting(0, "[0, inf)", "Seed of the directions and of all other random numbers.")
 
     def __post_init__(self) -> None:
+        for name, interval in INTERVALS.items():
+            value = getattr(self, name)
+            if not isinstance(value, float | int) or (must := demand(interval, value)):
+                raise ValueError(
+                    f"{name} must be {must if isinstance(value, float | int) else 'a number'}, got {value}"
+                )
+        if self.norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
+        if self.products < self.eigenvalues:
+            raise ValueError(f"products must be at least as many as eigenvalues, got {self.products}")
         for points in (self.line_points, self.plane_points):  # the grids are needed last, long after the start
             grid_steps(self.span, points)
+
+
+INTERVALS = {f.name: f.metadata["interval"] for f in fields(MeasureSettings) if "interval" in f.metadata}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,21 +84,33 @@ class Measures:
         return dict(json.loads(text, parse_constant=lambda _: None))
 
 
-def measure(objective: Objective, settings: MeasureSettings, which: tuple[str, ...] = MEASURES) -> Measures:
-    """Make some of the `MEASURES` of one model; the plane's second direction is drawn with the next seed."""
-    found: dict[str, Any] = {}
-    seed = settings.seed
+def measure(
+    objective: Objective,
+    settings: MeasureSettings,
+    which: Sequence[str] = MEASURES,
+    attempt: Callable[[str, Callable[[], Any]], Any] = lambda name, make: make(),
+) -> Measures:
+    """Make some of the `MEASURES` of one model; the plane's second direction is drawn with the next seed.
+
+    The function `attempt` makes each measure by name, and may go on without one that cannot be made.
+    """
+    s, found = settings, dict[str, Any]()
+
+    def landscape(count: int, points: int) -> Landscape:
+        directions = [filter_normalised_direction(objective.parameters, s.seed + i) for i in range(count)]
+        return loss_landscape(objective, directions, span=s.span, points=points)
+
     if "sharpness" in which:
-        ball = {"norm": settings.norm, "steps": settings.steps, "seed": seed}
-        found["sharpness"] = epsilon_sharpness(objective, settings.epsilon, **ball)  # type: ignore[arg-type]
+        ascent = partial(epsilon_sharpness, objective, s.epsilon, norm=s.norm, steps=s.steps, seed=s.seed)
+        found["sharpness"] = attempt("sharpness", ascent)
     if "hessian" in which:
-        k = settings.eigenvalues
-        found["eigenvalues"] = hessian_eigenvalues(objective, k, products=settings.products, seed=seed)
-        found["trace"] = hessian_trace(objective, probes=settings.probes, seed=seed)
-    for name, count, points in (("line", 1, settings.line_points), ("plane", 2, settings.plane_points)):
-        if name in which:
-            directions = [filter_normalised_direction(objective.parameters, seed + i) for i in range(count)]
-            found[name] = loss_landscape(objective, directions, span=settings.span, points=points)
+        lanczos = partial(hessian_eigenvalues, objective, s.eigenvalues, products=s.products, seed=s.seed)
+        found["eigenvalues"] = attempt("eigenvalues", lanczos)
+        found["trace"] = attempt("trace", partial(hessian_trace, objective, probes=s.probes, seed=s.seed))
+    if "line" in which:
+        found["line"] = attempt("line", partial(landscape, 1, s.line_points))
+    if "plane" in which:
+        found["plane"] = attempt("plane", partial(landscape, 2, s.plane_points))
     norm = overall_norm([norms_of([p.detach()]) for p in objective.parameters])
     return Measures(evaluation=objective.evaluate(), weight_norm=float(norm), **found)
 

@@ -71,10 +71,10 @@ class Steps:
             broadcast_object_list(fine)
         return fine[0]
 
-    def end(self, folder: Path) -> None:
-        """Raise a `SaveError` of one line for each failure, if there was any."""
+    def end(self, folder: Path, others: str = "the other results of the training") -> None:
+        """Raise a `SaveError` of one line for each failure, if there was any; tell where the `others` are."""
         if self.failures:
-            raise SaveError("\nerror: ".join([*self.failures, f"the other results of the training are in {folder}"]))
+            raise SaveError("\nerror: ".join([*self.failures, f"{others} are in {folder}"]))
 
 
 def save_results(

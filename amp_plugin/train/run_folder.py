@@ -18,6 +18,7 @@ from transformers.trainer_utils import PredictionOutput
 from amp_plugin.data import collate
 from amp_plugin.provenance import versions
 from amp_plugin.report import plot_confusion, plot_curves, plot_reliability
+from amp_plugin.report.ledger import check_record
 from amp_plugin.text import tell
 from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments, settings_of
 from amp_plugin.train.tasks import Task, make_task
@@ -137,10 +138,11 @@ def open_run(folder: str | Path, *, dataset: str | None = None, data_root: str |
     folder = Path(folder)
     try:
         record = json.loads((folder / RECORD).read_text())
+        check_record(record)
         settings, metrics = dict(record["settings"]), dict(record["metrics"])
     except FileNotFoundError:
         raise ValueError(f"{str(folder)!r} has no {RECORD}: give the output folder of a finished run") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(folder / RECORD)!r} is not the record of a run: {error}") from error
     recorded = {f.name: settings[f.name] for f in fields(DataArguments) if f.name in settings}
     recorded |= {"data_root": data_root, "augment": "default" if recorded.get("text_column") else "none"}
