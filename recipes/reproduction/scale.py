@@ -58,18 +58,49 @@ class Scale:
 
 
 def read_scale(name: str) -> Scale:
-    """Read a scale that comes with the recipes, or a YAML file, and what was chosen for it."""
+    """Read a scale that comes with the recipes, or a YAML file, and what was chosen for it.
+
+    A file with ``like: NAME`` has the keys of that scale, but for those that the file gives; options and arguments of a
+    model are replaced one by one. What was chosen for that scale is taken too, but for the options that the file gives.
+
+    Raises:
+        ValueError: There is no such scale, or something in it cannot be meant.
+    """
     path = HERE / f"{name}.yaml" if (HERE / f"{name}.yaml").is_file() else Path(name)
     if not path.is_file():
         raise ValueError(f"--scale {name!r} is neither paper nor cpu nor a YAML file")
-    data = _checked(read_yaml(path), Scale, f"{path}: a scale", {"path", "chosen", "train_args"})
+    data, base, given = read_yaml(path), None, dict[str, Any]()
+    if isinstance(data, dict) and "like" in data:
+        given = data.get("options") or {}
+        base, data = _based(path, **data)
+    data = _checked(data, Scale, f"{path}: a scale", {"path", "chosen", "train_args"})
     if data.get("tuning") is not None:
         data["tuning"] = Tuning(**_checked(data["tuning"], Tuning, f"{path}: tuning"))
     scale = Scale(path=path, **data)
     _check(scale)
+    if base is not None:
+        for setting, by_method in base.chosen.items():
+            scale.chosen[setting] = {m: {n: v for n, v in vs.items() if n not in given} for m, vs in by_method.items()}
     if scale.chosen_path.is_file():
-        scale.chosen.update(by_setting(read_chosen(scale.chosen_path), itemgetter("values")))
+        for setting, by_method in by_setting(read_chosen(scale.chosen_path), itemgetter("values")).items():
+            scale.chosen.setdefault(setting, {}).update(by_method)
     return scale
+
+
+def _based(path: Path, like: Any, **own: Any) -> tuple[Scale, dict[str, Any]]:
+    """Return the scale that a file is like, and the keys of both."""
+    base = HERE / f"{like}.yaml"
+    if not base.is_file() or "like" in (data := read_yaml(base)):
+        raise ValueError(f"{path}: like names a scale that comes with the recipes and is like no other, got {like!r}")
+    models, options = own.get("models", data["models"]), own.get("options", {})
+    check_type(models, dict[str, dict[str, Any]], f"{path}: models")
+    check_type(options, dict[str, Any], f"{path}: options")
+    own["models"] = {name: {**data["models"].get(name, {}), **arguments} for name, arguments in models.items()}
+    own["options"] = {**data["options"], **options}
+    if carried := (data.get("tuning") or {}).get("carried"):
+        carried = {to: of for to, of in carried.items() if to in own.get("datasets", data["datasets"])}
+        data["tuning"] = {**data["tuning"], "carried": carried}
+    return read_scale(str(like)), {**data, **own}
 
 
 def read_chosen(path: Path) -> _Chosen:

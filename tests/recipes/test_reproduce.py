@@ -88,6 +88,40 @@ def test_a_mistake_is_named(tmp_path: Path, selected: dict[str, Any], message: s
         Selection(chosen(written(tmp_path), erm={}), **selected).runs()
 
 
+def test_a_scale_may_be_like_another(tmp_path: Path) -> None:
+    path, cpu = tmp_path / "mine.yaml", read_scale("cpu")
+    ((model, arguments),) = cpu.models.items()
+    path.write_text(
+        f"like: cpu\ndatasets: [cifar10]\nmodels: {{{model}: {{width: 32}}}}\n"
+        "options: {learning_rate: 0.4, amp_inner_lr: 0.7}\n"
+    )
+    mine = read_scale(str(path))
+    assert mine.name == "mine"
+    assert mine.models == {model: {**arguments, "width": 32}}
+    assert mine.options == {**cpu.options, "learning_rate": 0.4, "amp_inner_lr": 0.7}
+    (erm, amp) = Selection(mine, methods=["erm", "amp"], seeds=[1]).runs()
+    assert erm.options(mine)["learning_rate"] == 0.4, "not what was chosen for the other"
+    (theirs,) = Selection(cpu, datasets=["cifar10"], methods=["amp"], seeds=[1]).runs()
+    assert amp.values == {"amp_epsilon": theirs.values["amp_epsilon"]}
+    mine.chosen_path.write_text(f"{model}: {{none: {{cifar10: {{amp: {{values: {{amp_epsilon: 9.0}}}}}}}}}}\n")
+    (erm, amp) = Selection(read_scale(str(path)), methods=["erm", "amp"], seeds=[1]).runs()
+    assert (erm.values, amp.values) == ({}, {"amp_epsilon": 9.0})
+    for bad in ("like: mine", "like: cpu_batch100", "like: [cpu]", "like: cpu\noptions: 3", "like: cpu\nmodels: [x]"):
+        path.write_text(bad)
+        with pytest.raises(ValueError, match=r"mine.yaml: (like names a scale|(options|models) must be)"):
+            read_scale(str(path))
+
+
+def test_a_method_may_take_what_was_chosen_for_two(tmp_path: Path) -> None:
+    scale = chosen(written(tmp_path), erm={}, amp={"amp_epsilon": 0.1}, dropout={"dropout": 0.3})
+    (both,) = Selection(scale, methods=["amp_dropout"], seeds=[1]).runs()
+    assert both.values == {"amp_epsilon": 0.1, "dropout": 0.3}
+    options = both.options(scale)
+    assert (options["optim"], options["amp_epsilon"], options["model_kwargs"]["conv_drop_rate"]) == ("amp", 0.1, 0.3)
+    with pytest.raises(ValueError, match="no hyper-parameters for amp_mixup on"):
+        Selection(scale, methods=["amp_mixup"], seeds=[1]).runs()
+
+
 def test_a_scale_must_be_fair_and_whole(tmp_path: Path) -> None:
     trials = {**TINY["tuning"]["trials"], "amp": [{}]}
     with pytest.raises(ValueError, match="same number of trials"):
