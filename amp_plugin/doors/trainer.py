@@ -9,46 +9,37 @@ So k accumulation steps equal one batch that is k times larger.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
-from amp_plugin.core.compilation import detached_for_good
 from amp_plugin.core.complaints import tell_of_skipped_step
-from amp_plugin.core.find import find_amp
-from amp_plugin.core.grad_scaler import scale_of
 from amp_plugin.core.inputs import detached_inputs
 from amp_plugin.core.optimizer import AMP
-from amp_plugin.core.replay import ExtraPasses
 from amp_plugin.doors.attach_callback import AttachCallback, release
-from amp_plugin.doors.captured_training import CapturedTraining, Passes, check_optimizer, fused_options
+from amp_plugin.doors.captured_training import CapturedTraining, check_optimizer, fused_options
 from amp_plugin.doors.flops import CountedFlops
 from amp_plugin.doors.logged_loss import loss_for_log
 from amp_plugin.doors.means import Means
 from amp_plugin.doors.num_items import uses_num_items
-from amp_plugin.doors.trainer_mixin import TrainerMixin
 from amp_plugin.doors.trainer_window import (
     EndOfEpoch,
     TrainingStep,
-    Window,
-    backward_observed,
-    gradient_sync,
     prepared_once,
     step_in_every_pass,
 )
 from amp_plugin.doors.training_args import AMPArguments
-from amp_plugin.doors.window import ascend_over, note_idle
+from amp_plugin.doors.window import note_idle
+from amp_plugin.doors.window_passes import WindowPasses
 
 logger = logging.get_logger(__name__)
 
 
-class AMPMixin(TrainerMixin):
+class AMPMixin(WindowPasses):
     """Adversarial Model Perturbation for any `transformers.Trainer`, when ``args.optim`` asks for it.
 
     The mixin stands before the Trainer, whose own loss, data and logs it leaves as they are::
@@ -74,13 +65,8 @@ class AMPMixin(TrainerMixin):
             the message names what to use instead.
     """
 
-    args: AMPArguments
-    amp_generators: Sequence[Any] = ()
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._amp_window = Window()
         self._amp_in_step = False  # whether the loop has called a training step that is not over
-        self._amp_extra_passes: ExtraPasses | None = None
         self._amp_captured: CapturedTraining | None = None
         self._amp_flops = CountedFlops()
         self._loss_uses_num_items: bool | None = None
@@ -110,11 +96,6 @@ class AMPMixin(TrainerMixin):
         for name, wrapped in (("training_step", step_in_every_pass), ("_prepare_inputs", prepared_once)):
             if name in vars(cls):
                 setattr(cls, name, wrapped(vars(cls)[name]))
-
-    @property
-    def amp(self) -> AMP | None:
-        """The AMP optimizer inside whatever accelerate wrapped around it; None when training without AMP."""
-        return find_amp(self.optimizer)
 
     # A class method where the Trainer has a static one: it is called alike, and `super()` reaches an override below.
     @classmethod
@@ -281,86 +262,6 @@ class AMPMixin(TrainerMixin):
         self._check_clean_weights("save")
         super().save_model(*args, **kwargs)
 
-    def _ascend(self, amp: AMP, step: TrainingStep, model: nn.Module, num_items: Any) -> None:
-        """Run the window at theta, perturb, and leave the weights perturbed until `_end_amp_window`."""
-        amp.zero_grad()
-        amp.total_steps = self.state.max_steps
-        scale = scale_of(self.accelerator.scaler)
-        if self._amp_extra_passes is None or self._amp_extra_passes.module is not model:
-            self._amp_extra_passes = ExtraPasses(
-                model,
-                batch_norm=self.args.amp_batch_norm,  # type: ignore[arg-type]
-                rng=self.args.amp_rng,  # type: ignore[arg-type]
-                generators=self.amp_generators,
-            )
-        passes, window = self._amp_extra_passes, self._amp_window
-        made, k = 0, len(window.batches)
-        window.descent = ExitStack()
-        window.descent.callback(amp.restore)
-        ascent = ascend_over(
-            amp,
-            passes,
-            model,
-            window.batches,
-            scale,
-            sync=self.args.amp_sync_ascent,
-            culprit=f"{type(self).__name__} or its model changes a batch",
-        )
-        with closing(ascent), backward_observed(self.accelerator, passes.spare_leaves):
-            for part, sync in ascent:
-                losses = self._passes_over(step, model, part, num_items, sync=sync, detach=True)
-                if made == 0:
-                    window.clean_losses = losses if len(part) == k else [torch.stack(losses).sum() / k] * k
-                made += 1
-        window.rest = amp.descent_batches(window.batches)
-        window.descent.enter_context(passes.nth(made))
-
-    def _passes_over(
-        self, step: TrainingStep, model: nn.Module, part: Sequence[Any], num_items: Any, *, sync: bool, detach: bool
-    ) -> list[Tensor]:
-        """Make the step of each micro-batch of a part of the window, as if the part were the window."""
-        losses = []
-        with self._as_window(part, num_items) as items:
-            for k, inputs in enumerate(part, 1):
-                with gradient_sync(model, sync and k == len(part)):
-                    losses.append(self._pass(step, model, inputs, items, detach=detach))
-        return losses
-
-    def _pass(
-        self, step: TrainingStep, model: nn.Module, inputs: Any, num_items: Any, *, detach: bool = False
-    ) -> Tensor:
-        """Make the step of a micro-batch; an ascent detaches its inputs, whose gradient the descent may want."""
-        self._amp_window.current = id(inputs)
-        return detached_for_good(step(model, detached_inputs(inputs) if detach else inputs, num_items))
-
-    @contextmanager
-    def _as_window(self, part: Sequence[Any], num_items: Any) -> Iterator[Any]:
-        """Let the Trainer take a part of the window for all of it; yield the number of items in the part."""
-        whole = self.current_gradient_accumulation_steps
-        if num_items is not None and part is not self._amp_window.batches:
-            num_items = self._get_num_items_in_batch(list(part), self.args.device)
-        try:
-            self.current_gradient_accumulation_steps = len(part)
-            yield num_items
-        finally:
-            self.current_gradient_accumulation_steps = whole
-
-    def _end_amp_window(self) -> None:
-        """Forget the window; if the weights are perturbed, go back to theta and the clean pass's statistics."""
-        window, self._amp_window = self._amp_window, Window()
-        if window.descent is not None:
-            window.descent.close()
-
-    def _measures(self, amp: AMP) -> dict[str, Tensor | float]:
-        """Return what this step adds to the means that the next log shows."""
-        measures: dict[str, Tensor | float] = {"amp_passes": amp.passes}
-        if not amp.perturbed:
-            return measures
-        amp_loss = measures["amp_loss"] = _sum(self._amp_window.amp_losses)
-        if self._amp_window.clean_losses:
-            measures["sharpness"] = amp_loss - _sum(self._amp_window.clean_losses)
-        return measures | amp.statistics()
-
     def _captured_training_step(self, step: TrainingStep, model: nn.Module, num_items: Any) -> Tensor:
         """Make all passes over the window at its first micro-batch, or replay them; then return a loss a call."""
         window = self._amp_window
@@ -378,23 +279,6 @@ class AMPMixin(TrainerMixin):
             self._amp_means.add(made.measures)
             window.returned, self._amp_window = list(made.losses), window
         return window.returned.pop(0)
-
-    def _passes(self, step: TrainingStep, model: nn.Module, batches: Sequence[Any], num_items: Any) -> Passes:
-        """Make all passes over a window, from theta and back to it."""
-        amp = self.amp
-        window = self._amp_window = Window(batches, in_step=True)
-        try:
-            if amp is not None and amp.perturbs:
-                self._ascend(amp, step, model, num_items)
-            rest = window.rest or batches
-            window.amp_losses = self._passes_over(step, model, rest, num_items, sync=True, detach=False)
-            measures = {}
-            if amp is not None and amp.perturbs:
-                measures = self._measures(amp)
-                note_idle(amp)
-            return Passes(window.clean_losses or window.amp_losses, measures)
-        finally:
-            self._end_amp_window()
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         clip = functools.partial(super()._clip_grad_norm, model)
@@ -416,7 +300,3 @@ class AMPMixin(TrainerMixin):
         for reason, applies in reasons.items():
             if applies:
                 raise ValueError(f"--optim {self.args.optim} does not work exactly with {reason}")
-
-
-def _sum(losses: Sequence[Tensor]) -> Tensor:
-    return losses[0] if len(losses) == 1 else torch.stack(list(losses)).sum()

@@ -171,7 +171,7 @@ PITFALLS = [
     Pitfall(
         "per-process ascents are averaged after all",
         "the README of davda54/sam",
-        "doors/trainer.py",
+        "doors/window_passes.py",
         "sync and k == len(part)",
         "k == len(part)",
         "doors/test_transformers.py::test_two_processes_equal_one",
@@ -227,7 +227,7 @@ PITFALLS = [
     Pitfall(
         "with accumulation the ascent sees only one micro-batch",
         "davda54/sam#3, #62, #94",
-        "doors/trainer.py",
+        "doors/window_passes.py",
         "            window.batches,\n",
         "            window.batches[-1:],\n",
         "doors/test_transformers.py::test_a_window_equals_one_large_batch",
