@@ -1,84 +1,101 @@
 """The README's picture, for light and dark pages, from the ledger: python recipes/make_picture.py
 
-The picture shows ERM and AMP at the CPU's scale, whose networks learn their images by heart, and on full CIFAR-10 in
-four epochs, which is far from that: every seed is a point.
+The picture shows by how much AMP's test error and NLL are lower than SGD's at the CPU's scale, seed by seed: every pair
+of runs is a point, and a line is the 95 % interval of their mean.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from reproduction.cells import Selection
-from reproduction.comparison import reference_of, rows_of
+from reproduction.comparison import Row, interval, reference_of, rows_of
+from reproduction.published import Setting, methods
 from reproduction.scale import read_scale
 
 from amp_plugin.report import read_ledger
-from amp_plugin.report.style import AMBER, SKY, stamp
+from amp_plugin.report.style import AMBER, GREEN, SKY, stamp
 
 HERE = Path(__file__).resolve().parent
 LEDGER = HERE / "ledger.jsonl"
 PICTURES = {theme: HERE / "guides" / f"results-{theme}.svg" for theme in ("light", "dark")}
-HEART = "learns its data by heart:\n2,000 images of {}, 30 epochs"
-FAR = "far from fitting its data:\nfull CIFAR-10, 4 epochs"
-JOBS = (HEART.format("CIFAR-10"), HEART.format("CIFAR-100"), FAR)
-OPTIMS = {"erm": "sgd", "amp": "amp"}
-MEASURES = {"eval_error": "test error (%)", "eval_nll": "test NLL", "eval_ece": "test calibration error (ECE)"}
+METHODS = {"amp": AMBER, "amp_subset": GREEN, "amp_split4": SKY}
+MEASURES = {"eval_error": "test error, points below SGD's", "eval_nll": "test NLL, nats below SGD's"}
 _INK = {"light": "#24292f", "dark": "#e6edf3"}
-_COLOURS = {"sgd": SKY, "amp": AMBER}
-_FAR = {"dataset": "cifar10", "num_train_epochs": 4, "validation_images": None, "train_images": None}
 
-Points = dict[tuple[str, str, str], list[float]]
-
-
-def points(ledger: Path = LEDGER) -> Points:
-    """Return the figures of every run, by job, optimizer and measure."""
-    runs = read_ledger(ledger)
-    found: Points = {}
-    for setting, rows in rows_of(Selection(read_scale("cpu"), methods=list(OPTIMS)), runs).items():
-        job = HEART.format(setting.dataset.replace("cifar", "CIFAR-"))
-        for method, optim in OPTIMS.items():
-            if most := reference_of(rows, method):
-                found |= {(job, optim, measure): most.numbers(measure) for measure in MEASURES}
-    for run in runs:
-        if all(run["settings"].get(k) == v for k, v in _FAR.items()):
-            for measure in MEASURES:
-                found.setdefault((FAR, run["settings"]["optim"], measure), []).append(run["metrics"][measure])
-    return found
+# By the line's label and the measure: SGD's figure minus the method's, for each seed that both have.
+Differences = dict[tuple[str, str], list[float]]
 
 
-def listed(data: Points) -> str:
+def differences(ledger: Path = LEDGER) -> Differences:
+    """Return what the picture shows, line by line."""
+    chosen = Selection(read_scale("cpu"), methods=list(METHODS))
+    tables = rows_of(chosen, read_ledger(ledger))
+    return {
+        (label, measure): numbers
+        for setting, rows in tables.items()
+        for label, row in _lines(setting, rows).items()
+        for measure in MEASURES
+        if len(numbers := _minus(reference_of(rows), row, measure)) > 1
+    }
+
+
+def _lines(setting: Setting, rows: Sequence[Row]) -> dict[str, Row]:
+    """Return the rows of a setting, by the label of a line."""
+    found = {method: reference_of(rows, method) for method in METHODS}
+    return {f"{setting.dataset}: {method}": row for method, row in found.items() if row is not None}
+
+
+def _minus(reference: Row | None, row: Row, measure: str) -> list[float]:
+    theirs, ours = {} if reference is None else reference.measured(measure), row.measured(measure)
+    return [theirs[seed] - ours[seed] for seed in sorted(theirs.keys() & ours.keys())]
+
+
+def listed(data: Differences) -> str:
     """Return the figures as a text, a line each, which the pictures are stamped with."""
     return "\n".join(map(str, sorted(data.items())))
 
 
-def draw(data: Points, theme: str) -> Any:
-    """Draw a row of points and a bar at their mean for each job and optimizer, one panel a measure."""
+def draw(data: Differences, theme: str) -> Any:
+    """Draw a row for each data set and method, one panel a measure: the pairs, their mean, and its 95 % interval."""
     from matplotlib.figure import Figure  # the object interface: no global state, no display
 
-    ink = _INK[theme]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    heights = {(job, optim): -2.6 * j - k for j, job in enumerate(JOBS) for k, optim in enumerate(_COLOURS)}
+    ink, labels = _INK[theme], list(dict.fromkeys(label for label, _ in data))
+    heights = _heights(labels)
+    figure = Figure(figsize=(9, 0.9 + 0.36 * len(labels)), layout="constrained")
     axes: Any
     for axes, (measure, name) in zip(figure.subplots(1, len(MEASURES), sharey=True), MEASURES.items(), strict=True):
-        for (job, optim), height in heights.items():
-            values = data[job, optim, measure]
-            axes.plot(values, [height] * len(values), "o", color=_COLOURS[optim], markersize=7, alpha=0.8)
-            axes.plot([mean(values)] * 2, [height - 0.32, height + 0.32], color=_COLOURS[optim], linewidth=2)
-        axes.set_xlim(left=0)
+        axes.axvline(0, color=ink, linewidth=1, alpha=0.7)
+        for label in labels:
+            numbers, height = data[label, measure], heights[label]
+            colour = METHODS[label.partition(": ")[2]]
+            if found := interval(numbers):
+                axes.plot([found.low, found.high], [height] * 2, color=colour, linewidth=3, solid_capstyle="round")
+            axes.plot(numbers, [height] * len(numbers), "o", color=colour, markersize=5, alpha=0.6)
+            axes.plot([mean(numbers)], [height], "D", color=colour, markeredgecolor=ink, markersize=7)
         axes.set_xlabel(name, color=ink)
-        axes.set_yticks([*heights.values()], [optim.upper() for _, optim in heights])
-        axes.set_ylim(min(heights.values()) - 0.6, 0.6)
+        axes.set_yticks([heights[label] for label in labels], [_shown(label) for label in labels])
+        axes.set_ylim(min(heights.values()) - 0.7, 0.7)
         axes.tick_params(colors=ink)
         axes.grid(axis="x", color=ink, alpha=0.15)
         axes.set_facecolor("none")
         axes.spines[:].set(color=ink, alpha=0.3)
-    for job in JOBS:
-        axes, middle = figure.axes[0], mean(heights[job, optim] for optim in _COLOURS)
-        axes.text(-0.24, middle, job, color=ink, ha="right", va="center", transform=axes.get_yaxis_transform())
     figure.patch.set_alpha(0.0)
     return figure
+
+
+def _heights(labels: Sequence[str]) -> Mapping[str, float]:
+    """Return the place of each line, with a gap between data sets."""
+    sets = list(dict.fromkeys(label.partition(": ")[0] for label in labels))
+    return {label: -float(k) - 0.7 * sets.index(label.partition(": ")[0]) for k, label in enumerate(labels)}
+
+
+def _shown(label: str) -> str:
+    dataset, _, method = label.partition(": ")
+    return f"{dataset.replace('cifar', 'CIFAR-')}, {methods()[method].label.replace('AMP, ', 'AMP ')}"
 
 
 def main() -> None:
@@ -86,7 +103,7 @@ def main() -> None:
     import matplotlib
 
     matplotlib.rcParams["svg.hashsalt"] = "amp_plugin"  # the same figures give the same file
-    data = points()
+    data = differences()
     for theme, path in PICTURES.items():
         draw(data, theme).savefig(path, metadata={**stamp(listed(data)), "Date": None})
         print(path)

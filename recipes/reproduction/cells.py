@@ -138,7 +138,8 @@ def _values(scale: Scale, setting: Setting, method: str) -> dict[str, Any] | Non
 
 def tunable(scale: Scale, method: str) -> list[str]:
     """Return the names of the hyper-parameters in which runs of one method may differ."""
-    own = [name for name in methods()[method].options if name not in ("optim", "epochs_times", "amp_ascent")]
+    fixed = ("optim", "epochs_times", "amp_ascent", "amp_batch_norm")
+    own = [name for name in methods()[method].options if name not in fixed]
     if method == "amp":
         own += ["amp_epsilon", "amp_inner_lr"]
     tried = scale.tuning.trials if scale.tuning else {}

@@ -6,23 +6,42 @@ from statistics import mean
 
 import make_picture
 import pytest
-from make_picture import JOBS, MEASURES, PICTURES
+from make_picture import LEDGER, MEASURES, PICTURES
+from reproduction import records
+from reproduction.cells import Selection
+from reproduction.comparison import reference_of, rows_of
+from reproduction.scale import read_scale
 
 from amp_plugin.report.style import shows
 
 
-def test_every_run_is_a_point_and_the_bar_their_mean() -> None:
+def test_every_pair_is_a_point_and_the_diamond_their_mean() -> None:
     pytest.importorskip("matplotlib", reason="draws")
-    data = make_picture.points()
+    pytest.importorskip("scipy", reason="intervals")
+    data = make_picture.differences()
     axes = make_picture.draw(data, "light").axes
     assert len(axes) == len(MEASURES)
-    expected = [data[job, optim, "eval_nll"] for job in JOBS for optim in ("sgd", "amp")]
-    lines = axes[1].get_lines()
-    assert [list(line.get_xdata()) for line in lines[::2]] == expected
-    assert [line.get_xdata()[0] for line in lines[1::2]] == [mean(values) for values in expected]
+    expected = [numbers for (_, measure), numbers in data.items() if measure == "eval_nll"]
+    lines = axes[1].get_lines()[1:]  # the first is SGD's, at 0
+    assert [list(line.get_xdata()) for line in lines[1::3]] == expected
+    assert [line.get_xdata()[0] for line in lines[2::3]] == [mean(numbers) for numbers in expected]
+    assert all(
+        line.get_xdata()[0] < mean(n) < line.get_xdata()[1] for line, n in zip(lines[::3], expected, strict=True)
+    )
+
+
+def test_differences_are_those_of_pairs() -> None:
+    """Where AMP is better they are positive."""
+    rows = rows_of(Selection(read_scale("cpu"), datasets=["cifar10"], methods=["amp"]), records.read(LEDGER))
+    ((setting, found),) = rows.items()
+    erm, amp = reference_of(found), reference_of(found, "amp")
+    assert erm is not None
+    assert amp is not None
+    by_hand = [erm.runs[s]["metrics"]["eval_nll"] - amp.runs[s]["metrics"]["eval_nll"] for s in (1, 2, 3, 4, 5)]
+    assert make_picture.differences()[f"{setting.dataset}: amp", "eval_nll"] == by_hand
 
 
 def test_the_pictures_are_of_the_ledger_as_it_is() -> None:
     for path in PICTURES.values():
-        assert shows(path, make_picture.listed(make_picture.points())), "run recipes/make_picture.py"
+        assert shows(path, make_picture.listed(make_picture.differences())), "run recipes/make_picture.py"
         assert path.stat().st_size < 200_000
