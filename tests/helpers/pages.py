@@ -15,6 +15,8 @@ from repository import ROOT
 
 README = ROOT / "README.md"
 GUIDES = sorted((ROOT / "recipes" / "guides").glob("*.md"))
+# Pages whose snippets take for granted what a reader has: a model, a batch, a data set, an optimizer, a finished run.
+BARE = [README, *(page for page in GUIDES if page.name in ("MAIN_JOB.md", "FLATNESS.md"))]
 
 _FENCE = re.compile(r"^```(?P<language>[^\n]+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 _SCRIPT = re.compile(r"# (\w+\.py)\n")
@@ -67,8 +69,8 @@ def blocks(page: Path, language: str = "python") -> list[Block]:
 
 
 def setup(block: Block) -> Block | None:
-    """The snippet that has to run before this one; the README's, being short, are set up by the test."""
-    if block.page == README or block.script:
+    """The snippet that has to run before this one; those of bare pages, being short, are set up by the test."""
+    if block.page in BARE or block.script:
         return None
     first = next(b for b in blocks(block.page) if not b.script)
     return None if block == first else first

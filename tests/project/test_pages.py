@@ -98,8 +98,8 @@ def one_process(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyt
     torch._dynamo.reset()
 
 
-def readme_namespace(folder: Path, *, transformers: bool) -> dict[str, Any]:
-    """What the README takes a reader to have: a model, a batch, a data set, an optimizer and a finished run."""
+def namespace_of_a_reader(folder: Path, *, transformers: bool) -> dict[str, Any]:
+    """What bare pages take a reader to have."""
     model = image_classifier("preactresnet18", "abcd", mean=[0.5] * 3, std=[0.2] * 3, width=2, layers=(1, 1, 1, 1))
     model.save_pretrained(folder / "runs" / "cifar10_sample-preactresnet18-amp-seed42")
     images, labels = torch.randn(8, 3, 32, 32), torch.randint(4, (8,))
@@ -119,8 +119,8 @@ def readme_namespace(folder: Path, *, transformers: bool) -> dict[str, Any]:
 @pytest.mark.usefixtures("one_process")
 def test_a_snippet_runs_and_trains_with_amp(block: Block, tmp_path: Path, training: Training) -> None:
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    if block.page == pages.README:
-        namespace |= readme_namespace(tmp_path, transformers="Trainer(" in block.code)
+    if block.page in pages.BARE:
+        namespace |= namespace_of_a_reader(tmp_path, transformers="Trainer(" in block.code)
     before = pages.setup(block)
     for part in [block] if before is None else [before, block]:
         exec(part.compiled(), namespace)
