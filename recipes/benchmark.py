@@ -4,9 +4,10 @@
     python recipes/benchmark.py --only step --sizes 0.3M 11.2M --batch_sizes 50
     python recipes/benchmark.py --device cuda --help       # steps on a GPU, with absolute times
 
-The script prints a table and leaves it in the output folder as benchmark.md, as a picture in benchmark.png and row by
-row in benchmark.jsonl. Steps are made in turns, one of each contestant a round, and the quartiles of the rounds' ratios
-are given with the median. Keep the machine otherwise idle. The script needs `pip install "amp-plugin[benchmark]"`.
+The script prints a table and leaves it in the output folder as benchmark.md, as a picture of each subject in
+benchmark-SUBJECT.png and row by row in benchmark.jsonl. Steps are made in turns, one of each contestant a round, and
+the quartiles of the rounds' ratios are given with the median. Keep the machine otherwise idle. The script needs
+`pip install "amp-plugin[benchmark]"`.
 """
 
 from __future__ import annotations
@@ -109,8 +110,8 @@ def main(argv: list[str] | None = None) -> None:
             file.flush()
     text = f"{where}\n\n{markdown(rows)}\n"
     (folder / "benchmark.md").write_text(text)
-    draw(rows, folder / "benchmark.png", where)
-    print(f"\n{text}\ntable: {folder / 'benchmark.md'}\npicture: {folder / 'benchmark.png'}")
+    pictures = draw(rows, folder, where)
+    print("\n".join([f"\n{text}", f"table: {folder / 'benchmark.md'}", *(f"picture: {path}" for path in pictures)]))
 
 
 if __name__ == "__main__":

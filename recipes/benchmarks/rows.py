@@ -68,23 +68,29 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
 
 
-def draw(rows: Sequence[Row], path: Path, caption: str) -> None:
-    """Draw a panel for each section: by case, a point for the median ratio of each row and a line for its quartiles.
+def draw(rows: Sequence[Row], folder: Path, caption: str) -> list[Path]:
+    """Draw a picture for each section: by case, a point for the median ratio of each row, a line for its quartiles.
 
-    Without a row that has a ratio nothing is drawn.
+    Returns:
+        The files, named after the sections; rows without a ratio are in none.
     """
     sections: dict[str, list[Row]] = {}
     for row in rows:
         if row.baseline_value:
             sections.setdefault(row.section, []).append(row)
-    if not sections:
-        return
-    heights = [1.6 + 0.16 * len(some) + 0.12 * len({row.case for row in some}) for some in sections.values()]
-    with picture(path, "", (9.0, sum(heights))) as figure:
-        panels = figure.subplots(len(sections), squeeze=False, height_ratios=heights)[:, 0]
-        for axes, (section, some) in zip(panels, sections.items(), strict=True):
-            _panel(axes, section, some)
-        figure.supxlabel(caption, fontsize=7)
+    paths = []
+    for section, some in sections.items():
+        height = 1.8 + 0.11 * len(some) + 0.1 * len({row.case for row in some})
+        paths.append(folder / picture_of(section))
+        with picture(paths[-1], "", (9.0, height), markdown(some)) as figure:
+            _panel(figure.subplots(), section, some)
+            figure.supxlabel(caption, fontsize=7)
+    return paths
+
+
+def picture_of(section: str) -> str:
+    """Return the name of a section's picture."""
+    return f"benchmark-{section.lower().replace(' ', '-')}.png"
 
 
 def _panel(axes: Axes, section: str, rows: Sequence[Row]) -> None:

@@ -21,14 +21,17 @@ import torch
 import transformers.trainer
 from benchmarks import counts, device, device_picture, device_steps, host, recipe, step
 from benchmarks.memory import peak_memory
-from benchmarks.rows import counted, draw, markdown, timed
+from benchmarks.rows import Row, counted, draw, markdown, picture_of, timed
 from benchmarks.turns import Turn, take_turns
 from launch import forking
 from PIL import Image
+from repository import ROOT
 from torch import nn
 
 from amp_plugin.core import captured_call
+from amp_plugin.report.style import shows
 
+RECIPES = ROOT / "recipes"
 TURNS: dict[str, Any] = {"seconds": 0.0, "rounds": (3, 9), "warm_up": 2}
 TINY = {"width": 4, "layers": [1, 1, 1, 1]}
 
@@ -225,11 +228,25 @@ def test_bytes_that_are_communicated() -> None:
     assert rows["AMP, closure"].value == rows["SAM of pytorch_optimizer"].value == 2 * rows["SGD"].value
 
 
-def test_the_picture(tmp_path: Path) -> None:
+def test_each_subject_has_a_picture_of_its_own(tmp_path: Path) -> None:
+    """But one without a ratio."""
     rows = [timed("Step", f"{n}M", "AMP", "SGD", [2.0, 2.1, 2.2], [1.0, 1.0, 1.1], "ms") for n in range(3)]
-    draw([*rows, counted("Host", "c", "AMP", "SGD", 0, 0, "calls")], tmp_path / "ratios.png", "a machine")
-    with Image.open(tmp_path / "ratios.png") as picture:
-        assert picture.size[0] > 600
+    rows += [timed("Page faults", "c", "AMP", "SGD", [3.0], [1.0], "faults")]
+    paths = draw([*rows, counted("Host", "c", "AMP", "SGD", 0, 0, "calls")], tmp_path, "a machine")
+    assert [path.name for path in paths] == ["benchmark-step.png", "benchmark-page-faults.png"]
+    for path in paths:
+        with Image.open(path) as picture:
+            assert picture.size[0] > 600
+            assert picture.size[1] < 2 * picture.size[0]
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+
+
+def test_the_pages_pictures_are_of_the_rows_that_stand_beside_them() -> None:
+    lines = (RECIPES / "benchmark.jsonl").read_text().splitlines()[1:]
+    for path in sorted(RECIPES.glob("benchmark-*.png")):
+        rows = [row for row in (Row(**json.loads(line)) for line in lines) if picture_of(row.section) == path.name]
+        assert shows(path, markdown([row for row in rows if row.baseline_value])), path.name
+        assert f"]({path.name})" in (RECIPES / "RESULTS.md").read_text()
 
 
 def test_the_passes_over_the_weights_are_those_that_are_dispatched(monkeypatch: pytest.MonkeyPatch) -> None:
