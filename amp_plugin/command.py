@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from amp_plugin.text import for_terminal, print_all_characters
 
 _STDERR = 2
 _INTERRUPTED, _CLOSED = 130, 141  # as a shell reports SIGINT and SIGPIPE
+_PATIENCE = 30.0  # seconds for the same mistake to reach the first process, which may take some of them to end
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC)
 
 
@@ -55,7 +57,8 @@ def run_command(main: Callable[[], object], mistakes: tuple[type[Exception], ...
     results are worth more than what is printed. The exit code tells it at the end.
 
     Args:
-        main: what the command does. A text that it returns, or exits with, is told as an error.
+        main: what the command does. A text that it returns, or exits with, is told as an error; of the processes of a
+            launcher that have one, the first tells it, and another only where the first has none.
         mistakes: errors whose message tells the user all.
     """
     outputs = [output for name in ("stdout", "stderr") if (output := _outlive(name)) is not None]
@@ -64,7 +67,7 @@ def run_command(main: Callable[[], object], mistakes: tuple[type[Exception], ...
     try:
         code = main()
     except KeyboardInterrupt as interrupt:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process of a launcher is interrupted, and one tells
+        if _is_first():  # every process of a launcher is interrupted, and one tells
             _tell(f"\ninterrupted{f': {interrupt}' if str(interrupt) else ''}")
         code = _INTERRUPTED
     except SystemExit as left:
@@ -73,6 +76,10 @@ def run_command(main: Callable[[], object], mistakes: tuple[type[Exception], ...
         code = f"error: {error}"
     except OSError as error:
         code = f"error: {in_words(error)}"
+    if isinstance(code, str) and not _is_first():
+        # Most likely the first process meets the same, tells it, and the launcher then ends this one.
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(_PATIENCE)
     for output in outputs:
         output.at_work = False
     for stream in (sys.stdout, sys.stderr):
@@ -82,6 +89,10 @@ def run_command(main: Callable[[], object], mistakes: tuple[type[Exception], ...
         code = _CLOSED if errno.EPIPE in errors else 1
     if code:
         sys.exit(for_terminal(code) if isinstance(code, str) else code)
+
+
+def _is_first() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def in_words(error: OSError) -> str:

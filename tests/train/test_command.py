@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -73,6 +74,39 @@ def test_a_process_of_several_leaves_the_line_to_the_first(
     with pytest.raises(SystemExit):
         run_command(interrupt, ())
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_mistake_is_told_by_the_first_process_or_where_it_has_none(
+    ended: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What sys.exit is given is printed; a launcher whose first process has failed ends the others."""
+
+    class EndedByLauncher(BaseException):
+        pass
+
+    def wait(seconds: float) -> None:
+        if ended:
+            raise EndedByLauncher
+
+    monkeypatch.setattr("amp_plugin.command.time.sleep", wait)
+    job_of_rank = [*JOB, "--num_train_epochs", "0"]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(EndedByLauncher if ended else SystemExit) as left:
+        job.run(job_of_rank)
+    assert ended or str(left.value.code).startswith("error: --num_train_epochs must be above 0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(SystemExit, match=r"^error: --num_train_epochs must be above 0"):
+        job.run(job_of_rank)
+    assert "error" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("main", [lambda: None, lambda: 1, interrupt])
+def test_no_process_waits_where_there_is_nothing_to_tell(main: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("amp_plugin.command.time.sleep", lambda _: pytest.fail("waits"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with contextlib.suppress(SystemExit):
+        run_command(main, ())
 
 
 def test_a_cache_that_cannot_be_written_names_what_to_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
