@@ -56,6 +56,22 @@ def sole_writer(folder: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def check_free(folder: Path) -> None:
+    """Raise a ValueError if another process holds a folder; the folder is neither made nor held."""
+    path = folder / _LOCK
+    if sys.platform == "win32" or not path.exists():
+        return
+    import fcntl
+
+    with path.open("r+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise _taken(folder, file.read()) from None
+        except OSError:  # this file system has no locks
+            pass
+
+
 def _taken(folder: Path, holder: str) -> ValueError:
     who = f" ({holder})" if holder else ""
     return ValueError(

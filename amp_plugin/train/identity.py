@@ -32,7 +32,7 @@ _FREE = (
 _FREE_PREFIXES = ("eval_", "logging_", "save_")
 _INSTEAD = "resume from an earlier checkpoint, or start anew"
 # What a run draws or tells of itself, and `amp_plugin.flatness` of it, holds for that run alone.
-_RESULTS = (
+RESULTS = (
     *("README.md", RECORD, "all_results.json", "trainer_state.json"),
     *("curves.png", "confusion.png", "reliability.png", "landscape.png", "landscape_line.png"),
 )
@@ -131,7 +131,7 @@ def check_new_run(settings: Settings, data: DataArguments, model: ModelArguments
 
 def remove_results(folder: Path) -> None:
     """Remove what an earlier run tells of itself, so that it never stands beside the weights or figures of another."""
-    for name in _RESULTS:
+    for name in RESULTS:
         (folder / name).unlink(missing_ok=True)
 
 

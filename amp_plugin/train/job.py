@@ -37,6 +37,7 @@ from amp_plugin.train.identity import (
 )
 from amp_plugin.train.optimizer_arguments import check_optimizer
 from amp_plugin.train.options import parse, settings_of, with_recipe
+from amp_plugin.train.places import check_places
 from amp_plugin.train.plan import plan
 from amp_plugin.train.progress import EpochLine
 from amp_plugin.train.results import check_room, save_results
@@ -85,7 +86,9 @@ def _main(argv: list[str], held: contextlib.ExitStack) -> None:
     compared = None if args.compare_with is None else compared_run(args.compare_with, settings)
     check_trackers(args.report_to)
     check_optimizer(args)
-    if not args.dry_run:
+    if args.dry_run:
+        check_places(folder, None if args.ledger is None else Path(args.ledger))
+    else:
         check_writable(folder)
         if args.ledger is not None:
             check_ledger(Path(args.ledger))
@@ -173,10 +176,7 @@ def run(argv: list[str]) -> None:
     def job() -> None:
         try:
             main(argv)
-        except SaveError as error:  # every process raises it: the first one tells, before a launcher ends all of them
-            if os.environ.get("LOCAL_RANK", "0") != "0":
-                time.sleep(5)
-                sys.exit(1)
+        except SaveError as error:
             sys.exit(f"\nerror: {error}")  # the bar has left its line unfinished
 
     run_command(job, (DatasetError, HubError, ValueError))

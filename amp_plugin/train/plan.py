@@ -13,6 +13,7 @@ from tqdm import tqdm
 from amp_plugin import AMP
 from amp_plugin.text import visible
 from amp_plugin.train.costs import Costs, costs, counts
+from amp_plugin.train.identity import RESULTS, checkpoint_to_continue
 from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments
 from amp_plugin.train.tasks import Task
 from amp_plugin.train.trainer import RecipeTrainer
@@ -96,13 +97,23 @@ def _memory(cost: Costs, args: RecipeArguments) -> dict[str, str]:
 
 def _results(args: RecipeArguments) -> str:
     folder = Path(str(args.output_dir))
-    text = f"{folder}{', which exists: what is in it is overwritten' if folder.exists() else ''}; checkpoints:"
+    text = f"{folder}{_what_is_there(folder, going_on=checkpoint_to_continue(args) is not None)}; checkpoints:"
     text += f" {getattr(args.save_strategy, 'value', args.save_strategy)}"
     text += "" if args.save_minutes is None else f", every {args.save_minutes:g} minutes"
     text += "" if args.minutes is None else f", and before a stop within {args.minutes:g} minutes"
     if args.checkpoint_to_resume():
         text += f"; would resume from {args.resume_from_checkpoint!r} (there: {last_checkpoint(folder) or 'none'})"
     return text
+
+
+def _what_is_there(folder: Path, *, going_on: bool) -> str:
+    """Tell what a run that is not refused does with a folder."""
+    if not folder.exists():
+        return ""
+    if not any((folder / name).exists() for name in RESULTS):
+        return ", which exists: what is in it stays"
+    of = "this run so far" if going_on else "an earlier run"
+    return f", which has the results of {of}: they are replaced, and all else in it stays"
 
 
 def _mib(size: int) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +19,7 @@ from problems import SGD_ARGS
 from torch import nn
 
 from amp_plugin import AMP
-from amp_plugin.train import costs, job, options
+from amp_plugin.train import costs, job, options, plan
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -125,3 +128,79 @@ def test_a_setting_that_could_not_train_is_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"--amp_epsilon must be at least 0 and finite, got -1\.0"):
         job.main([*QUICK, "--amp_epsilon", "-1", "--dry_run"])
+
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("process 7 on a host", file=file, flush=True)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--output_dir", "file"], "cannot write to 'file': .*file is a file; choose another output_dir"),
+        (["--output_dir", "file/below/it"], "cannot write to 'file/below/it': .*file is a file"),
+        (["--output_dir", "checkpoints"], "'checkpoints' holds checkpoint-3 of an earlier run"),
+        (["--output_dir", "closed/new"], "cannot write to 'closed/new': Permission denied"),
+        (["--output_dir", "held"], r"another job \(process 7 on a host\s*\) is writing to 'held'"),
+        (["--ledger", "empty"], "ledger 'empty' is a folder"),
+        (["--ledger", "file/ledger.jsonl"], "cannot write to 'file': .* choose another ledger"),
+        (["--ledger", "text"], "text, line 1, is not a run of train.py"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would_refuse(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("checkpoints/checkpoint-3", "closed", "empty", "held"):
+        Path(folder).mkdir(parents=True)
+    Path("checkpoints/checkpoint-3/trainer_state.json").write_text("{}")
+    Path("file").write_text("")
+    Path("text").write_text("no JSON")
+    monkeypatch.setattr("os.access", lambda path, mode: "closed" not in str(path))  # an administrator may write there
+    monkeypatch.setattr(job, "make_task", lambda *_: pytest.fail("the data is read"))
+    with contextlib.ExitStack() as stack:
+        if "held" in arguments:
+            pytest.importorskip("fcntl", reason="locks of POSIX")
+            command = [sys.executable, "-c", HOLD, "held/_lock"]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            other = stack.enter_context(subprocess.Popen(command, **pipes))  # type: ignore[call-overload]
+            other.stdout.readline()
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ValueError, match=said):
+            job.main([*QUICK, *arguments, "--dry_run"])
+        assert sorted(tmp_path.rglob("*")) == before, "and nothing is written"
+
+
+@pytest.mark.parametrize(
+    ("files", "arguments", "said"),
+    [
+        (None, [], "out; checkpoints: no"),
+        ([], [], "out, which exists: what is in it stays; checkpoints: no"),
+        (["mine.txt", "_lock"], [], "out, which exists: what is in it stays; checkpoints: no"),
+        (
+            ["run.json", "mine.txt"],
+            [],
+            "has the results of an earlier run: they are replaced, and all else in it stays",
+        ),
+        (["curves.png"], [], "has the results of an earlier run"),
+        (["run.json", "checkpoint-3/trainer_state.json"], ["--resume_from_checkpoint", "last"], "of this run so far"),
+    ],
+)
+def test_a_dry_run_tells_what_becomes_of_the_folder(
+    files: list[str] | None, arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in files or ():
+        path = Path("out", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    if files == []:
+        Path("out").mkdir()
+    _, _, args = options.parse([*QUICK, "--output_dir", "out", "--dry_run", *arguments])
+    assert said in plan._results(args)
