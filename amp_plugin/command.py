@@ -98,7 +98,7 @@ def _is_first() -> bool:
 def in_words(error: OSError) -> str:
     """Tell what the system refuses, and what to set where that is a cache of a library."""
     said = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-    said = " ".join(said.split()) or type(error).__name__
+    said = "\n".join(" ".join(line.split()) for line in said.splitlines()) or type(error).__name__
     home = os.path.expanduser("~")
     cached = "cache" in str(error.filename).lower() or str(error.filename).startswith(os.path.join(home, "."))
     if error.errno in _UNWRITABLE and cached:

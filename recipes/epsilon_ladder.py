@@ -16,14 +16,15 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from guides.page import run_script, write_part
 from guides.page import table as markdown_table
 from reproduction import records
 from reproduction.cells import Cell, Selection
+from reproduction.plain import read_yaml
 from reproduction.scale import Scale, read_scale
 from reproduction.sweep import Sweep
 
+from amp_plugin.arguments import Parser, path
 from amp_plugin.report.style import BLUE, VERMILION, picture
 
 HERE = Path(__file__).resolve().parent
@@ -39,7 +40,7 @@ Found = dict[str, dict[float, dict[str, float]]]
 @cache
 def ladder() -> dict[str, Any]:
     """Read ladder.yaml."""
-    data: dict[str, Any] = yaml.safe_load((HERE / "reproduction" / "ladder.yaml").read_text())
+    data: dict[str, Any] = read_yaml(HERE / "reproduction" / "ladder.yaml")
     return data
 
 
@@ -80,7 +81,7 @@ def found_in(ledger: Path) -> Found:
 
 def best(runs: dict[float, dict[str, float]], measure: str) -> float:
     """Return the strength with the lowest value of a measure."""
-    return min(runs, key=lambda strength: runs[strength][measure])
+    return min(runs, key=lambda strength: records.known(runs[strength], measure))
 
 
 def table(found: Found) -> str:
@@ -93,8 +94,8 @@ def table(found: Found) -> str:
             row = [name, *ball]
             for measure, (_, digits) in _MEASURES.items():
                 mark = "**" if whole and strength == best(runs, measure) else ""
-                row.append(f"{mark}{metrics[measure]:.{digits}f}{mark}")
-            rows.append([*row, f"{metrics['loss']:.3f}"])
+                row.append(f"{mark}{records.known(metrics, measure):.{digits}f}{mark}")
+            rows.append([*row, f"{records.known(metrics, 'loss'):.3f}"])
     return markdown_table(
         ["rung", "epsilon", "inner_lr", *(head for head, _ in _MEASURES.values()), "train loss"], rows
     )
@@ -109,11 +110,13 @@ def draw(found: Found, path: Path) -> None:
         for row, (measure, (head, _)) in zip(grid, _MEASURES.items(), strict=True):
             row[0].set_ylabel(head)
             for axes, (name, runs) in zip(row, found.items(), strict=True):
-                points = [(strength, metrics[measure]) for strength, metrics in runs.items() if strength]
+                points = [(strength, records.known(metrics, measure)) for strength, metrics in runs.items() if strength]
                 if points:
                     axes.plot(*zip(*points, strict=True), "o-", color=BLUE, markersize=4, label="AMP")
                 if 0.0 in runs:
-                    axes.axhline(runs[0.0][measure], color=VERMILION, linestyle="--", linewidth=1, label="ERM")
+                    axes.axhline(
+                        records.known(runs[0.0], measure), color=VERMILION, linestyle="--", linewidth=1, label="ERM"
+                    )
                 axes.set_xscale("log")
                 axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
                 axes.minorticks_off()
@@ -125,14 +128,14 @@ def draw(found: Found, path: Path) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_root", metavar="DIR", help="Folder of the data sets; default: the Hub.")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/ladder"), metavar="DIR", help="[%(default)s]")
-    parser.add_argument("--ledger", type=Path, metavar="FILE", help="JSON Lines; default: in --output_dir.")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--data_root", type=path, metavar="DIR", help="Folder of the data sets; default: the Hub.")
+    parser.add_argument("--output_dir", type=path, default=Path("runs/ladder"), metavar="DIR", help="[%(default)s]")
+    parser.add_argument("--ledger", type=path, metavar="FILE", help="JSON Lines; default: in --output_dir.")
     parser.add_argument("--rungs", nargs="+", metavar="NAME", help='E.g. "width 8"; default: all.')
     parser.add_argument("--table", action="store_true", help="Render what the ledger has, into the page.")
-    parser.add_argument("--page", type=Path, default=HERE / "guides" / "CHOOSING_EPSILON.md", metavar="FILE")
-    args = parser.parse_args(argv)
+    parser.add_argument("--page", type=path, default=HERE / "guides" / "CHOOSING_EPSILON.md", metavar="FILE")
+    args: argparse.Namespace = parser.parse_args(argv)
     args.ledger = args.ledger or args.output_dir / "ledger.jsonl"
     if unknown := set(args.rungs or ()) - rungs().keys():
         parser.error(f"--rungs {', '.join(sorted(unknown))}: there are {', '.join(rungs())}")
@@ -151,6 +154,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.rungs is None or name in args.rungs:
             print(name)
             sweep = Sweep(scale, args.ledger, args.output_dir, args.data_root)
+            sweep.check()
             sweep.run(list(cells.values()))
             if sweep.failures:
                 sys.exit("\n".join(map(str, sweep.failures)))

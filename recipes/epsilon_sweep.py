@@ -22,6 +22,7 @@ from reproduction.comparison import Row
 from reproduction.records import is_trial
 from reproduction.table import spread
 
+from amp_plugin.arguments import Parser, path
 from amp_plugin.data.settings import BUNDLED
 from amp_plugin.report import read_ledger
 from amp_plugin.report.style import BLUE, VERMILION, picture
@@ -55,7 +56,7 @@ SGD = Setting(0.0, 0.0)
 
 def read(ledger: Path, dataset: str = BUNDLED) -> Sweep:
     """Return the runs of the sweep on a data set in a ledger, by setting; all must be comparable, each there once."""
-    runs = [run for run in read_ledger(ledger) if is_trial(run) and run["settings"]["dataset"] == dataset]
+    runs = [run for run in read_ledger(ledger) if is_trial(run) and run["settings"].get("dataset") == dataset]
     if not runs:
         raise ValueError(f"{ledger} has no runs on {dataset} with validation_images")
     first, *others = [{k: v for k, v in run["settings"].items() if k not in _VARIED} for run in runs]
@@ -66,10 +67,14 @@ def read(ledger: Path, dataset: str = BUNDLED) -> Sweep:
     sweep: Sweep = {}
     for run in runs:
         settings = run["settings"]
-        key = Setting(settings["amp_epsilon"], settings["amp_inner_lr"]) if settings["optim"] == "amp" else SGD
-        row = sweep.setdefault(key, Row(settings["optim"], key._asdict()))
+        optim = settings.get("optim", "sgd")
+        try:
+            key = Setting(*(float(settings[f"amp_{name}"]) for name in Setting._fields)) if optim == "amp" else SGD
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{ledger}: a run with AMP does not tell its epsilon and inner_lr ({error!r})") from None
+        row = sweep.setdefault(key, Row(optim, key._asdict()))
         if settings["seed"] in row.runs:
-            raise ValueError(f"{ledger}: {settings['optim']} {key}, seed {settings['seed']}, is there twice")
+            raise ValueError(f"{ledger}: {optim} {key}, seed {settings['seed']}, is there twice")
         row.runs[settings["seed"]] = run
     return dict(sorted(sweep.items()))
 
@@ -103,30 +108,30 @@ def draw(sweep: Sweep, path: Path) -> None:
 
 def _lines(axes: Any, sweep: Sweep, measure: str, varied: str, held: str) -> None:
     """Draw a measure against one setting, a line for each of two values of the other setting, and SGD's measure."""
-    if SGD in sweep:
-        reference = sweep[SGD].numbers(measure)
+    if SGD in sweep and (reference := sweep[SGD].numbers(measure)):
         axes.axhspan(min(reference), max(reference), color="0.6", alpha=0.3, linewidth=0)
         axes.axhline(mean(reference), color="0.4", linestyle="--", label="SGD")
     counts = Counter(getattr(setting, held) for setting in sweep if setting != SGD)
     levels = [level for level, n in counts.most_common() if n >= 3]  # a line needs three points
     for level, colour in zip(levels, (BLUE, VERMILION), strict=False):
-        line = sorted(
-            (getattr(s, varied), row.numbers(measure)) for s, row in sweep.items() if getattr(s, held) == level
-        )
+        on_line = {getattr(s, varied): row.numbers(measure) for s, row in sweep.items() if getattr(s, held) == level}
+        line = sorted((x, ys) for x, ys in on_line.items() if ys)
         axes.plot([x for x, _ in line], [mean(ys) for _, ys in line], color=colour, label=f"AMP, {held} {level:g}")
         for x, ys in line:
             axes.plot([x] * len(ys), ys, "o", color=colour, markersize=4, alpha=0.6)
-    axes.legend(frameon=False, fontsize="small")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize="small")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     page = HERE / "guides" / "CHOOSING_EPSILON.md"
-    parser.add_argument("--ledger", type=Path, default=HERE / "ledger.jsonl", help="JSON Lines file of the runs.")
+    parser.add_argument("--ledger", type=path, default=HERE / "ledger.jsonl", help="JSON Lines file of the runs.")
     parser.add_argument("--dataset", default=BUNDLED, help="What the runs were trained on.")
-    parser.add_argument("--page", type=Path, default=page, help="Markdown with the marks of the sweep.")
-    return parser.parse_args(argv)
+    parser.add_argument("--page", type=path, default=page, help="Markdown with the marks of the sweep.")
+    args: argparse.Namespace = parser.parse_args(argv)
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:

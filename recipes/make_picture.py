@@ -11,11 +11,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from guides.page import run_script
 from reproduction.cells import Selection
 from reproduction.comparison import Row, interval, reference_of, rows_of
 from reproduction.published import Setting, methods
 from reproduction.scale import read_scale
 
+from amp_plugin.arguments import Parser
 from amp_plugin.report import read_ledger
 from amp_plugin.report.style import AMBER, GREEN, SKY, stamp
 
@@ -100,6 +102,7 @@ def _shown(label: str) -> str:
 
 def main() -> None:
     """Draw both pictures."""
+    Parser(description=__doc__).parse_args()
     import matplotlib
 
     matplotlib.rcParams["svg.hashsalt"] = "amp_plugin"  # the same figures give the same file
@@ -110,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

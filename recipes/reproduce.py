@@ -39,8 +39,6 @@ from reproduction.sweep import Sweep
 from reproduction.table import draw, markdown
 
 from amp_plugin.arguments import Parser, number, path, words
-from amp_plugin.report.ledger import check_ledger
-from amp_plugin.trainer.checkpoints import check_writable
 
 # `benchmark.py --only ascents --sizes 0.3M --batch_sizes 50` wrote this file.
 BENCHMARK = Path(__file__).with_name("benchmark_ascents.jsonl")
@@ -171,10 +169,7 @@ def run(cells: list[Cell], scale: Scale, args: argparse.Namespace, argv: list[st
             raise ValueError(f"--task {args.task}: the cells chosen here {has}")
         cells = [cells[args.task]]
     if not args.list:
-        if args.data_root is not None and not args.data_root.is_dir():
-            raise ValueError(f"--data_root {args.data_root} is no folder")
-        check_writable(args.output_dir)
-        check_ledger(args.ledger)
+        sweep.check()
     if not (args.list or args.slurm):
         sweep.run(cells)
         if sweep.elsewhere:

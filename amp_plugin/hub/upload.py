@@ -142,13 +142,15 @@ def upload(
     then = f". Nothing is lost: everything is in {str(folder)!r}; push it with: {repeat}" if lasting else ""
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     chosen = filter_repo_objects(files, ignore_patterns=None if complete else list(_LEFT_OUT))
-    with tempfile.TemporaryDirectory() as temporary:
+    with (
+        explained(f"could not push {str(folder)!r} to {repo_id!r} on the Hub", then),
+        tempfile.TemporaryDirectory() as temporary,
+    ):
         operations = [
             CommitOperationAdd(f"{path_in_repo}/{name}".lstrip("/"), _content(files[name], repo_id, Path(temporary)))
             for name in chosen
         ]
-        with explained(f"could not push {str(folder)!r} to {repo_id!r} on the Hub", then):
-            return hub_api(token).create_commit(repo_id, operations, commit_message=commit_message, revision=revision)
+        return hub_api(token).create_commit(repo_id, operations, commit_message=commit_message, revision=revision)
 
 
 def upload_later(
@@ -172,7 +174,10 @@ def upload_later(
 def _content(path: Path, repo_id: str, temporary: Path) -> Path | bytes:
     """Return what to upload: the file, but timm's names for weights, and the card with repository and pictures."""
     if path.name == _CARD:
-        card = path.read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id)
+        try:
+            card = path.read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id)
+        except UnicodeDecodeError as error:
+            raise HubError(f"{path.name} is not UTF-8 ({error})") from error
         return with_later_pictures(card, path.parent).encode()
     if path.name == WEIGHTS:
         with safe_open(path, "pt") as file:

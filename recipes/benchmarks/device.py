@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from amp_plugin.arguments import Parser, number, path
 from amp_plugin.provenance import commit
 from benchmarks import device_steps
 from benchmarks.device_steps import MODES, NETWORKS, PRECISIONS, Problem, Row
@@ -57,19 +58,22 @@ def asked_for(argv: list[str] | None) -> bool:
     return any(argument.partition("=")[0] == "--device" for argument in (sys.argv[1:] if argv is None else argv))
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure the parts that are not there yet, as far as the time goes, or draw what is there."""
+def main(argv: list[str] | None = None) -> list[str]:
+    """Measure the parts that are not there yet, as far as the time goes, or draw what is there.
+
+    Return the parts that failed.
+    """
     begun = time.monotonic()
     args = parse(argv)
-    file = Path(args.rows)
+    file: Path = args.rows
     if args.draw:
-        from benchmarks.device_picture import draw  # needs matplotlib
-
-        draw(read(file), Path(args.draw))
-        return
+        draw(file, args.draw)
+        return []
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: there is no CUDA device")
+        raise ValueError("there is no CUDA device")
+    if args.data_root is not None and not args.data_root.is_dir():
+        raise ValueError(f"--data_root {args.data_root} is no folder")
     here = machine(device)
     done = {row["part"] for row in read(file, here) if "left_out" not in row and "failed" not in row}
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         with file.open("a") as stream:
             stream.write("\n")
     say(file, device, {"machine": here})
+    failed: list[str] = []
     warnings.filterwarnings("error", message=".* cannot be captured")  # else its rows would be those of another mode
     for part in parts(args, device):
         if part.name in done:
@@ -90,8 +95,23 @@ def main(argv: list[str] | None = None) -> None:
                 say(file, device, {"part": part.name, **row})
         except Exception as error:  # the other parts can still be measured
             traceback.print_exc()
+            failed.append(part.name)
             say(file, device, {"part": part.name, "failed": f"{type(error).__name__}: {error}"[:500]})
         device_steps.free()
+    return failed
+
+
+def draw(file: Path, picture: Path) -> None:
+    """Draw the rows of a file."""
+    from benchmarks import device_picture  # needs matplotlib
+
+    rows = read(file)
+    if not any(str(row.get("part")).startswith("step") and "ratio" in row for row in rows):
+        raise ValueError(f"--rows {file} has no steps to draw; measure them first")
+    try:
+        device_picture.draw(rows, picture)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not what benchmark.py --device writes: {error!r}") from error
 
 
 def parts(args: argparse.Namespace, device: torch.device) -> Iterator[Part]:
@@ -99,7 +119,7 @@ def parts(args: argparse.Namespace, device: torch.device) -> Iterator[Part]:
     flops = device_steps.flops_per_image(args.network)
     ceilings: dict[str, float] = {
         row["ceiling"]: row["tflops"]
-        for row in read(Path(args.rows), machine(device))
+        for row in read(args.rows, machine(device))
         if "tflops" in row and "ceiling" in row
     }
 
@@ -160,9 +180,9 @@ def recipe(name: str, args: argparse.Namespace, device: torch.device) -> Iterato
 
     told = ["--optim", "amp", "--max_steps", str(args.recipe_steps), "--per_device_train_batch_size", "50"]
     told += ["--eval_strategy", "no", "--save_strategy", "no", "--logging_strategy", "steps", "--logging_steps", "50"]
-    told += ["--disable_tqdm", "true", "--report_to", "none", "--output_dir", f"{Path(args.rows).parent}/recipe"]
+    told += ["--disable_tqdm", "true", "--report_to", "none", "--output_dir", f"{args.rows.parent}/recipe"]
     told += ["--model_kwargs", json.dumps(NETWORKS[args.network])]
-    told += ["--dataset", "cifar10", "--data_root", args.data_root] if args.data_root else []
+    told += ["--dataset", "cifar10", "--data_root", str(args.data_root)] if args.data_root else []
     told += ["--use_cpu", "true"] if device.type == "cpu" else []
     callbacks: list[Any] = transformers.trainer.DEFAULT_CALLBACKS
     callbacks.append(Clock)
@@ -204,6 +224,8 @@ def read(file: Path, of: dict[str, Any] | None = None) -> list[Row]:
             row = json.loads(line)
         except ValueError:
             continue
+        if not isinstance(row, dict):
+            continue
         where = row.get("machine", where)
         if of is None or ("part" in row and where == of):
             rows.append(row)
@@ -212,17 +234,24 @@ def read(file: Path, of: dict[str, Any] | None = None) -> list[Row]:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="Device of the steps.")
-    parser.add_argument("--seconds", type=float, default=300.0, help="Time of the whole command.")
-    parser.add_argument("--rows", default="runs/benchmark/device.jsonl", help="File of the rows.")
-    parser.add_argument("--draw", metavar="PICTURE", help="Draw the rows of the file, and measure nothing.")
+    parser.add_argument(
+        "--seconds", type=number(float, "[0, 1000000000]"), default=300.0, help="Time of the whole command."
+    )
+    parser.add_argument("--rows", type=path, default=Path("runs/benchmark/device.jsonl"), help="File of the rows.")
+    parser.add_argument("--draw", type=path, metavar="PICTURE", help="Draw the rows of the file, and measure nothing.")
     parser.add_argument("--only", nargs="+", choices=SUBJECTS, default=SUBJECTS, help="Subjects; default: all.")
     parser.add_argument("--network", choices=NETWORKS, default="11.2M", help="PreActResNet18 of this size.")
-    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[50, 128, 512], help="Images of a step.")
+    parser.add_argument(
+        "--batch_sizes", nargs="+", type=number(int, "[1, 1000000]"), default=[50, 128, 512], help="Images of a step."
+    )
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["bf16", "tf32"], help="Arithmetic.")
     modes = ["eager", "captured", "captured, compiled"]
     parser.add_argument("--modes", nargs="+", choices=MODES, default=modes, help="How a step is made.")
-    parser.add_argument("--recipe_steps", type=int, default=240, help="Steps of train.py.")
-    parser.add_argument("--data_root", help="Folder with CIFAR-10 for train.py; default: the bundled sample.")
-    return parser.parse_args(argv)
+    parser.add_argument("--recipe_steps", type=number(int, "[8, inf)"), default=240, help="Steps of train.py.")
+    parser.add_argument(
+        "--data_root", type=path, help="Folder with CIFAR-10 for train.py; default: the bundled sample."
+    )
+    args: argparse.Namespace = parser.parse_args(argv)
+    return args

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -42,7 +41,10 @@ def choose(scale: Scale, trials: Sequence[Cell], ledger: list[records.Record]) -
     for ((model, augment, dataset), method), group in groupby(trials, lambda cell: (cell.setting, cell.method)):
         cells = list(group)
         found = {i: run["metrics"] for i, cell in enumerate(cells) if (run := records.find(cell, scale, ledger))}
-        runs = {i: (_known(metrics, "eval_error"), _known(metrics, "eval_nll")) for i, metrics in found.items()}
+        runs = {
+            i: (records.known(metrics, "eval_error"), records.known(metrics, "eval_nll"))
+            for i, metrics in found.items()
+        }
         count += len(runs)
         best = min(runs, key=runs.__getitem__) if len(runs) == len(cells) else -1
         for i, cell in enumerate(cells):
@@ -64,9 +66,3 @@ def choose(scale: Scale, trials: Sequence[Cell], ledger: list[records.Record]) -
     )
     text = table(_HEADS, rows).replace("|  |", "| |", 1)  # the last heading is empty
     return Choice(count, text, head + yaml.safe_dump(data, sort_keys=False))
-
-
-def _known(metrics: Mapping[str, float], name: str) -> float:
-    """Return a metric; a run that diverged, or does not tell it, is the last to be chosen."""
-    value = metrics.get(name, math.inf)
-    return math.inf if math.isnan(value) else value

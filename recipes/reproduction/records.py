@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
@@ -63,6 +64,12 @@ def find(cell: Cell, scale: Scale, records: list[Record]) -> Record | None:
     """Return the cell's run, the newest if there are several; None if the cell has no run."""
     wanted = expected(cell, scale)
     return next((r for r in reversed(records) if same(comparable(r["settings"]), wanted)), None)
+
+
+def known(metrics: Mapping[str, float], name: str) -> float:
+    """Return a metric, of which less is better; infinity for a run that diverged, or does not tell it."""
+    value = metrics.get(name, math.inf)
+    return math.inf if math.isnan(value) else value
 
 
 def is_trial(record: Record) -> bool:

@@ -72,7 +72,7 @@ def read_scale(name: str) -> Scale:
     data, base, given = read_yaml(path), None, dict[str, Any]()
     if isinstance(data, dict) and "like" in data:
         given = data.get("options") or {}
-        base, data = _based(path, **data)
+        base, data = _based(path, data)
     data = _checked(data, Scale, f"{path}: a scale", {"path", "chosen", "train_args"})
     if data.get("tuning") is not None:
         data["tuning"] = Tuning(**_checked(data["tuning"], Tuning, f"{path}: tuning"))
@@ -87,18 +87,20 @@ def read_scale(name: str) -> Scale:
     return scale
 
 
-def _based(path: Path, like: Any, **own: Any) -> tuple[Scale, dict[str, Any]]:
+def _based(path: Path, own: dict[str, Any]) -> tuple[Scale, dict[str, Any]]:
     """Return the scale that a file is like, and the keys of both."""
+    like, own = own["like"], {key: value for key, value in own.items() if key != "like"}
     base = HERE / f"{like}.yaml"
     if not base.is_file() or "like" in (data := read_yaml(base)):
         raise ValueError(f"{path}: like names a scale that comes with the recipes and is like no other, got {like!r}")
-    models, options = own.get("models", data["models"]), own.get("options", {})
+    models, options, names = (own.get(key, data[key]) for key in ("models", "options", "datasets"))
     check_type(models, dict[str, dict[str, Any]], f"{path}: models")
     check_type(options, dict[str, Any], f"{path}: options")
+    check_type(names, list[str], f"{path}: datasets")
     own["models"] = {name: {**data["models"].get(name, {}), **arguments} for name, arguments in models.items()}
     own["options"] = {**data["options"], **options}
     if carried := (data.get("tuning") or {}).get("carried"):
-        carried = {to: of for to, of in carried.items() if to in own.get("datasets", data["datasets"])}
+        carried = {to: of for to, of in carried.items() if to in names}
         data["tuning"] = {**data["tuning"], "carried": carried}
     return read_scale(str(like)), {**data, **own}
 

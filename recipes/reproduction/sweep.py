@@ -20,7 +20,9 @@ from typing import IO, NamedTuple
 
 import torch
 
+from amp_plugin.report.ledger import check_ledger
 from amp_plugin.train.run_folder import RECORD
+from amp_plugin.trainer.checkpoints import check_writable
 from reproduction import records
 from reproduction.cells import Cell
 from reproduction.scale import Scale
@@ -74,6 +76,13 @@ class Sweep:
     elsewhere: list[Cell] = field(default_factory=list)  # cells that another sweep is running
     stopped: list[Cell] = field(default_factory=list)  # cells that ended early, or did not begin, as time was over
     _begun: float = field(default_factory=time.monotonic, init=False)
+
+    def check(self) -> None:
+        """Raise an error where a cell could not be run, or its run not be kept: in the folders and in the ledger."""
+        if self.data_root is not None and not self.data_root.is_dir():
+            raise ValueError(f"--data_root {self.data_root} is no folder")
+        check_writable(self.folder)
+        check_ledger(self.ledger)
 
     def run(self, cells: Sequence[Cell]) -> None:
         """Run the cells in this order; whatever ends this function ends the processes that it has started."""

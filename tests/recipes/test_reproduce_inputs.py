@@ -52,6 +52,16 @@ def test_a_scale_has_values_of_the_right_type(key: str, tmp_path: Path) -> None:
             assert key in said or key == "tuning" or (key, name) == ("methods", "none"), (name, said)
 
 
+@pytest.mark.parametrize("key", ["like", "models", "datasets", "options", "tuning", "path", "nosuch"])
+def test_so_has_one_that_is_like_another(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    for name, value in BAD.items():
+        path.write_text(yaml.safe_dump({"like": "cpu", key: value}))
+        if (key, name) not in (("options", "no mapping"), ("tuning", "none")):
+            said = refusal("--scale", path, *TUNE, "--methods", "erm")
+            assert said.startswith(f"error: {path}: ") or (key, name) == ("options", "mapping"), (name, said)
+
+
 @pytest.mark.parametrize("key", TINY["tuning"])
 def test_so_has_its_tuning(key: str, tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
