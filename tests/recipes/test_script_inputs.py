@@ -142,15 +142,18 @@ def test_what_fails_in_a_benchmark_leaves_the_rest(
     broken: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(benchmark, "measure", subjects(**({"step": fail} if broken == "subject" else {})))
-    monkeypatch.setattr(
-        benchmark, "draw", fail if broken == "picture" else lambda _, path, __: path.write_text("drawn")
-    )
+
+    def draw(rows: Any, folder: Path, caption: str) -> list[Path]:
+        (folder / "benchmark-step.png").write_text("drawn")
+        return [folder / "benchmark-step.png"]
+
+    monkeypatch.setattr(benchmark, "draw", fail if broken == "picture" else draw)
     if broken == "table":
         Path("out/benchmark.md").mkdir(parents=True)
     said = {
         "subject": "error: the subject step failed: RuntimeError: broken",
         "table": "error: could not save benchmark.md in 'out': Is a directory",
-        "picture": "error: out/benchmark.png failed: RuntimeError: broken",
+        "picture": "error: the pictures failed: RuntimeError: broken",
     }
     with pytest.raises(SystemExit) as left:
         run_command(lambda: benchmark.main(["--output_dir", "out"]), (ValueError,))
@@ -160,13 +163,13 @@ def test_what_fails_in_a_benchmark_leaves_the_rest(
     assert measured(Path("out")) == [s for s in benchmark.SUBJECTS if (broken, s) != ("subject", "step")]
     assert "| case | AMP | SGD | 2.000 |" in capsys.readouterr().out
     assert Path("out/benchmark.md").is_dir() or "### startup" in Path("out/benchmark.md").read_text()
-    assert Path("out/benchmark.png").exists() == (broken != "picture")
+    assert Path("out/benchmark-step.png").exists() == (broken != "picture")
 
 
 def test_an_interrupted_benchmark_keeps_its_rows(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(benchmark, "draw", lambda *_: None)
+    monkeypatch.setattr(benchmark, "draw", lambda *_: [])
     for stopped, told, left_there in (
         ("counts", "interrupted", None),
         ("host", "interrupted: what was measured is in out/benchmark.jsonl", ["counts", "step", "ascents"]),
