@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -27,6 +28,18 @@ class LabelledSplit:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def fingerprint(self) -> str:
+        """Return a hash of all examples and their labels, which tells whether two splits hold the same data."""
+        digest = hashlib.sha256()
+        for name, array in vars(self).items():
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            if array.dtype.hasobject:
+                digest.update(repr(array.tolist()).encode(errors="surrogatepass"))
+            else:
+                for start in range(0, len(array), 1024):  # a memory map is read piece by piece
+                    digest.update(np.ascontiguousarray(array[start : start + 1024]).data)
+        return digest.hexdigest()[:16]
 
     def subset(self: Split, n: int, seed: int = 0) -> Split:
         """Take ``n`` random examples, equally many of every class (give or take one), in their present order.

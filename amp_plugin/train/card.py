@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,11 @@ def _comparison(ours: Mapping[str, Any], theirs: Mapping[str, Any] | None) -> tu
         label = f"another run with {label}"
     differ = differences(theirs["settings"], ours["settings"])
     listed = "; ".join(f"`{name}` {_cell(t)}, here {_cell(o)}" for name, (t, o) in differ.items())
-    same = f"The runs also differ in: {listed}." if differ else "All settings but the optimizer are the same."
+    then, now = (record.get("execution", {}).get("data", {}) for record in (theirs, ours))
+    same_name = not differ.keys() & {field.name for field in fields(DataArguments)}
+    if same_name and any(then[part] != now.get(part) for part in then):
+        listed = "; ".join(filter(None, [listed, "the data, which have changed under their name"]))
+    same = f"The runs also differ in: {listed}." if listed else "All settings but the optimizer are the same."
     if theirs.get("commit") != ours["commit"] or theirs.get("versions") != ours["versions"]:
         same += " They were made with different versions of the software."
     return {label: _metrics(theirs)}, f"{same} Each row is a single run; runs that differ in the seed alone differ too."

@@ -30,6 +30,7 @@ _FREE = (
     " load_best_model_at_end metric_for_best_model per_device_eval_batch_size use_cpu"
 )
 _FREE_PREFIXES = ("eval_", "logging_", "save_")
+_DATA = {"train": "the examples to train on", "test": "the examples to test on", "classes": "the names of the classes"}
 _INSTEAD = "resume from an earlier checkpoint, or start anew"
 # What a run draws or tells of itself, and `amp_plugin.flatness` of it, holds for that run alone.
 RESULTS = (
@@ -39,14 +40,19 @@ RESULTS = (
 
 
 class RunSettings(TrainerCallback, ExportableState):
-    """Have every checkpoint tell the settings of its run, as `amp_plugin.train.options.settings_of` returns them."""
+    """Have every checkpoint tell the settings of its run, and hashes of its data.
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = _as_json(settings)
+    Args:
+        settings: what `amp_plugin.train.options.settings_of` returns.
+        data: what `amp_plugin.train.tasks.Task.fingerprints` returns.
+    """
+
+    def __init__(self, settings: Settings, data: Mapping[str, str] | None = None) -> None:
+        self._settings, self._data = _as_json(settings), dict(data or {})
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer writes into the state of a checkpoint."""
-        return {"args": {"settings": self._settings}, "attributes": {}}
+        return {"args": {"settings": self._settings, "data": self._data}, "attributes": {}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Enter the settings into a state that comes from a checkpoint without them."""
@@ -83,7 +89,7 @@ def check_checkpoint(checkpoint: str, settings: Settings, training: RecipeArgume
     """
     _check_files(Path(checkpoint), training)
     state = _state_of(Path(checkpoint))
-    saved = state["stateful_callbacks"].get(RunSettings.__name__, {}).get("args", {}).get("settings")
+    saved = _told(state).get("settings")
     if saved is None:
         return [f"{checkpoint!r} does not tell the settings of its run: nobody checks that they are those of this one"]
     changed = changes(saved, settings)
@@ -102,6 +108,21 @@ def check_checkpoint(checkpoint: str, settings: Settings, training: RecipeArgume
         )
     kept = "; the learning rate drops where it would have" if training.lr_scheduler_type == "steps" else ""
     return [f"the run is given another length: {_listed(longer)}{kept}"] if longer else []
+
+
+def check_data(checkpoint: str, data: Mapping[str, str], name: str) -> None:
+    """Check that the data set of this name holds what it held for the run of a checkpoint, if the checkpoint tells.
+
+    Raises:
+        ValueError: The examples, their labels or the names of the classes have changed.
+    """
+    saved = _told(_state_of(Path(checkpoint))).get("data") or {}
+    changed = [words for part, words in _DATA.items() if part in saved and saved[part] != data[part]]
+    if changed:
+        raise ValueError(
+            f"{checkpoint!r} was made with other data: in data set {name!r} {' and '.join(changed)} have changed since;"
+            " give the data as they were to continue, or another --output_dir to start a new run"
+        )
 
 
 def check_new_run(settings: Settings, data: DataArguments, model: ModelArguments, training: RecipeArguments) -> None:
@@ -175,6 +196,11 @@ def _state_of(checkpoint: Path) -> dict[str, Any]:
         return {name: state[name] for name in ("global_step", "epoch", "stateful_callbacks")}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{str(path)!r} is damaged ({error}); {_INSTEAD}") from None
+
+
+def _told(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what `RunSettings` has told of a run; nothing where the state of the checkpoint is without."""
+    return state["stateful_callbacks"].get(RunSettings.__name__, {}).get("args", {})  # type: ignore[no-any-return]
 
 
 def _check_files(checkpoint: Path, training: RecipeArguments) -> None:

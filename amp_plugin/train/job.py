@@ -31,6 +31,7 @@ from amp_plugin.train.folder_lock import sole_writer
 from amp_plugin.train.identity import (
     RunSettings,
     check_checkpoint,
+    check_data,
     check_new_run,
     checkpoint_to_continue,
     remove_results,
@@ -110,6 +111,8 @@ def _main(argv: list[str], held: contextlib.ExitStack) -> None:
         if args.process_index == 0:
             tell(plan(data_args, model_args, args, task))
         return
+    if checkpoint is not None:
+        check_data(checkpoint, task.fingerprints, task.dataset)
     check_room(folder, model, checkpoints=args.save_strategy != "no")
     cadence = Cadence(args, begun, len(task.test) / len(task.train))
     trainer = RecipeTrainer(
@@ -120,7 +123,12 @@ def _main(argv: list[str], held: contextlib.ExitStack) -> None:
         processing_class=task.processor,
         data_collator=collate,
         compute_metrics=compute_metrics,
-        callbacks=[EpochCallback(), cadence, RunSettings(settings), RecordsFile(folder / "metrics.jsonl")],
+        callbacks=[
+            EpochCallback(),
+            cadence,
+            RunSettings(settings, task.fingerprints),
+            RecordsFile(folder / "metrics.jsonl"),
+        ],
     )
     disable_progress_bar()  # transformers shows one for every file that it writes
     for default in (ProgressCallback, PrinterCallback):

@@ -114,8 +114,7 @@ def save_results(
     steps.do(folder / "trainer_state.json", trainer.save_state)
     steps.do(folder / "all_results.json", lambda: trainer.save_metrics("all", metrics))
     if trainer.is_world_process_zero():
-        splits = {"train": task.train.split, "test": task.test.split}
-        record = run_record(settings_of(*parsed), metrics, execution(trainer, splits))
+        record = run_record(settings_of(*parsed), metrics, execution(trainer, task.fingerprints))
         if tested is not None:
             steps.do(folder / RECORD, lambda: write_record(folder / RECORD, record))
         if tested is not None and args.ledger is not None:

@@ -154,5 +154,8 @@ def open_run(folder: str | Path, *, dataset: str | None = None, data_root: str |
     task = make_task(DataArguments(**recorded), model, args)
     if task.new:
         raise ValueError(f"{str(folder)!r} does not hold the weights of {', '.join(task.new)} for {task.dataset}")
+    then = dict(record.get("execution") or {}).get("data", task.fingerprints)
+    if dataset is None and then != task.fingerprints:
+        tell(f"note: data set {task.dataset!r} has changed since the run in {str(folder)!r} was made")
     torch.nn.Module.to(task.model, args.device)  # transformers hides the signature
     return SavedRun(folder, settings, metrics, task)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -31,6 +32,12 @@ class Task:
     test: ImageBatches | TextBatches
     processor: Any = None  # image processor or tokenizer to save beside the model
     new: list[str] | None = None  # parameters that do not come from the checkpoint; None without a checkpoint
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of the examples to train and to report on, and of the names of the classes."""
+        names = hashlib.sha256(repr(self.class_names()).encode(errors="surrogatepass")).hexdigest()[:16]
+        return {"train": self.train.split.fingerprint(), "test": self.test.split.fingerprint(), "classes": names}
 
     def class_names(self) -> list[str]:
         """Return the names of the classes, in the order of the model's outputs."""
