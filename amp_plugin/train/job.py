@@ -43,6 +43,7 @@ from amp_plugin.train.plan import plan
 from amp_plugin.train.progress import EpochLine
 from amp_plugin.train.results import check_room, save_results
 from amp_plugin.train.run_folder import RecordsFile, write_config
+from amp_plugin.train.stock_options import check_precision
 from amp_plugin.train.tasks import make_task
 from amp_plugin.train.trainer import RecipeTrainer
 from amp_plugin.trainer.checkpoints import SaveError, check_writable, explained
@@ -87,6 +88,7 @@ def _main(argv: list[str], held: contextlib.ExitStack) -> None:
     compared = None if args.compare_with is None else compared_run(args.compare_with, settings)
     check_trackers(args.report_to)
     check_optimizer(args)
+    check_precision(args)
     if args.dry_run:
         check_places(folder, None if args.ledger is None else Path(args.ledger))
     else:

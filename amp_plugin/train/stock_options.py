@@ -85,6 +85,9 @@ def check_stock_options(args: Any, *, texts: bool) -> None:
         "--include_for_metrics: the metrics are computed of predictions and labels alone; leave it out": (
             bool(args.include_for_metrics)
         ),
+        "--auto_find_batch_size: where memory runs out it begins again with a smaller batch than the settings of the"
+        " run tell, from weights that have moved; leave it out, and choose a --per_device_train_batch_size that fits"
+        " (--dry_run tells the memory)": args.auto_find_batch_size,
         "--use_liger_kernel: there are such kernels for language models that generate only; leave it out": (
             args.use_liger_kernel
         ),
@@ -107,6 +110,17 @@ def check_stock_options(args: Any, *, texts: bool) -> None:
     for reason, applies in refused.items():
         if applies:
             raise ValueError(reason)
+
+
+def check_precision(args: Any) -> None:
+    """Refuse a precision that the device does not compute in, or that an evaluation would fail with."""
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError(
+            "fp16 (--fp16, or --mixed_precision of accelerate launch): on a CPU accelerate would compute in float32 and"
+            " call it fp16; use bf16, or leave it out"
+        )
+    if args.bf16 and args.fp16_full_eval:
+        raise ValueError("--fp16_full_eval does not go with --bf16; use --bf16_full_eval, or leave it out")
 
 
 def check_whole_batches(args: Any, train: int, test: int) -> None:

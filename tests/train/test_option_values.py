@@ -16,7 +16,7 @@ from amp_plugin.train import job, options
 from amp_plugin.train.optimizer_arguments import check_optimizer
 from amp_plugin.train.ranges import RANGES
 from amp_plugin.train.run_folder import write_config
-from amp_plugin.train.stock_options import METRICS
+from amp_plugin.train.stock_options import METRICS, check_precision
 
 KINDS = (options.DataArguments, options.ModelArguments, options.RecipeArguments)
 FIELDS = {field.name: field for kind in KINDS for field in dataclasses.fields(kind) if field.init}
@@ -32,6 +32,7 @@ def checked(*argv: str) -> tuple[options.DataArguments, options.ModelArguments, 
     parsed = options.parse([*argv, *(() if any(a.startswith("--use_cpu") for a in argv) else ("--use_cpu", "true"))])
     job.check_trackers(parsed[2].report_to)
     check_optimizer(parsed[2])
+    check_precision(parsed[2])
     return parsed
 
 
@@ -122,6 +123,13 @@ def test_the_best_model_has_the_lowest_error_and_the_highest_accuracy(metric: st
         ("--eval_do_concat_batches false", "--eval_do_concat_batches"),
         ("--include_for_metrics inputs", "--include_for_metrics"),
         ("--use_liger_kernel true", "--use_liger_kernel"),
+        ("--auto_find_batch_size true", "--auto_find_batch_size: where memory runs out"),
+        (
+            "--fp16 true",
+            "fp16 (--fp16, or --mixed_precision of accelerate launch): on a CPU accelerate would compute in",
+        ),
+        ("--fast --fp16 true", "fp16 (--fp16,"),
+        ("--bf16 true --fp16_full_eval true", "--fp16_full_eval does not go with --bf16"),
         ("--train_sampling_strategy group_by_length", "--train_sampling_strategy"),
         ('--accelerator_config {"split_batches":true}', "--accelerator_config split_batches"),
         ("--dataloader_persistent_workers true", "needs --dataloader_num_workers"),
@@ -152,6 +160,23 @@ def test_what_does_not_fit_is_refused_before_the_data_are_read(told: str, messag
 )
 def test_what_fits_is_taken(told: str) -> None:
     checked(*told.split())
+
+
+@pytest.mark.parametrize("way", ["launcher", "recipe", "dry run"])
+def test_a_cpu_computes_in_no_fp16_whoever_asks_for_it(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [*QUICK, "--output_dir", str(tmp_path / "out")]
+    if way == "launcher":
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    elif way == "recipe":
+        (tmp_path / "mine.yaml").write_text("fp16: true\n")
+        given = [str(tmp_path / "mine.yaml"), *given]
+    else:
+        given += ["--fp16", "true", "--dry_run"]
+    with pytest.raises(ValueError, match=r"on a CPU accelerate would compute in float32 and call it fp16; use bf16"):
+        job.main(given)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_metrics_are_those_of_an_evaluation() -> None:
