@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
+from amp_plugin.data.layout import check_layout
 from amp_plugin.data.settings import BUNDLED
 from amp_plugin.data.splits import DatasetError
 
@@ -21,10 +22,11 @@ _HUB_TIMEOUT = 10.0  # seconds
 
 @dataclass(frozen=True)
 class Rows:
-    """One split before it is decoded, and its name in messages."""
+    """One split before it is decoded, its name in messages, and the files it comes from, as far as they are known."""
 
     dataset: datasets.Dataset
     where: str
+    files: list[str] = field(default_factory=list)
 
     def feature(self, column: str, argument: str) -> Any:
         """Return the type of a column; where there is none, the message says which argument names it."""
@@ -38,6 +40,10 @@ class Rows:
     def values(self, column: str, kind: str) -> npt.NDArray[Any]:
         """Return the values of a column; where one is missing, the message calls them ``kind``."""
         values = self.dataset.select_columns([column]).with_format("arrow")[:].column(column)
+        if values.null_count == len(values):
+            raise DatasetError(
+                f"{self.where}: all {kind} of column {column!r} are missing; name another split or column"
+            )
         if values.null_count:
             raise DatasetError(
                 f"{self.where}: {values.null_count} {kind} of column {column!r} are missing; drop those rows"
@@ -107,7 +113,10 @@ def fetch(
                 f"data set {name!r}: split {split!r} {fault}, there are {', '.join(rows)}; name the one to use"
                 " with train_split or test_split"
             )
-    return [Rows(builder.as_dataset(split=split), f"data set {name!r}, split {split!r}") for split in splits]
+    check_layout(name, builder, splits)
+    files = {split: [str(file) for file in (builder.config.data_files or {}).get(split, [])] for split in splits}
+    where = f"data set {name!r}, split"
+    return [Rows(builder.as_dataset(split=split), f"{where} {split!r}", files[split]) for split in splits]
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:

@@ -78,7 +78,8 @@ def load_images(
             the Hub.
         cache_dir: folder for the Arrow files and, under ``amp_plugin``, the decoded images; by default the cache of
             Hugging Face Datasets.
-        image_column: column of `datasets.Image`; grayscale and palette images become RGB.
+        image_column: column of `datasets.Image`, or of the bytes of image files; grayscale and palette images become
+            RGB.
         label_column: column of the labels, see `class_labels`.
         config_name: configuration of the data set, where it has several.
         train_split: split to train on.
@@ -100,10 +101,12 @@ def load_images(
     # All cheap checks of both splits come first, because decoding takes its time.
     for rows in splits:
         feature = rows.feature(source.image_column, "image_column")
-        if not isinstance(feature, datasets.Image):
+        if not _holds_images(feature):
+            paths = isinstance(feature, datasets.Value) and "string" in feature.dtype
+            hint = "; where these are paths, call the file metadata.csv and the column file_name" if paths else ""
             raise DatasetError(
                 f"{rows.where}: column {source.image_column!r} holds {feature}, not images; name a datasets.Image"
-                " column with image_column, or cast it"
+                f" column with image_column, or cast it{hint}"
             )
     labels, class_names = class_labels(splits, source.label_column)
     train, test = (
@@ -117,8 +120,20 @@ def load_images(
             f"data set {name!r}: images are {train.shape[1:3]} in split {train_split!r} and"
             f" {test.shape[1:3]} in split {test_split!r} (height, width); pass image_size to resize them all"
         )
-    settings = source.settings or measured_settings(train)
+    try:
+        settings = source.settings or measured_settings(train)
+    except ValueError as error:
+        raise DatasetError(f"{splits[0].where}: {error}; look at column {source.image_column!r}") from None
     return ImageData(name, ImageSplit(train, labels[0]), ImageSplit(test, labels[1]), class_names, settings)
+
+
+def _holds_images(feature: Any) -> bool:
+    """Tell whether a column holds images: as such, or as the bytes of their files, which `datasets.Image` stores."""
+    import datasets
+
+    if isinstance(feature, dict):
+        return feature.keys() == {"bytes", "path"} and _holds_images(feature["bytes"])
+    return isinstance(feature, datasets.Image) or feature in (datasets.Value("binary"), datasets.Value("large_binary"))
 
 
 def _source(name: str, image: str | None, label: str | None, config: str | None) -> DatasetSource:

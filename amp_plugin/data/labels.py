@@ -9,9 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from amp_plugin.data.fetch import Rows
+from amp_plugin.data.layout import check_class_names
 from amp_plugin.data.splits import DatasetError
 
 Labels = npt.NDArray[np.int64]
+_LARGEST = np.iinfo(np.int64).max
 
 
 def class_labels(splits: Sequence[Rows], column: str) -> tuple[list[Labels], tuple[str, ...]]:
@@ -19,6 +21,9 @@ def class_labels(splits: Sequence[Rows], column: str) -> tuple[list[Labels], tup
 
     The column is one of `datasets.ClassLabel`, of integers 0 to K - 1 that all occur in training and are their own
     names, or of strings, whose classes are the training labels in alphabetical order.
+
+    Raises:
+        DatasetError: There are other labels or none, one class only, or a class that occurs in no training example.
     """
     import datasets
 
@@ -26,6 +31,8 @@ def class_labels(splits: Sequence[Rows], column: str) -> tuple[list[Labels], tup
     feature = splits[0].dataset.features[column]
     if isinstance(feature, datasets.ClassLabel):
         names = tuple(feature.names)
+        for rows in splits:
+            check_class_names(rows.where, rows.files, column, names)
     elif values[0].dtype == object:
         names = tuple(sorted(set(values[0])))
     else:
@@ -37,7 +44,9 @@ def class_labels(splits: Sequence[Rows], column: str) -> tuple[list[Labels], tup
                 f" class_encode_column({column!r})"
             )
         names = tuple(map(str, classes))
-    return [_indices(rows, column, of_split, names) for rows, of_split in zip(splits, values, strict=True)], names
+    labels = [_indices(rows, column, of_split, names) for rows, of_split in zip(splits, values, strict=True)]
+    _check_occurrence(splits, column, labels, names)
+    return labels, names
 
 
 def _values(rows: Rows, column: str) -> npt.NDArray[Any]:
@@ -52,7 +61,12 @@ def _values(rows: Rows, column: str) -> npt.NDArray[Any]:
             f"{rows.where}: column {column!r} holds {feature}, not class indices or names; name another with"
             f" label_column, or convert it with class_encode_column({column!r})"
         )
-    return rows.values(column, "labels").astype(object if strings else np.int64)
+    values = rows.values(column, "labels")
+    if values.dtype == np.uint64 and values.max() > _LARGEST:
+        raise DatasetError(
+            f"{rows.where}: label {values.max()} of column {column!r} is too large for the index of a class"
+        )
+    return values.astype(object if strings else np.int64)
 
 
 def _indices(rows: Rows, column: str, values: npt.NDArray[Any], names: tuple[str, ...]) -> Labels:
@@ -63,6 +77,10 @@ def _indices(rows: Rows, column: str, values: npt.NDArray[Any], names: tuple[str
         known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     else:
         labels, known = values, f"0 to {len(names) - 1}"
+    if (labels == -1).all() and values.dtype != object:
+        raise DatasetError(
+            f"{rows.where}: all labels of column {column!r} are -1, which stands for no label; name another split"
+        )
     outside = (labels < 0) | (labels >= len(names))
     if outside.any():
         row = int(np.argmax(outside))
@@ -71,3 +89,20 @@ def _indices(rows: Rows, column: str, values: npt.NDArray[Any], names: tuple[str
             " or renumber the classes"
         )
     return labels
+
+
+def _check_occurrence(splits: Sequence[Rows], column: str, labels: Sequence[Labels], names: tuple[str, ...]) -> None:
+    """Check that at least two classes occur in the training split, and all classes of the other splits."""
+    trained = np.unique(labels[0])
+    if len(trained) < 2:
+        raise DatasetError(
+            f"{splits[0].where}: column {column!r} has one class only, {names[trained[0]]}; a classifier needs two"
+        )
+    for rows, of_split in zip(splits[1:], labels[1:], strict=True):
+        unknown = ~np.isin(of_split, trained)
+        if unknown.any():
+            row = int(np.argmax(unknown))
+            raise DatasetError(
+                f"{rows.where}, row {row}: class {names[of_split[row]]} of column {column!r} does not occur in the"
+                " split to train on, so it cannot be learned; drop such rows, or name another split"
+            )

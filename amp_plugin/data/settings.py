@@ -70,16 +70,22 @@ def measured_settings(images: npt.NDArray[np.uint8]) -> DatasetSettings:
     """Choose settings for a data set that the paper does not have.
 
     The training images (N, H, W, 3) give the statistics, and Cutout's square is half the shorter side, as on CIFAR-10.
-    All other settings are the defaults.
+    A channel that is the same everywhere is shifted to 0 and not scaled. All other settings are the defaults.
+
+    Raises:
+        ValueError: All channels are the same everywhere.
     """
     total, squares = np.zeros(3), np.zeros(3)
+    varies = (images != images[:1, :1, :1]).any(axis=(0, 1, 2))
+    if not varies.any():
+        raise ValueError("all training images are of one and the same colour, which tells no classes apart")
     for start in range(0, len(images), 1024):
         pixels = images[start : start + 1024].reshape(-1, 3).astype(np.float64)
         total += pixels.sum(axis=0)
         squares += np.square(pixels).sum(axis=0)
     count = images.size // 3
     mean = total / count
-    std = np.sqrt(np.maximum(squares / count - np.square(mean), 0.0))
+    std = np.where(varies, np.sqrt(np.maximum(squares / count - np.square(mean), 0.0)), 255.0)
     return DatasetSettings(_scaled(*mean), _scaled(*std), cutout_length=max(1, min(images.shape[1:3]) // 2))
 
 

@@ -107,8 +107,6 @@ def load_texts(
         columns["text_pair_column"] = text_pair_column
     texts = [_texts(rows, columns) for rows in splits]
     labels, class_names = class_labels(splits, label_column)
-    if len(class_names) < 2:
-        raise DatasetError(f"{splits[0].where}: column {label_column!r} has one class only, {class_names[0]}")
     train, test = (TextSplit(*split) for split in zip(texts, labels, strict=True))
     return TextData(name, train, test, class_names)
 
