@@ -44,7 +44,7 @@ from amp_plugin.train.progress import EpochLine
 from amp_plugin.train.results import check_room, save_results
 from amp_plugin.train.run_folder import RecordsFile, write_config
 from amp_plugin.train.stock_options import check_precision
-from amp_plugin.train.tasks import make_task
+from amp_plugin.train.tasks import check_batch_of_one, make_task
 from amp_plugin.train.trainer import RecipeTrainer
 from amp_plugin.trainer.checkpoints import SaveError, check_writable, explained
 from amp_plugin.trainer.described import amp_in_words, methods_in_words
@@ -109,6 +109,7 @@ def _main(argv: list[str], held: contextlib.ExitStack) -> None:
         torch.backends.cudnn.benchmark = True  # the shapes of a training do not change
     task = make_task(data_args, model_args, args)
     model = task.model
+    check_batch_of_one(task, args)
     if args.dry_run:
         if args.process_index == 0:
             tell(plan(data_args, model_args, args, task))

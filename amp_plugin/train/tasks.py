@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -60,6 +62,34 @@ def make_task(data_args: DataArguments, model_args: ModelArguments, args: Recipe
     if model_args.freeze_backbone:
         freeze_backbone(task.model)
     return task
+
+
+def check_batch_of_one(task: Task, args: RecipeArguments) -> None:
+    """Check that the model can train on one example, if a batch of the training has no more.
+
+    BatchNorm cannot where its features are one pixel large, and would say so at the end of the first epoch.
+
+    Raises:
+        ValueError: The model cannot; the message says what to change.
+    """
+    size, examples = args.train_batch_size, len(task.train)
+    batches = math.ceil(examples / size)
+    longest = (
+        args.max_steps * args.gradient_accumulation_steps if args.max_steps > 0 else args.num_train_epochs * batches
+    )
+    filled = args.world_size > 1 or args.dataloader_drop_last or examples % size != 1 or longest < batches
+    if size > 1 and filled:
+        return
+    example = {name: value.cpu() for name, value in task.train.__getitems__([0]).items()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            copy.deepcopy(task.model).train()(**example)
+    except Exception as error:  # each architecture fails in its own way
+        raise ValueError(
+            f"a batch of an epoch holds one example ({examples:,} in batches of {size}), and the model cannot train on"
+            f" one ({' '.join(str(error).split())}); choose another --per_device_train_batch_size or another number of"
+            f" {task.train.split.kind} to train on"
+        ) from error
 
 
 def _image_task(data_args: DataArguments, model_args: ModelArguments, args: RecipeArguments) -> Task:

@@ -278,3 +278,23 @@ def test_an_option_that_transformers_makes_an_object_of_is_recorded_as_given(tmp
     again = options.parse([str(tmp_path / "config.yaml"), "--use_cpu", "true"])
     assert options.settings_of(*again) == options.settings_of(*parsed)
     assert options.settings_of(*again)["accelerator_config"]["even_batches"] is False
+
+
+FEATURES_OF_ONE_PIXEL = ["--image_size", "8", "--per_device_train_batch_size", "20", "--dry_run"]
+
+
+@pytest.mark.parametrize(
+    "told", [["--train_images", "41"], ["--train_images", "1"], ["--per_device_train_batch_size=1"]]
+)
+def test_a_batch_of_one_that_the_model_cannot_train_on_is_told_before_the_first_epoch(told: list[str]) -> None:
+    with pytest.raises(
+        ValueError, match=r"^a batch of an epoch holds one example \(\d+ in batches of \d+\), and the m"
+    ):
+        job.main([*QUICK, *FEATURES_OF_ONE_PIXEL, *told])
+
+
+@pytest.mark.parametrize(
+    "told", [["--train_images", "42"], ["--max_steps", "2"], ["--dataloader_drop_last", "true"], ["--image_size", "32"]]
+)
+def test_a_batch_of_one_harms_no_training_without_it_or_with_larger_features(told: list[str]) -> None:
+    job.main([*QUICK, *FEATURES_OF_ONE_PIXEL, "--train_images", "41", *told])
