@@ -55,6 +55,8 @@ def _values(rows: Rows, column: str) -> npt.NDArray[Any]:
 
     feature = rows.feature(column, "label_column")
     dtype = feature.dtype if isinstance(feature, datasets.Value) else ""
+    if dtype.startswith("float"):
+        rows.values(column, "labels")  # it may be that a label is missing
     strings = dtype in ("string", "large_string")
     if not (strings or "int" in dtype or isinstance(feature, datasets.ClassLabel)):
         raise DatasetError(

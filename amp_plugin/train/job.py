@@ -148,8 +148,9 @@ def _main(argv: list[str], held: contextlib.ExitStack) -> None:
         tell(
             f"{visible(model_args.name)} with {model.num_parameters():,} parameters{task.origin()} on"
             f" {visible(task.dataset)}: {len(task.train):,} {task.train.split.kind} to train, {len(task.test):,} to"
-            f" test; {args.optim} ({amp_in_words(args) if args.uses_amp else 'without AMP'}){methods}; on {where};"
-            f" results in {visible(str(args.output_dir))}"
+            f" test, {len(task.class_names()):,} classes; {args.optim}"
+            f" ({amp_in_words(args) if args.uses_amp else 'without AMP'}){methods}; on {where}; results in"
+            f" {visible(str(args.output_dir))}"
         )
     start = time.perf_counter()
     try:

@@ -38,6 +38,7 @@ def test_names_and_options_with_markup_reach_folder_card_pictures_and_an_ascii_t
     job.run([*QUICK, "--train_images", "8", *given, "--output_dir", "run"])
     printed = terminal.buffer.getvalue()  # type: ignore[attr-defined]
     assert rb"$x^$ |\x1b[31m <b> *\u540d*: 8 images" in printed
+    assert b" to test, 4 classes; amp" in printed
     assert b"\x1b" not in printed
     card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
     assert r"\$x^\$ &#124;\\x1b\[31m &lt;b> \*名\*".replace("b>", r"b\>") in card
