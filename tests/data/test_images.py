@@ -23,7 +23,7 @@ from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from repository import ROOT
 
-from amp_plugin.data import DatasetError, DatasetSettings, ImageData, ImageSplit, decode, load_images
+from amp_plugin.data import DatasetError, DatasetSettings, ImageData, ImageSplit, TextSplit, decode, load_images
 from amp_plugin.data.settings import measured_settings
 
 CLASSES = ["cat", "dog", "owl"]
@@ -690,3 +690,37 @@ def test_the_real_cifar10(data_root: Path, tmp_path: Path, sample: ImageData) ->
         chosen = digests(part)
         assert len(set(chosen)) == len(part)
         assert set(chosen) <= set(digests(whole))
+
+
+# --- fingerprints
+
+
+def test_a_fingerprint_tells_of_every_example_label_and_order() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2500, 2, 2, 3), dtype=np.uint8)
+    labels = np.arange(2500) % 3
+    first = ImageSplit(images, labels).fingerprint()
+    assert ImageSplit(images.copy(), labels.copy()).fingerprint() == first
+    others = []
+    for row in (0, 1023, 1024, 2499):
+        changed, relabelled = images.copy(), labels.copy()
+        changed[row, 1, 0, 2] ^= 1
+        relabelled[row] = (relabelled[row] + 1) % 3
+        others += [ImageSplit(changed, labels), ImageSplit(images, relabelled)]
+    others += [ImageSplit(images[::-1], labels), ImageSplit(images[:-1], labels[:-1])]
+    others += [ImageSplit(images.reshape(2500, 4, 1, 3), labels)]
+    assert len({first, *(other.fingerprint() for other in others)}) == 1 + len(others)
+
+
+def test_a_fingerprint_of_texts_tells_where_one_ends() -> None:
+    labels = np.array([0, 1])
+    splits = [
+        TextSplit(np.array(texts, dtype=object), labels)
+        for texts in (
+            [["ab"], ["c"]],
+            [["a"], ["bc"]],
+            [["ab", "c"], ["", ""]],
+            [["a", "bc"], ["", ""]],
+            [["é\ud800"], [""]],
+        )
+    ]
+    assert len({split.fingerprint() for split in splits}) == len(splits)
