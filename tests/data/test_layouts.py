@@ -171,6 +171,18 @@ def test_folders_that_are_loaded(tmp_path: Path, make: Make, classes: Any, train
     assert np.bincount(data.train.labels).tolist() == trained
 
 
+def test_a_folder_without_splits(tmp_path: Path) -> None:
+    pets = tmp_path / "pets"
+    write_folder(tmp_path, {"pets": ["cat", "dog"]})
+    (pets / "docs").mkdir()  # which is no class
+    assert load(pets, test_split="train").class_names == ("cat", "dog")
+    write_folder(tmp_path, {"pets": ["a::b"]})
+    said = refused(lambda: load(pets, test_split="train"), pets)
+    assert said.startswith(
+        ": datasets leaves out the images in the folder 'ROOT/a::b', which has a name that it cannot"
+    )
+
+
 def test_a_folder_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_class("a\nb")(tmp_path / "pets")
     (tmp_path / "link").symlink_to(tmp_path / "pets")
