@@ -31,8 +31,7 @@ def class_labels(splits: Sequence[Rows], column: str) -> tuple[list[Labels], tup
     feature = splits[0].dataset.features[column]
     if isinstance(feature, datasets.ClassLabel):
         names = tuple(feature.names)
-        for rows in splits:
-            check_class_names(rows.where, rows.files, column, names)
+        check_class_names([(rows.where, file) for rows in splits for file in rows.files], column)
     elif values[0].dtype == object:
         names = tuple(sorted(set(values[0])))
     else:

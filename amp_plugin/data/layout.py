@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,20 +42,26 @@ def check_layout(name: str, builder: datasets.DatasetBuilder, splits: Sequence[s
     _check_classes(name, images)
 
 
-def check_class_names(where: str, files: Sequence[str], column: str, names: Sequence[str]) -> None:
-    """Check that the files of a split, where they tell the names of the classes, tell these.
+def check_class_names(files: Iterable[tuple[str, str]], column: str) -> None:
+    """Check that the files, each after what messages call its split, number the classes of a column alike.
+
+    Datasets would read the numbers of all files by the names in the first, or by those in the data set's card.
 
     Raises:
-        DatasetError: A file numbers its labels by other names. Datasets would take the numbers for these classes.
+        DatasetError: Two files have other names, or other places for them.
     """
-    for file in files:
+    first, names = "", None
+    for where, file in files:
         told = _told_class_names(file, column)
-        if told is not None and told != list(names):
+        if told is None or told == names:
+            continue
+        if names is not None:
             theirs, ours = (", ".join(map(str, n[:10])) + (", ..." if len(n) > 10 else "") for n in (told, names))
             raise DatasetError(
-                f"{where}: the classes of column {column!r} are {theirs} in {file!r}, and {ours} in the data set: the"
-                " same number would mean another class; write all files with the same classes in the same order"
+                f"{where}: the classes of column {column!r} are {theirs} in {file!r}, and {ours} in {first!r}: the same"
+                " number would mean another class; write all files with the same classes in the same order"
             )
+        first, names = file, told
 
 
 def _left_out(root: Path, loaded: set[str], extensions: tuple[str, ...]) -> Iterator[str]:

@@ -278,7 +278,7 @@ BOTH = List(NAMES)
             partial(rows),
             partial(rows, label=ClassLabel(names=["c", "b", "a"])),
             ", split 'test': the classes of column 'label' are c, b, a in 'ROOT/data/test-00000-of-00001.parquet', and"
-            " a, b, c in the data set: the same number would mean another class; write all files with the same",
+            " a, b, c in 'ROOT/data/train-00000-of-00001.parquet': the same number would mean another class; write all",
         ),
         (
             partial(rows),
@@ -311,6 +311,16 @@ def test_saved_data_sets_that_number_their_classes_otherwise(tmp_path: Path) -> 
     DatasetDict(train=rows(), test=other).save_to_disk(str(tmp_path / "other"))
     said = refused(lambda: load(tmp_path / "other"), tmp_path / "other")
     assert said.startswith(", split 'test': the classes of column 'label' are c, b, a in 'ROOT/test/data-00000-of-0000")
+
+
+def test_a_card_may_name_the_classes_otherwise(tmp_path: Path) -> None:
+    folder = write_rows(tmp_path / "pets", rows(), rows())
+    names = "".join(f"\n          '{number}': {name}" for number, name in enumerate(("cat", "dog", "owl")))
+    features = (
+        f"\n  - name: image\n    dtype: image\n  - name: label\n    dtype:\n      class_label:\n        names:{names}"
+    )
+    (folder / "README.md").write_text(f"---\ndataset_info:\n  features:{features}\n---\n")
+    assert load(folder).class_names == ("cat", "dog", "owl")
 
 
 def test_bytes_of_image_files_are_images(tmp_path: Path) -> None:
