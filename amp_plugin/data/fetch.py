@@ -84,6 +84,8 @@ def fetch(
         # A mirror need not have the card that names the configurations; it has their folders.
         if config is not None and (folder / config).is_dir():
             path, config = str(folder / config), None
+    elif (path.startswith((".", "/", "~")) or path.count("/") > 1) and not os.path.isdir(path):  # no id on the Hub
+        raise DatasetError(f"data set {name!r}: there is no folder {os.path.abspath(path)}")
     unreachable = None if os.path.isdir(path) else _hub_error(path)
     offline = datasets.config.HF_HUB_OFFLINE
     try:

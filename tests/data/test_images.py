@@ -4,6 +4,7 @@ import hashlib
 import io
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -343,6 +344,12 @@ def test_no_such_folder_in_the_mirror(tmp_path: Path) -> None:
     message = r"'cifar10': there is no folder .*uoft-cs.cifar10; give a --data_root DIR .*--dataset cifar10_sample"
     with pytest.raises(DatasetError, match=message):
         load_images("cifar10", data_root=tmp_path, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["./pets", "../pets", "/nowhere/pets", "~/pets", "data/animals/pets"])
+def test_a_path_to_nowhere_is_not_looked_for_on_the_hub(load: Load, name: str) -> None:
+    with pytest.raises(DatasetError, match=rf"^data set '{re.escape(name)}': there is no folder /.*pets$"):
+        load(name)
 
 
 def test_a_folder_with_nothing_in_it(tmp_path: Path) -> None:
