@@ -109,13 +109,13 @@ def _main(argv: list[str], held: contextlib.ExitStack) -> None:
         torch.backends.cudnn.benchmark = True  # the shapes of a training do not change
     task = make_task(data_args, model_args, args)
     model = task.model
+    if checkpoint is not None:
+        check_data(checkpoint, task.fingerprints, task.dataset)
     check_batch_of_one(task, args)
     if args.dry_run:
         if args.process_index == 0:
             tell(plan(data_args, model_args, args, task))
         return
-    if checkpoint is not None:
-        check_data(checkpoint, task.fingerprints, task.dataset)
     check_room(folder, model, checkpoints=args.save_strategy != "no")
     cadence = Cadence(args, begun, len(task.test) / len(task.train))
     trainer = RecipeTrainer(
