@@ -73,7 +73,7 @@ def run_command(main: Callable[[], object], mistakes: tuple[type[Exception], ...
     except SystemExit as left:
         code = left.code
     except mistakes as error:
-        code = f"error: {error}"
+        code = f"error: {in_one_line(error)}"
     except OSError as error:
         code = f"error: {in_words(error)}"
     if isinstance(code, str) and not _is_first():
@@ -93,6 +93,11 @@ def run_command(main: Callable[[], object], mistakes: tuple[type[Exception], ...
 
 def _is_first() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def in_one_line(error: Exception) -> str:
+    """Return the message of an error, which may quote a name or a library's text of several lines."""
+    return " ".join(map(str.strip, str(error).splitlines())).strip() or type(error).__name__
 
 
 def in_words(error: OSError) -> str:

@@ -12,7 +12,9 @@ from amp_plugin.data import ImageBatches
 from amp_plugin.data.settings import BUNDLED, SOURCES
 from amp_plugin.hub.card import RunData
 from amp_plugin.report import read_ledger
-from amp_plugin.text import for_shell, in_code
+from amp_plugin.text import for_shell, in_code, in_markdown
+from amp_plugin.train.command_line import as_given
+from amp_plugin.train.execution import execution_in_words
 from amp_plugin.train.method_options import OBJECTIVES
 from amp_plugin.train.options import DataArguments, RecipeArguments, decides_outcome
 from amp_plugin.train.run_folder import RECORD
@@ -82,7 +84,12 @@ def card_details(
         "data": _data(task, args),
         "metrics": _metrics(record),
         "from_scratch": task.new is None,
-        "settings": {**settings_in_words(training), "augmentation": args.augmentation, **layout},
+        "settings": {
+            **settings_in_words(training),
+            "augmentation": args.augmentation,
+            **layout,
+            "computed on": in_markdown(execution_in_words(record["execution"])),
+        },
         "command": command_line(argv, training.world_size),
         "license": training.hub_license,
         "compared": rows,
@@ -92,15 +99,7 @@ def card_details(
 
 def command_line(argv: list[str], processes: int) -> str:
     """Return a command that repeats a run anywhere, without folders and tokens; `argv` has the recipe's options too."""
-    options: dict[str, list[str]] = {}  # the last one of a name wins, as in argparse
-    values: list[str] = []
-    for word in argv:
-        if word.startswith("--"):
-            name, *values = word[2:].split("=", 1)
-            options[name.replace("-", "_")] = values
-        else:
-            values.append(word)
-    kept = {name: values for name, values in options.items() if name == "fast" or decides_outcome(name)}
+    kept = {name: values for name, values in as_given(argv).items() if name == "fast" or decides_outcome(name)}
     launcher = ["torchrun", "--nproc_per_node", str(processes)] if processes > 1 else ["python"]
     parts = [[*launcher, "-m", "amp_plugin.train"], *([f"--{name}", *values] for name, values in kept.items())]
     whole = " ".join(map(for_shell, parts))

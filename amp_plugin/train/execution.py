@@ -29,6 +29,15 @@ def execution(trainer: RecipeTrainer, data: Mapping[str, str]) -> dict[str, Any]
     }
 
 
+def execution_in_words(made: Mapping[str, Any]) -> str:
+    """Tell where and in which arithmetic a run was computed, in one phrase."""
+    processes, threads = made["processes"], made["threads"]
+    parts = [made["device"] if processes == 1 else f"{made['device']} in {processes} processes"]
+    if made["device"] == "cpu":
+        parts.append(f"{threads} thread{'s' if threads > 1 else ''}{' each' if processes > 1 else ''}")
+    return ", ".join([*parts, {"no": "fp32"}.get(made["precision"], f"{made['precision']} mixed precision")])
+
+
 def _optimizer(optimizer: Any) -> dict[str, Any]:
     """Return the names of an optimizer and of those that it wraps, and the arguments of its first parameter group."""
     names, inner = [], optimizer

@@ -26,6 +26,7 @@ from amp_plugin.suggest import did_you_mean
 from amp_plugin.text import tell, visible
 from amp_plugin.train.cadence import Cadence, clock, interruption, stop_line
 from amp_plugin.train.card import compared_run
+from amp_plugin.train.command_line import CommandLine
 from amp_plugin.train.defaults import keep_freed_memory
 from amp_plugin.train.folder_lock import sole_writer
 from amp_plugin.train.identity import (
@@ -37,7 +38,7 @@ from amp_plugin.train.identity import (
     remove_results,
 )
 from amp_plugin.train.optimizer_arguments import check_optimizer
-from amp_plugin.train.options import parse, settings_of, with_recipe
+from amp_plugin.train.options import TYPES, parse, settings_of, with_recipe
 from amp_plugin.train.places import check_places
 from amp_plugin.train.plan import plan
 from amp_plugin.train.progress import EpochLine
@@ -46,6 +47,7 @@ from amp_plugin.train.run_folder import RecordsFile, write_config
 from amp_plugin.train.stock_options import check_precision
 from amp_plugin.train.tasks import check_batch_of_one, make_task
 from amp_plugin.train.trainer import RecipeTrainer
+from amp_plugin.train.unused_options import without_effect
 from amp_plugin.trainer.checkpoints import SaveError, check_writable, explained
 from amp_plugin.trainer.described import amp_in_words, methods_in_words
 
@@ -97,9 +99,12 @@ def _main(argv: list[str], held: contextlib.ExitStack) -> None:
             check_ledger(Path(args.ledger))
         if args.process_index == 0:
             held.enter_context(sole_writer(folder))
+    notes = without_effect(CommandLine(TYPES).changed(argv), args)
     if (checkpoint := checkpoint_to_continue(args)) is None:
         check_new_run(settings, data_args, model_args, args)
-    elif (notes := check_checkpoint(checkpoint, settings, args)) and args.process_index == 0:
+    else:
+        notes += check_checkpoint(checkpoint, settings, args)
+    if notes and args.process_index == 0:
         tell("\n".join(f"note: {note}" for note in notes))
     threads = set_cpu_threads(args.cpu_threads)
     set_seed(args.seed)

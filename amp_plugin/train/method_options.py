@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from amp_plugin import AMP, AMPTrainingArguments
+from amp_plugin.core.perturbation import NORMS
 from amp_plugin.train.methods.optimizers import BASELINES, RMP
 from amp_plugin.train.ranges import check_ranges
+from amp_plugin.train.stock_options import check_word
 from amp_plugin.trainer.described import BALLS
 
 # These options change the training loss, whatever the optimizer.
@@ -50,6 +52,7 @@ class MethodArguments(AMPTrainingArguments):
         """Check the options, and settle the radius of a baseline's ball."""
         optim = str(getattr(self.optim, "value", self.optim))
         check_ranges(self)
+        check_word("amp_norm", self.amp_norm, NORMS)
         if optim.partition("_")[0] in BASELINES and optim not in BASELINES:
             raise ValueError(
                 f"optim {optim!r} is unknown: {', '.join(BASELINES)} are around SGD only; AMP is around any"

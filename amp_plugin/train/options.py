@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -15,8 +15,9 @@ from amp_plugin import AMPArguments
 from amp_plugin.data import Augmentation
 from amp_plugin.data.settings import BUNDLED
 from amp_plugin.data.splits import Split
-from amp_plugin.train.command_line import CommandLine, recipe_options
+from amp_plugin.train.command_line import CommandLine, as_given, as_words, recipe_options
 from amp_plugin.train.defaults import can_be_captured, fast_settings, fine_tuning_settings
+from amp_plugin.train.json_options import check_json_options, read_json_option
 from amp_plugin.train.method_options import MethodArguments, option
 from amp_plugin.train.ranges import check_ranges
 from amp_plugin.train.stock_options import check_stock_options, settle_best_metric, settle_choices
@@ -55,6 +56,8 @@ class DataArguments:
     def __post_init__(self) -> None:
         """Check the numbers, and that the options are for images or for texts."""
         check_ranges(self)
+        if self.data_root is not None and not Path(self.data_root).is_dir():
+            raise ValueError(f"--data_root {self.data_root!r} is no folder")
         images = {"image_column": None, "image_size": None, "augment": "default"}
         texts = {"text_pair_column": None, "max_seq_length": None}
         for name, default in (texts if self.text_column is None else images).items():
@@ -124,14 +127,7 @@ class ModelArguments:
 
     def parsed_model_kwargs(self) -> dict[str, Any]:
         """Return `model_kwargs` as a dict."""
-        said = f"--model_kwargs must be a JSON object, got {self.model_kwargs!r}"
-        try:
-            value: Any = json.loads(self.model_kwargs or "{}", object_pairs_hook=_each_once)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{said}: {error}") from error
-        if not isinstance(value, dict):
-            raise ValueError(said)
-        return value
+        return read_json_option("model_kwargs", self.model_kwargs or "{}")
 
 
 @dataclass
@@ -251,20 +247,13 @@ class RecipeArguments(MethodArguments):
         return word == "true" if word in ("true", "false") else self.resume_from_checkpoint
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"{twice!r} is there twice")
-    return dict(pairs)
-
-
 def shown_name(name: str) -> str:
     """Return a name on the Hub as it is, and only the last part of a folder's path: the rest is private."""
     return Path(name).resolve().name if Path(name).is_dir() else name
 
 
-_TYPES: Any = (DataArguments, ModelArguments, RecipeArguments)
+TYPES: Any = (DataArguments, ModelArguments, RecipeArguments)
+_REFUSALS = (ImportError, NotImplementedError, OSError, TypeError, ValueError)  # of transformers, for an option
 
 
 def with_recipe(argv: list[str]) -> list[str]:
@@ -273,7 +262,7 @@ def with_recipe(argv: list[str]) -> list[str]:
         return argv
     options = recipe_options(argv[0])
     try:
-        CommandLine(_TYPES).namespace(options)
+        CommandLine(TYPES).namespace(options)
     except ValueError as error:
         raise ValueError(f"recipe {argv[0]!r}: {error}") from None
     return [*options, *argv[1:]]
@@ -281,9 +270,13 @@ def with_recipe(argv: list[str]) -> list[str]:
 
 def parse(argv: list[str], description: str | None = None) -> tuple[DataArguments, ModelArguments, RecipeArguments]:
     """Read the recipe, if `argv` names one first, then the options after it, which win."""
-    parser = CommandLine(_TYPES, description)
+    parser = CommandLine(TYPES, description)
     argv = with_recipe(argv)
-    named = parser.namespace(argv, optim=None)  # None if nobody asks for one
+    named = parser.namespace(argv, optim=None, do_train=None, do_eval=None)  # None if nobody says
+    if named.do_train is False:
+        raise ValueError("--do_train false: this job trains; see --dry_run")
+    if named.do_eval is False:
+        raise ValueError("--do_eval false: this job tests its model; --eval_strategy no tests it at the end alone")
     if named.pretrained is not None:
         parser.set_defaults(**fine_tuning_settings(named.optim))
     if named.fast:
@@ -295,14 +288,34 @@ def parse(argv: list[str], description: str | None = None) -> tuple[DataArgument
         if not can_be_captured(named):
             chosen.pop("capture", None)
         parser.set_defaults(**chosen)
+    check_json_options(vars(named))
     try:
         data, model, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    except (ImportError, NotImplementedError, OSError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(" ".join(str(error).split())) from error  # transformers refuses options so
+    except _REFUSALS as error:
+        raise ValueError(_naming_the_option(error, parser, argv)) from error
     check_stock_options(training, texts=data.text_column is not None)
     if training.output_dir in (None, "trainer_output"):
         training.output_dir = default_folder(data, model, training)
     return data, model, training
+
+
+def _naming_the_option(error: Exception, parser: CommandLine, argv: list[str]) -> str:
+    """Return an error's message in one line, with the option in front without which there would be no such error.
+
+    Messages of transformers, and of what it imports for an option, name a file, a package or an own word.
+    """
+    said = " ".join(str(error).split()) or type(error).__name__
+    options = as_given(argv)
+    if not any(re.search(rf"--{name}\b|^{name}\b", said) for name in options):
+        for name in options:
+            others = as_words({other: theirs for other, theirs in options.items() if other != name})
+            try:
+                parser.parse_args_into_dataclasses(others, look_for_args_file=False)
+            except _REFUSALS as now:
+                if str(now) == str(error):
+                    continue
+            return f"--{name}: {said}"
+    return said
 
 
 def default_folder(data: DataArguments, model: ModelArguments, training: RecipeArguments) -> str:

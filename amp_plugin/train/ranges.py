@@ -30,6 +30,7 @@ RANGES = {
     "image_size": "[1, 4096]",
     "label_smoothing_factor": "[0, 1)",
     "learning_rate": "[0, inf)",
+    "local_rank": "[-1, 65535]",
     "logging_steps": "(0, inf)",
     "lr_gamma": "(0, inf)",
     "max_grad_norm": "[0, inf]",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
+import torch
+from accelerate.utils import DynamoBackend
+from torch._inductor import list_mode_options
 from transformers import SchedulerType
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy
 
@@ -61,9 +65,25 @@ def settle_best_metric(args: Any) -> None:
         )
 
 
+def check_compilation(args: Any) -> None:
+    """Check the words that torch.compile takes, which it would look at in the first step alone."""
+    if args.torch_compile_backend is not None:
+        known = {backend.value.lower() for backend in DynamoBackend} & set(torch.compiler.list_backends(()))
+        check_word("torch_compile_backend", args.torch_compile_backend.lower(), sorted(known))
+    if args.torch_compile_mode is not None:
+        check_word("torch_compile_mode", args.torch_compile_mode, list(list_mode_options()))
+
+
+def check_word(option: str, word: str, words: Collection[str]) -> None:
+    """Raise a ValueError unless a word is one of those that an option takes."""
+    if word not in words:
+        raise ValueError(f"--{option} {word!r} is unknown{did_you_mean(word, words)}; choose one of {', '.join(words)}")
+
+
 def check_stock_options(args: Any, *, texts: bool) -> None:
     """Raise a ValueError for an option of the stock Trainer with which this job would fail, or report nothing."""
     batching = args.accelerator_config
+    check_compilation(args)
     refused = {
         "--output_dir is empty; name a folder, or leave it out for one below runs": args.output_dir == "",
         "--prediction_loss_only leaves nothing to report: error, NLL and ECE need the predictions; leave it out": (

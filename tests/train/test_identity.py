@@ -302,7 +302,7 @@ def test_the_record_tells_what_happened(tmp_path: Path, monkeypatch: pytest.Monk
     more = ["--gradient_accumulation_steps", "2", "--optim_args", "momentum=0.7", "--num_train_epochs", "1"]
     printed = run(*QUICK, *more, "--output_dir", str(tmp_path))
     assert ", bf16; results in" in printed
-    assert "bf16 mixed precision" in (tmp_path / "README.md").read_text()
+    assert "| computed on | cpu, 1 thread, bf16 mixed precision |" in (tmp_path / "README.md").read_text()
     assert "bf16: true" in (tmp_path / "config.yaml").read_text()
     made = json.loads((tmp_path / "run.json").read_text())["execution"]
     assert made["precision"] == "bf16"

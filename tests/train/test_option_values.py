@@ -1,4 +1,7 @@
-"""Every option with values that make no sense: it is taken, or one line says what is wrong, before anything is read."""
+"""Options with values that make no sense are refused in one line that says what is wrong, before anything is read.
+
+What comes of every option with values of all types: tests/project/test_inputs.py.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,17 @@ from transformers import TrainingArguments
 
 from amp_plugin.metrics import classification_scores
 from amp_plugin.train import job, options
+from amp_plugin.train.command_line import CommandLine
 from amp_plugin.train.optimizer_arguments import check_optimizer
 from amp_plugin.train.ranges import RANGES
 from amp_plugin.train.run_folder import write_config
 from amp_plugin.train.stock_options import METRICS, check_precision
+from amp_plugin.train.unused_options import without_effect
 
 KINDS = (options.DataArguments, options.ModelArguments, options.RecipeArguments)
 FIELDS = {field.name: field for kind in KINDS for field in dataclasses.fields(kind) if field.init}
-# These reach for the network, other processes or the devices of the machine, and are tested elsewhere.
-ELSEWHERE = {"deepspeed", "fsdp", "fsdp_config", "local_rank", "parallelism_config", "tpu_num_cores", "ddp_backend"}
 OWN = {name for name in FIELDS if name not in {field.name for field in dataclasses.fields(TrainingArguments)}}
 NUMBERS = [name for name in RANGES if name in FIELDS]
-BAD = ("", "wide", "-1", "0", "-0.5", "1e400", "nan", "9" * 30, "[1]", '{"a": {}}', "None", "$x^$", "false", "{folder}")
 
 
 def checked(*argv: str) -> tuple[options.DataArguments, options.ModelArguments, options.RecipeArguments]:
@@ -34,23 +36,6 @@ def checked(*argv: str) -> tuple[options.DataArguments, options.ModelArguments, 
     check_optimizer(parsed[2])
     check_precision(parsed[2])
     return parsed
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("name", sorted(FIELDS.keys() - ELSEWHERE))
-def test_a_value_is_taken_or_refused_in_one_line(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    refused = {}
-    for value in BAD:
-        try:
-            checked(f"--{name}={value.replace('{folder}', str(tmp_path))}")
-        except ValueError as error:
-            refused[value] = str(error)
-    assert all(refused.values())
-    assert not [message for message in refused.values() if "\n" in message]
-    assert "usage:" not in capsys.readouterr().err
 
 
 def outside(name: str) -> Iterator[str]:
@@ -115,6 +100,31 @@ def test_the_best_model_has_the_lowest_error_and_the_highest_accuracy(metric: st
         ('--lr_scheduler_type cosine --lr_scheduler_kwargs {"a":1}', "unexpected keyword argument 'a'"),
         ("--save_strategy epok", "--save_strategy: epok is not a valid SaveStrategy, did you mean 'epoch'"),
         ("--output_dir=", "--output_dir is empty"),
+        ("--dataset=", "--dataset is empty; give a value, or leave it out"),
+        ("--report_to tensorboard --report_to=", "--report_to is empty"),
+        ("--data_root nosuch", "--data_root 'nosuch' is no folder"),
+        ("--augment cutot", "invalid choice: 'cutot', did you mean 'cutout'; choose one of default, none"),
+        ("--amp_norm globl", "--amp_norm 'globl' is unknown, did you mean 'global'"),
+        ("--do_train false", "--do_train false: this job trains"),
+        ("--do_eval false", "--do_eval false: this job tests"),
+        ("--torch_compile_backend nosuch", "--torch_compile_backend 'nosuch' is unknown; choose one of aot_eager"),
+        (
+            "--torch_compile_mode max-autotun",
+            "--torch_compile_mode 'max-autotun' is unknown, did you mean 'max-autotune'",
+        ),
+        (
+            "--accelerator_config nosuch",
+            "--accelerator_config must be a JSON object or a file with one, got 'nosuch': No",
+        ),
+        (
+            '--accelerator_config {"a":1}',
+            "--accelerator_config: AcceleratorConfig.__init__() got an unexpected keyword",
+        ),
+        ('--deepspeed {"a":1}', "--deepspeed: No package metadata was found"),
+        ("--deepspeed {}", "--deepspeed has no settings"),
+        ("--fsdp nosuch", "--fsdp: Unknown `fsdp` option: nosuch"),
+        ('--fsdp_config {"a":1,"a":2}', "--fsdp_config must be a JSON object or a file with one"),
+        ("--lr_scheduler_kwargs [1]", "--lr_scheduler_kwargs must be a JSON object, got '[1]'"),
         ("--prediction_loss_only true", "--prediction_loss_only leaves nothing to report"),
         ("--label_names image", "--label_names"),
         ("--remove_unused_columns true", "--remove_unused_columns"),
@@ -177,6 +187,34 @@ def test_a_cpu_computes_in_no_fp16_whoever_asks_for_it(
     with pytest.raises(ValueError, match=r"on a CPU accelerate would compute in float32 and call it fp16; use bf16"):
         job.main(given)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("told", "named"),
+    [
+        ("--adam_beta1 0.5 --adam_epsilon 1e-6", ["adam_beta1", "adam_epsilon"]),
+        ("--optim amp_adamw_torch --adam_beta1 0.5 --adam_epsilon 1e-6", []),
+        ("--save_steps 7 --eval_steps 7 --logging_steps 7", ["eval_steps", "logging_steps", "save_steps"]),
+        ("--save_strategy steps --save_steps 7 --save_total_limit 1", []),
+        ("--lr_scheduler_type cosine --lr_gamma 0.5", ["lr_gamma"]),
+        ("--lr_gamma 0.5 --lr_milestones 0.25", []),
+        ("--dataloader_pin_memory true", ["dataloader_pin_memory"]),
+        ("--gradient_checkpointing_kwargs {}", ["gradient_checkpointing_kwargs"]),
+        ("--gradient_checkpointing true --gradient_checkpointing_kwargs {}", []),
+        ("--hub_model_id mine/model --run_name mine", ["hub_model_id", "run_name"]),
+        ("--hub_model_id mine/model --push_to_hub true", []),
+    ],
+)
+def test_what_would_change_nothing_is_told(told: str, named: list[str]) -> None:
+    words = [*told.split(), "--use_cpu", "true"]
+    notes = without_effect(CommandLine(options.TYPES).changed(words), options.parse(words)[2])
+    assert [note.split()[0] for note in notes] == [f"--{name}" for name in named]
+
+
+def test_a_run_s_own_settings_change_something(tmp_path: Path) -> None:
+    write_config(tmp_path / "config.yaml", *checked("--lr_scheduler_type", "cosine", "--optim", "sgd"))
+    words = [*options.with_recipe([str(tmp_path / "config.yaml")]), "--use_cpu", "true"]
+    assert not without_effect(CommandLine(options.TYPES).changed(words), options.parse(words)[2])
 
 
 def test_the_metrics_are_those_of_an_evaluation() -> None:
