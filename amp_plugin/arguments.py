@@ -13,8 +13,37 @@ from amp_plugin.intervals import demand
 from amp_plugin.suggest import did_you_mean
 
 
-class Parser(argparse.ArgumentParser):
-    """Parse options that are written out, and raise a ValueError where argparse would print the usage and exit."""
+class OneLine(argparse.ArgumentParser):
+    """Raise a ValueError of one line where argparse would print the usage and exit."""
+
+    may_be_blank: tuple[str, ...] = ()  # options that mean something without any characters
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a ValueError."""
+        raise ValueError(re.sub(r"^argument ([^:/]+)[^:]*", r"\1", message))
+
+    def check_texts(self, values: argparse.Namespace) -> None:
+        """Refuse a text without characters, which is a variable of the shell that is not set, most of the time."""
+        for action in self._actions:
+            value = getattr(values, action.dest, None)
+            for text in value if isinstance(value, list) else [value]:
+                if not isinstance(text, str) or value == action.default:
+                    continue
+                if not text.strip() and action.dest not in self.may_be_blank:
+                    self.error(f"--{action.dest} is empty; give a value, or leave it out")
+                if "\0" in text:
+                    self.error(f"--{action.dest} has a NUL character: {text!r}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Check that a value is one of the option's choices; argparse's own message has no suggestion."""
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            said = f"invalid choice: {value!r}{did_you_mean(str(value), known)}; choose one of {', '.join(known)}"
+            raise argparse.ArgumentError(action, said)
+
+
+class Parser(OneLine):
+    """Parse options that are written out."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
@@ -27,11 +56,8 @@ class Parser(argparse.ArgumentParser):
                 name = word.partition("=")[0]
                 self.error(f"no option {name!r}{did_you_mean(name, self._option_string_actions)}; --help lists them")
             self.error(f"unexpected {word!r}; --help tells what there is to say")
+        self.check_texts(known)
         return known
-
-    def error(self, message: str) -> NoReturn:
-        """Raise a ValueError."""
-        raise ValueError(re.sub(r"^argument ([^:/]+)[^:]*", r"\1", message))
 
 
 def number(kind: type[int] | type[float], interval: str) -> Callable[[str], Any]:
@@ -49,7 +75,7 @@ def number(kind: type[int] | type[float], interval: str) -> Callable[[str], Any]
 
 def path(text: str) -> Path:
     """Read a path, as the ``type`` of an argument."""
-    if not text or "\0" in text:
+    if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is no path")
     return Path(text)
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+from amp_plugin.arguments import OneLine
 from amp_plugin.suggest import did_you_mean
 from amp_plugin.train.plain_yaml import read_plain_yaml
 
@@ -70,14 +70,15 @@ _ELSEWHERE = {
     "smoothing": "label_smoothing_factor",
     "workers": "dataloader_num_workers",
 }
-_MAY_BE_EMPTY = ("optim_args",)  # then the base optimizer has its own defaults
 _KINDS: dict[Any, str] = {string_to_bool: "BOOL", int: "INT", float: "FLOAT"}
 _REST = "everything else of transformers.TrainingArguments"
 _FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parents[2] / "recipes")  # in a wheel, in a clone
 
 
-class CommandLine(HfArgumentParser):
+class CommandLine(OneLine, HfArgumentParser):
     """Parse the options of some dataclasses; the `description` for the help calls the program ``train.py``."""
+
+    may_be_blank = ("optim_args",)  # then the base optimizer has its own defaults
 
     def __init__(self, types: Any, description: str | None = None) -> None:
         program = Path(sys.argv[0]).name.replace("__main__.py", "python -m amp_plugin.train")
@@ -116,35 +117,13 @@ class CommandLine(HfArgumentParser):
             if token.startswith("--"):
                 self.error(f"no option {token.partition('=')[0]!r}{self._meant(token)}; --help lists them")
             self.error(f"unexpected {token!r}: a recipe comes first, and all other values follow an --OPTION")
-        for name, value in vars(known).items():
-            self._check_text(name, value)
+        self.check_texts(known)
         return known
 
     def changed(self, argv: list[str]) -> dict[str, Any]:
         """Return the options that are given another value than their default, by name."""
         known, _ = self.parse_known_args(argv)
         return {n: value for n, value in vars(known).items() if value != self._by_name[n].default}
-
-    def error(self, message: str) -> NoReturn:
-        """Raise a ValueError, where argparse would print the usage and exit."""
-        raise ValueError(re.sub(r"^argument (--\w+)[^:]*", r"\1", message))
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Check that a value is one of the option's choices; argparse's own message has no suggestion."""
-        if action.choices is not None and value not in action.choices:
-            words = [str(choice) for choice in action.choices]
-            said = f"invalid choice: {value!r}{did_you_mean(str(value), words)}; choose one of {', '.join(words)}"
-            raise argparse.ArgumentError(action, said)
-
-    def _check_text(self, name: str, value: Any) -> None:
-        """Refuse a text without characters: a variable of the shell that is not set, most of the time."""
-        for text in value if isinstance(value, list) else [value]:
-            if not isinstance(text, str) or value == self._by_name[name].default:
-                continue
-            if not text.strip() and name not in _MAY_BE_EMPTY:
-                self.error(f"--{name} is empty; give a value, or leave it out")
-            if "\0" in text:
-                self.error(f"--{name} has a NUL character: {text!r}")
 
     def _show(self, title: str, names: list[str]) -> None:
         """Add a group of options to the help."""

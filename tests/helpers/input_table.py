@@ -5,15 +5,18 @@ python tests/helpers/input_table.py > tests/records/INPUTS.md    # a minute
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import importlib
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import reproduce
 import transformers
 from option_inputs import OK, Begins, Command, Ending, ending, inputs_of, name_of
 from repository import ROOT
@@ -29,7 +32,7 @@ from amp_plugin.trainer.checkpoints import SaveError
 # Data and model are made for these, as they are looked at there; for the others that takes too long.
 _MADE = {field for kind in (options.DataArguments, options.ModelArguments) for field in kind.__dataclass_fields__}
 _TINY = ["--train_images", "60", "--model_kwargs", '{"width": 4, "layers": [1, 1, 1, 1]}']
-_HUB_ERRORS = (DatasetError, HubError, SaveError, ValueError, OSError)
+_ERRORS = (DatasetError, HubError, SaveError, ValueError, OSError)
 
 Endings = dict[str, dict[str, dict[tuple[str, ...], Ending]]]  # by command, option and words
 
@@ -58,15 +61,52 @@ def _train(argv: list[str]) -> None:
         job.main(argv)
 
 
-def commands() -> dict[str, Command]:
-    """All commands, by name."""
-    actions = [a for a in CommandLine(options.TYPES)._actions if a.dest != "help"]
-
+def _trainings() -> Command:
     def given(name: str) -> list[str]:
         words = ["--use_cpu", "true", *(_TINY if name in _MADE else [])]
         return [*words, *([] if name == "output_dir" else ["--output_dir", "out"])]
 
-    return {"train.py": Command(actions, _train, _HUB_ERRORS, given)}
+    return Command(_options(CommandLine(options.TYPES)), _train, _ERRORS, given)
+
+
+def _parsed_by_argparse(main: Callable[[list[str]], object], works: Iterable[str], *given: str) -> Command:
+    """A command whose configuration is what argparse returns; its work begins with a call of any of `works`."""
+    parse, found = argparse.ArgumentParser.parse_known_args, []
+
+    def remember(parser: argparse.ArgumentParser, *args: Any) -> Any:
+        known = parse(parser, *args)
+        found.append((parser, known[0]))
+        return known
+
+    def run(argv: list[str]) -> None:
+        found.clear()
+        with contextlib.ExitStack() as held:
+            held.enter_context(patch.object(argparse.ArgumentParser, "parse_known_args", remember))
+            for work in works:
+                held.enter_context(patch(work, lambda *_, **__: _begin(found[0][1])))
+            main(argv)
+
+    with place(), contextlib.suppress(Begins, *_ERRORS):
+        run(list(given))
+    return Command(_options(found[0][0]), run, _ERRORS, lambda name: [] if f"--{name}" in given else list(given))
+
+
+def _options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    return [action for action in parser._actions if action.option_strings and action.dest != "help"]
+
+
+def commands() -> dict[str, Command]:
+    """All commands, by name."""
+    cells = ["reproduction.sweep.Sweep.run", "reproduction.sweep.Sweep.pending", "reproduction.price.price"]
+    tables = ["reproduce.choose", "reproduce.rows_of", "reproduction.trade_off.seconds_of"]
+    flatness = importlib.import_module("amp_plugin.flatness.__main__")
+    return {
+        "train.py": _trainings(),
+        "reproduce.py": _parsed_by_argparse(reproduce.main, [*cells, *tables], "--methods", "erm", "amp"),
+        "python -m amp_plugin.flatness": _parsed_by_argparse(
+            flatness.main, ["amp_plugin.flatness.__main__.open_run"], "a_folder"
+        ),
+    }
 
 
 @contextlib.contextmanager

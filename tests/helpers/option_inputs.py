@@ -187,4 +187,4 @@ def is_what_was_asked(value: Any, asked: Any) -> bool:
     if isinstance(asked, dict) and isinstance(value, str):
         value = json.loads(value)
     value = getattr(value, "value", value)
-    return value == (asked if not isinstance(value, list) else [asked])
+    return value in (asked, [asked])

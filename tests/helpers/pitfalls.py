@@ -795,9 +795,9 @@ PITFALLS = [
     Pitfall(
         "an option given as a shell's variable that is not set is taken for one that is left out",
         "by putting values to all options of the main job",
-        "train/command_line.py",
-        "            if not text.strip() and name not in _MAY_BE_EMPTY:\n",
-        "            if False:\n",
+        "arguments.py",
+        "                if not text.strip() and action.dest not in self.may_be_blank:\n",
+        "                if False:\n",
         "train/test_option_values.py::test_what_does_not_fit_is_refused_before_the_data_are_read",
     ),
     Pitfall(
