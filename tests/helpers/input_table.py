@@ -8,15 +8,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import io
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import reproduce
 import transformers
 from option_inputs import OK, Begins, Command, Ending, ending, inputs_of, name_of
 from repository import ROOT
@@ -61,7 +63,9 @@ def _train(argv: list[str]) -> None:
         job.main(argv)
 
 
-def _trainings() -> Command:
+def trainings() -> Command:
+    """The main job."""
+
     def given(name: str) -> list[str]:
         words = ["--use_cpu", "true", *(_TINY if name in _MADE else [])]
         return [*words, *([] if name == "output_dir" else ["--output_dir", "out"])]
@@ -86,7 +90,7 @@ def _parsed_by_argparse(main: Callable[[list[str]], object], works: Iterable[str
                 held.enter_context(patch(work, lambda *_, **__: _begin(found[0][1])))
             main(argv)
 
-    with place(), contextlib.suppress(Begins, *_ERRORS):
+    with place(), contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Begins):
         run(list(given))
     return Command(_options(found[0][0]), run, _ERRORS, lambda name: [] if f"--{name}" in given else list(given))
 
@@ -95,17 +99,46 @@ def _options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     return [action for action in parser._actions if action.option_strings and action.dest != "help"]
 
 
+def _without_cuda(main: Callable[[list[str]], object]) -> Callable[[list[str]], object]:
+    def run(argv: list[str]) -> None:
+        with patch("torch.cuda.is_available", lambda: False):
+            main(argv)
+
+    return run
+
+
+def _as_script(main: Callable[[], object]) -> Callable[[list[str]], object]:
+    """A main function that reads the command line of its process."""
+
+    def run(argv: list[str]) -> None:
+        with patch.object(sys, "argv", ["script.py", *argv]):
+            main()
+
+    return run
+
+
+@cache
 def commands() -> dict[str, Command]:
-    """All commands, by name."""
+    """All commands that have options, by name."""
+    names = ("reproduce", "benchmark", "benchmarks.device", "epsilon_sweep", "epsilon_ladder", "make_sample")
+    reproduce, benchmark, device, sweep, ladder, sample = map(importlib.import_module, names)
+    flatness, hub = (importlib.import_module(f"amp_plugin.{name}.__main__") for name in ("flatness", "hub"))
     cells = ["reproduction.sweep.Sweep.run", "reproduction.sweep.Sweep.pending", "reproduction.price.price"]
     tables = ["reproduce.choose", "reproduce.rows_of", "reproduction.trade_off.seconds_of"]
-    flatness = importlib.import_module("amp_plugin.flatness.__main__")
+    in_folder, on_cpu = ["--output", "out"], ["--device", "cpu"]
+    by = _parsed_by_argparse
     return {
-        "train.py": _trainings(),
-        "reproduce.py": _parsed_by_argparse(reproduce.main, [*cells, *tables], "--methods", "erm", "amp"),
-        "python -m amp_plugin.flatness": _parsed_by_argparse(
-            flatness.main, ["amp_plugin.flatness.__main__.open_run"], "a_folder"
+        "train.py": trainings(),
+        "reproduce.py": by(reproduce.main, [*cells, *tables], "--methods", "erm", "amp"),
+        "benchmark.py": by(benchmark.main, ["benchmark.measure"], "--only", "counts"),
+        "benchmark.py --device": by(
+            _without_cuda(device.main), ["benchmarks.device.parts", "benchmarks.device.draw"], *on_cpu
         ),
+        "epsilon_sweep.py": by(sweep.main, ["epsilon_sweep.write_part"]),
+        "epsilon_ladder.py": by(ladder.main, [cells[0], "epsilon_ladder.found_in"]),
+        "make_sample.py": by(_as_script(sample.main), ["make_sample.load_images"], *in_folder),
+        "python -m amp_plugin.flatness": by(flatness.main, ["amp_plugin.flatness.__main__.open_run"], "a_folder"),
+        "python -m amp_plugin.hub": by(hub.main, ["amp_plugin.hub.__main__.push_folder"], "a_folder", "ann/model"),
     }
 
 
@@ -220,4 +253,5 @@ library says is left to the library. `{{folder}}` is a folder, `{{file}}` a text
 
 
 if __name__ == "__main__":
+    sys.path.append(str(ROOT / "recipes"))
     print(table(endings()), end="")

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import re
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from input_table import Endings, commands, endings, in_place, place, sections
+from input_table import Endings, commands, endings, in_place, place, sections, trainings
 from option_inputs import OK, asked_for, ending, is_what_was_asked, name_of
 from repository import RECORDS
+from transformers.utils import logging
 
+from amp_plugin.train import job
 from amp_plugin.train.ranges import RANGES
 
-COMMANDS = commands()
-TRAIN = COMMANDS["train.py"]
+TRAIN = trainings()
 BY_NAME = {action.dest: action for action in TRAIN.actions}
 NUMBERS = [name for name in RANGES if name in BY_NAME and name.startswith(("amp_", "lr_", "save_m", "mixup", "flood"))]
 FEW = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
@@ -35,7 +40,7 @@ def test_an_input_is_taken_or_refused_in_one_line(found: Endings) -> None:
 
 
 def test_what_is_taken_is_what_was_asked_or_is_told(found: Endings) -> None:
-    for name, command in COMMANDS.items():
+    for name, command in commands().items():
         for action in command.actions:
             option = RENAMED.get(action.dest, action.dest)
             for words, end in found[name][name_of(action)].items():
@@ -75,3 +80,27 @@ def test_any_number_is_taken_as_it_is_or_is_outside_the_range(name: str, value: 
     assert (end.outcome == OK) == (inside and not whole)
     if end.outcome == OK:
         assert getattr(end.configuration[2], name) == value
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
+def test_what_is_taken_is_trained(found: Endings) -> None:
+    """The first value that each option takes goes through a whole job; what is refused is refused before a step."""
+    tiny = ["--train_images", "40", "--per_device_train_batch_size", "20", "--max_steps", "2", "--use_cpu", "true"]
+    tiny += ["--model_kwargs", '{"width": 4, "layers": [1, 1, 1, 1]}', "--output_dir", "out", "--cpu_threads", "1"]
+    trained, begun = 0, list[object]()
+    for ends in found["train.py"].values():
+        words = next((words for words, end in ends.items() if end.outcome == OK), None)
+        if words is None or words[0].startswith(("--dry_run", "--output_dir")):
+            continue
+        with place(), contextlib.redirect_stdout(io.StringIO()):
+            try:
+                job.main([*tiny, *in_place(words)])
+                trained += 1
+            except TRAIN.mistakes:
+                begun += [words for name in ("metrics.jsonl", "model.safetensors") if Path("out", name).exists()]
+            finally:
+                torch.use_deterministic_algorithms(False)
+                logging.set_verbosity_warning()
+    assert not begun
+    assert trained > 100

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -258,19 +261,25 @@ def test_two_jobs_do_not_write_to_one_folder(tmp_path: Path, holder: subprocess.
 
 def test_a_forked_process_does_not_keep_a_folder(tmp_path: Path) -> None:
     """A data worker lives on for some seconds after its parent has been killed."""
-    context = torch.multiprocessing.get_context("fork")
-    go = context.Event()
-    with sole_writer(tmp_path):
-        worker = context.Process(target=go.wait)
-        worker.start()
+    note = tmp_path / "worker"
+
+    def job_with_worker() -> None:
+        with sole_writer(tmp_path):
+            if (worker := os.fork()) == 0:
+                time.sleep(60)
+            else:
+                note.write_text(str(worker))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    parent = torch.multiprocessing.get_context("fork").Process(target=job_with_worker)
+    parent.start()
+    parent.join()
     try:
-        (tmp_path / "_lock").touch()
-        command = [sys.executable, "-c", HOLD, str(tmp_path / "_lock")]
-        done = subprocess.run(command, input="", capture_output=True, text=True, check=False)
-        assert done.stdout == "held\n", done.stderr
+        assert (tmp_path / "_lock").exists()
+        with sole_writer(tmp_path):
+            os.kill(int(note.read_text()), 0)  # the worker is there
     finally:
-        go.set()
-        worker.join()
+        os.kill(int(note.read_text()), signal.SIGKILL)
 
 
 # --- the record
