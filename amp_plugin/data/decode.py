@@ -18,6 +18,7 @@ import numpy.typing as npt
 from filelock import FileLock
 
 from amp_plugin.data.splits import DatasetError
+from amp_plugin.files import in_one_line
 
 if TYPE_CHECKING:
     import datasets
@@ -95,17 +96,19 @@ def _decode(dataset: datasets.Dataset, column: str, where: str, image_size: int 
     encoded = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     shape: tuple[int, ...] | None = None
     for row, example in enumerate(encoded):
+        file = (example[column] or {}).get("path")
+        here = f"{where}, row {row}" + (f" ({file})" if file else "")
         try:
             image = _rgb(example[column], image_size)
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more
             raise DatasetError(
-                f"{where}, row {row}: cannot decode column {column!r} ({type(error).__name__}: {error});"
+                f"{here}: cannot decode column {column!r} ({type(error).__name__}: {in_one_line(str(error))});"
                 " repair or remove that row"
             ) from error
         shape = shape or image.shape
         if image.shape != shape:
             raise DatasetError(
-                f"{where}, row {row}: the image is {image.shape[0]} x {image.shape[1]}, those before it are"
+                f"{here}: the image is {image.shape[0]} x {image.shape[1]}, those before it are"
                 f" {shape[0]} x {shape[1]} (height x width); pass image_size to resize them all"
             )
         yield image

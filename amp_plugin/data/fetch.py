@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
+from amp_plugin.data.failures import logged_errors, reason
 from amp_plugin.data.layout import check_layout
 from amp_plugin.data.settings import BUNDLED
 from amp_plugin.data.splits import DatasetError
+from amp_plugin.files import in_one_line
 
 if TYPE_CHECKING:
     import datasets
@@ -46,9 +48,16 @@ class Rows:
             )
         if values.null_count:
             raise DatasetError(
-                f"{self.where}: {values.null_count} {kind} of column {column!r} are missing; drop those rows"
+                f"{self.where}: {values.null_count} {kind} of column {column!r} are missing, the first in row"
+                f" {values.is_null().index(True)}; drop those rows"
             )
-        array: npt.NDArray[Any] = values.to_numpy()
+        try:
+            array: npt.NDArray[Any] = values.to_numpy()
+        except Exception:
+            raise DatasetError(
+                f"{self.where}, row {_not_utf8(values)}: column {column!r} holds no text in UTF-8; save the file as"
+                " UTF-8"
+            ) from None
         return array
 
 
@@ -87,21 +96,22 @@ def fetch(
     elif (path.startswith((".", "/", "~")) or path.count("/") > 1) and not os.path.isdir(path):  # no id on the Hub
         raise DatasetError(f"data set {name!r}: there is no folder {os.path.abspath(path)}")
     unreachable = None if os.path.isdir(path) else _hub_error(path)
-    offline = datasets.config.HF_HUB_OFFLINE
+    offline, logged = datasets.config.HF_HUB_OFFLINE, []  # type: tuple[bool, list[str]]
     try:
         datasets.config.HF_HUB_OFFLINE = offline or unreachable is not None  # so it looks in its cache at once
         # load_dataset would fail if a split that nobody asked for is empty.
-        builder = datasets.load_dataset_builder(path, config, cache_dir=str(cache))
-        builder.download_and_prepare()
+        with logged_errors() as logged:
+            builder = datasets.load_dataset_builder(path, config, cache_dir=str(cache))
+            builder.download_and_prepare()
     except Exception as error:  # builders raise what they like, and so does the HTTP client
         if unreachable is not None or isinstance(error, ConnectionError):
-            reason = _first_line(unreachable or error)
+            why = _first_line(unreachable or error)
             raise DatasetError(
-                f"data set {name!r}: the Hugging Face Hub cannot be reached ({reason}) and the cache {cache} does"
+                f"data set {name!r}: the Hugging Face Hub cannot be reached ({why}) and the cache {cache} does"
                 f" not have {path}; use --data_root DIR, a copy laid out like the Hub, or --dataset {BUNDLED}"
             ) from None
         raise DatasetError(
-            f"data set {name!r}: datasets.load_dataset({path!r}, {config!r}) fails, {_first_line(error)};"
+            f"data set {name!r}: datasets.load_dataset({path!r}, {config!r}) fails, {reason(error, logged, path)};"
             " check the name, config_name and the files, use --data_root DIR, a copy laid out like the Hub,"
             f" or --dataset {BUNDLED}"
         ) from error
@@ -118,7 +128,13 @@ def fetch(
     check_layout(name, builder, splits)
     files = {split: [str(file) for file in (builder.config.data_files or {}).get(split, [])] for split in splits}
     where = f"data set {name!r}, split"
-    return [Rows(builder.as_dataset(split=split), f"{where} {split!r}", files[split]) for split in splits]
+    try:
+        return [Rows(builder.as_dataset(split=split), f"{where} {split!r}", files[split]) for split in splits]
+    except Exception as error:  # the cache was cut short, e.g. by a disk that was full
+        raise DatasetError(
+            f"data set {name!r}: the cache {builder.cache_dir} is damaged ({in_one_line(error)}); delete it, and it is"
+            " made anew"
+        ) from error
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
@@ -145,6 +161,16 @@ def _hub_error(path: str) -> Exception | None:
     except Exception as error:  # the HTTP library, and so the class, depends on the client's version
         return error
     return None
+
+
+def _not_utf8(values: Any) -> int:
+    """Return the first row whose text cannot be decoded."""
+    for row, value in enumerate(values):
+        try:
+            value.as_py()
+        except UnicodeDecodeError:
+            return row
+    return len(values)
 
 
 def _first_line(error: Exception) -> str:

@@ -13,11 +13,12 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd
 from huggingface_hub.utils._paths import filter_repo_objects
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import nn
 
+from amp_plugin.files import FileError, check_safetensors, read_text
 from amp_plugin.hub.access import HubError, explained, hub_api, require_write_access
 from amp_plugin.hub.card import PLACEHOLDER, Run, model_card, with_later_pictures
 
@@ -66,11 +67,14 @@ def push_folder(
             f"there is no model to push in {str(folder)!r}: no {WEIGHTS}. Give the output folder of a finished run, or"
             " one that save_pretrained wrote"
         )
-    for path in files:
-        try:
-            safe_open(path, "pt")
-        except SafetensorError as error:
-            raise HubError(f"{str(path)!r} is not whole ({error}); train or save again. Nothing was pushed") from error
+    advice = "train or save again. Nothing was pushed"
+    try:
+        for path in files:
+            check_safetensors(path, advice)
+        if (card := folder / _CARD).exists():
+            read_text(card, "write the card in UTF-8. Nothing was pushed")
+    except FileError as error:
+        raise HubError(str(error)) from error
     repo_id = require_write_access(repo_id, token=token, private=private)
     return upload(folder, repo_id, token=token, revision=revision, commit_message=commit_message)
 
@@ -115,10 +119,10 @@ def push(
         folder = Path(temporary)
         config: dict[str, Any] = {} if class_names is None else {"label_names": list(class_names)}
         save_for_hf(model, temporary, model_config=config, safe_serialization=True)
-        saved = json.loads((folder / "config.json").read_text())
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         saved.get("model_args", {}).pop("num_classes", None)  # transformers would pass it twice
         saved["pretrained_cfg"].update({k: list(v) for k, v in {"mean": mean, "std": std}.items() if v is not None})
-        (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
         model_card(run).save(folder / _CARD)
         return upload(folder, repo_id, token=token, revision=revision, commit_message=commit_message, lasting=False)
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from transformers import AutoConfig, PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
+
+from amp_plugin.files import FileError, check_safetensors, in_one_line, read_json
 
 
 class PretrainedError(ValueError):
@@ -21,7 +25,7 @@ def pretrained_classifier(auto_class: Any, name: str, class_names: Sequence[str]
     """Load a checkpoint with a head for other classes, which is drawn anew unless its shape is the checkpoint's.
 
     The checkpoint is an id on the Hugging Face Hub, or a folder that ``save_pretrained`` or timm's ``save_for_hf``
-    wrote. With the model come the names of the parameters that the checkpoint did not have.
+    wrote. With the model come the names of the parameters and running statistics that the checkpoint did not have.
     """
     config = checkpoint_config(auto_class, name)
     if isinstance(config, TimmWrapperConfig):  # the wrapper adds num_classes itself
@@ -31,10 +35,11 @@ def pretrained_classifier(auto_class: Any, name: str, class_names: Sequence[str]
     config.label2id = {label: i for i, label in enumerate(class_names)}
     with explained(name):
         model, info = auto_class.from_pretrained(
-            name, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+            name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False
         )
     drawn = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
-    new = [key for key, _ in model.named_parameters() if key in drawn]
+    counters = "num_batches_tracked"  # which nothing here reads
+    new = [key for key in model.state_dict() if key in drawn and not key.endswith(counters)]
     head = set(head_parameters(model))
     backbone = [key for key, parameter in model.named_parameters() if parameter not in head]
     if 2 * len(drawn.intersection(backbone)) > len(backbone):
@@ -48,7 +53,8 @@ def pretrained_classifier(auto_class: Any, name: str, class_names: Sequence[str]
 def checkpoint_config(auto_class: Any, name: str) -> Any:
     """Return the configuration of a checkpoint that ``auto_class`` can open."""
     with explained(name):
-        config = AutoConfig.from_pretrained(name)
+        _check_files(name, "*config.json")
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if type(config) not in auto_class._model_mapping:
         raise PretrainedError(
             f"pretrained {name!r} is a {config.model_type} model, for which there is no {auto_class.__name__};"
@@ -88,10 +94,32 @@ def explained(name: str) -> Iterator[None]:
     if (os.path.isabs(name) or name.startswith((".", "~"))) and not os.path.isdir(name):
         raise PretrainedError(f"pretrained {name!r}: there is no such folder")
     try:
-        yield
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError) as error:
+        try:
+            yield
+        except FileError:
+            raise
+        except Exception:  # a value in the configuration may lead to any
+            _check_files(name, "*.json")  # the error itself seldom says which file it is about
+            raise
+    except FileError as error:
+        raise PretrainedError(f"pretrained {name!r}: {error}") from error
+    except Exception as error:
         where = "the folder is no checkpoint" if os.path.isdir(name) else "no such folder, and the Hub does not give it"
-        raise PretrainedError(f"pretrained {name!r}: {where}: {_first_sentences(error)}") from error
+        raise PretrainedError(f"pretrained {name!r}: {where}: {in_one_line(error)}") from error
+
+
+def _check_files(name: str, configurations: str) -> None:
+    """Raise a `FileError` if the weights or a configuration, in a folder or in the cache of the Hub, are damaged."""
+    cached = None if os.path.isdir(name) else try_to_load_from_cache(name, "config.json")
+    folder = Path(name) if os.path.isdir(name) else Path(cached).parent if isinstance(cached, str) else None
+    if folder is None:
+        return
+    advice = "make or fetch the checkpoint anew" if cached is None else f"delete {folder}, and it is fetched anew"
+    for path in sorted(folder.glob("*.safetensors")):
+        check_safetensors(path, advice)
+    for path in sorted(folder.glob(configurations)):
+        if not isinstance(read_json(path, advice), dict):
+            raise FileError(f"{str(path)!r} is damaged (it is no JSON object); {advice}")
 
 
 @torch.no_grad()
@@ -100,14 +128,8 @@ def accepts(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> str | No
     training = model.training
     try:
         model.eval()(**inputs)
-    except (ValueError, RuntimeError, AssertionError, IndexError) as error:
-        return _first_sentences(error)
+    except Exception as error:  # each architecture fails in its own way
+        return in_one_line(error)
     finally:
         model.train(training)
     return None
-
-
-def _first_sentences(error: Exception) -> str:
-    """Cut the paragraphs of advice that may follow a library's message."""
-    said = " ".join(str(error).split()).rstrip(".")
-    return said if len(said) < 200 else said[:200].rpartition(". ")[0] or f"{said[:200]} ..."

@@ -52,7 +52,7 @@ def image_checkpoint(name: str, image_size: int | None = None) -> ImageCheckpoin
     name = _full_name(name)
     checkpoint_config(AutoModelForImageClassification, name)
     with explained(name):
-        processor = AutoImageProcessor.from_pretrained(name)
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     timms = isinstance(processor, TimmWrapperImageProcessor)
     if timms:
         side = image_size or _side(name, *processor.data_config["input_size"][1:])
@@ -67,6 +67,7 @@ def image_checkpoint(name: str, image_size: int | None = None) -> ImageCheckpoin
         normalised = known.get("do_normalize") and known.get("image_mean") and known.get("image_std")
         mean, std = (known["image_mean"], known["image_std"]) if normalised else ((0.0,) * 3, (1.0,) * 3)
         settings = {"resample": Image.Resampling.BICUBIC, "do_center_crop": False, "crop_pct": 1.0}
+        settings["trust_remote_code"] = False
         sizes = ({"height": side, "width": side}, {"shortest_edge": side})
         candidates = [AutoImageProcessor.from_pretrained(name, size=size, **settings) for size in sizes]
     for candidate in candidates:

@@ -31,7 +31,7 @@ def text_checkpoint(name: str, class_names: Sequence[str], max_length: int | Non
     """
     model, new = pretrained_classifier(AutoModelForSequenceClassification, name, class_names)
     with explained(name):
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if tokenizer.pad_token is None:  # decoders have none
         if tokenizer.eos_token is None:
             raise PretrainedError(f"pretrained {name!r}: its tokenizer has no token to pad batches with")

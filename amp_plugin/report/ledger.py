@@ -11,6 +11,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from amp_plugin.files import FileError, read_text
 from amp_plugin.text import shortened
 
 _LARGEST = 2**1000  # a float can be as large
@@ -43,7 +44,7 @@ def check_ledger(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             if path.exists():
-                path.open("a").close()
+                path.open("ab").close()
                 read_ledger(path)
             else:
                 tempfile.TemporaryFile(dir=path.parent).close()
@@ -58,22 +59,18 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
     """Return the runs in a ledger, the oldest first.
 
     Raises:
-        FileNotFoundError: there is no such ledger.
-        ValueError: a line is not a run.
+        FileError: the file cannot be read, or a line of it is not a run.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a ledger: it is no text") from error
+    text = read_text(path, "give a ledger, with a run of train.py in each line")
     records = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
             check_record(record)
         except (ValueError, RecursionError) as error:
-            raise ValueError(
+            raise FileError(
                 f"{path}, line {number}, is not a run of train.py: {error}; delete the line, or name another ledger"
             ) from error
         if "sync_ascent" in record["settings"]:  # the option's old name

@@ -10,6 +10,7 @@ from typing import Any
 
 from amp_plugin.data import ImageBatches
 from amp_plugin.data.settings import BUNDLED, SOURCES
+from amp_plugin.files import FileError, in_one_line
 from amp_plugin.hub.card import RunData
 from amp_plugin.report import read_ledger
 from amp_plugin.text import for_shell, in_code, in_markdown
@@ -46,8 +47,9 @@ def compared_run(path: str, settings: Mapping[str, Any]) -> dict[str, Any]:
             _comparison({"settings": settings, "commit": None, "versions": None}, record)
         if file.name == RECORD and not records:
             raise ValueError("it is empty")
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise ValueError(f"--compare_with {path!r}: {str(file)!r} is not a record of runs ({error!r})") from error
+    except Exception as error:  # what is recorded may be anything
+        said = error if isinstance(error, FileError) else in_one_line(error)
+        raise ValueError(f"--compare_with {path!r}: {str(file)!r} is not a record of runs ({said})") from error
     if not records:
         raise ValueError(
             f"--compare_with {path!r}: no run in it has the settings of this one and another optimizer; give the"

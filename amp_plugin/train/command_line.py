@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from amp_plugin.arguments import OneLine
+from amp_plugin.files import FileError, in_one_line, read_text
 from amp_plugin.suggest import did_you_mean
 from amp_plugin.train.plain_yaml import read_plain_yaml
 
@@ -169,11 +169,14 @@ def recipe_options(recipe: str) -> list[str]:
     path = Path(recipe) if Path(recipe).is_file() else known.get(recipe)
     if path is None:
         meant = did_you_mean(Path(recipe).stem, known)
-        raise ValueError(f"recipe {recipe!r} does not exist{meant}; known by name are {', '.join(known)}")
+        said = "is a folder, not a file" if Path(recipe).is_dir() else f"does not exist{meant}"
+        raise ValueError(f"recipe {recipe!r} {said}; known by name are {', '.join(known)}")
     try:
-        settings = read_plain_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise ValueError(f"recipe {recipe!r} is not YAML: {' '.join(str(error).split())}") from error
+        settings = read_plain_yaml(read_text(path, "give a recipe in YAML"))
+    except FileError:
+        raise
+    except Exception as error:  # a tag may ask for a value that its own constructor does not know
+        raise ValueError(f"recipe {recipe!r} is not YAML: {in_one_line(error)}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"recipe {recipe!r} must be a mapping of options to values")
     return as_options(settings, recipe)

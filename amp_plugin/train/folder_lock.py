@@ -38,7 +38,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         with explained("the lock", folder):
-            file = stack.enter_context(path.open("a+"))
+            file = stack.enter_context(path.open("a+", encoding="utf-8", errors="replace"))
         try:
             # Not flock, which a forked process inherits: a data worker outlives its killed parent for some seconds.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,14 +12,15 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
+from amp_plugin.files import FileError, blamed, check_safetensors, check_types, read_json
 from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments, default_folder
 from amp_plugin.train.run_folder import RECORD
 from amp_plugin.trainer.checkpoints import LAST, last_checkpoint
+from amp_plugin.trainer.resuming import ADVICE, read_trainer_state
 
 Settings = Mapping[str, Any]
 
@@ -31,7 +32,6 @@ _FREE = (
 )
 _FREE_PREFIXES = ("eval_", "logging_", "save_")
 _DATA = {"train": "the examples to train on", "test": "the examples to test on", "classes": "the names of the classes"}
-_INSTEAD = "resume from an earlier checkpoint, or start anew"
 # What a run draws or tells of itself, and `amp_plugin.flatness` of it, holds for that run alone.
 RESULTS = (
     *("README.md", RECORD, "all_results.json", "trainer_state.json"),
@@ -140,8 +140,8 @@ def check_new_run(settings: Settings, data: DataArguments, model: ModelArguments
     if str(folder) != default_folder(data, model, training):
         return
     try:
-        differ = changes(json.loads((folder / RECORD).read_text())["settings"], settings)
-    except (OSError, ValueError, LookupError, TypeError):  # no finished run is lost
+        differ = changes(read_json(folder / RECORD, "")["settings"], settings)
+    except (ValueError, LookupError, TypeError):  # no finished run is lost
         return
     if differ := {n: c for n, c in differ.items() if n in _LENGTH or not _may_change(n)}:
         raise ValueError(
@@ -190,12 +190,16 @@ def _as_json(settings: Settings) -> dict[str, Any]:
 
 
 def _state_of(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint / TRAINER_STATE_NAME
-    try:
-        state = json.loads(path.read_text())
-        return {name: state[name] for name in ("global_step", "epoch", "stateful_callbacks")}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{str(path)!r} is damaged ({error}); {_INSTEAD}") from None
+    """Return the Trainer's state in a checkpoint, with what `RunSettings` has told in it."""
+    state, path = read_trainer_state(checkpoint), checkpoint / TRAINER_STATE_NAME
+    if missing := [name for name in ("epoch", "global_step", "log_history", "stateful_callbacks") if name not in state]:
+        raise FileError(f"{str(path)!r} is damaged (it has no {missing[0]}); {ADVICE}")
+    for record in state["log_history"]:
+        check_types(record, dict.fromkeys(record, float), path, ADVICE)
+    with blamed(path, ADVICE):
+        told = _told(state)
+        check_types(told, dict.fromkeys(told, dict[str, Any] | None), path, ADVICE)
+    return state
 
 
 def _told(state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -209,19 +213,14 @@ def _check_files(checkpoint: Path, training: RecipeArguments) -> None:
     needed = ("optimizer.pt", "scheduler.pt", f"rng_state{rank}.pth")
     if missing := [name for name in needed if not (checkpoint / name).is_file()]:
         raise ValueError(
-            f"{str(checkpoint)!r} lacks {' and '.join(missing)}: the training would go on as another one; {_INSTEAD}"
+            f"{str(checkpoint)!r} lacks {' and '.join(missing)}: the training would go on as another one; {ADVICE}"
         )
     for path in (checkpoint / name for name in needed):
-        try:
-            with zipfile.ZipFile(path) as file:
-                damaged = file.testzip()
-        except (OSError, zipfile.BadZipFile) as error:
-            damaged = str(error)
-        if damaged:
-            raise ValueError(f"{str(path)!r} is damaged ({damaged}); {_INSTEAD}")
-    for path in checkpoint.glob("*.safetensors"):
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{str(path)!r} is damaged ({error}); {_INSTEAD}") from None
+        with blamed(path, ADVICE), zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():
+                raise ValueError(damaged)
+    weights = list(checkpoint.glob("*.safetensors"))
+    if not weights:
+        raise ValueError(f"{str(checkpoint)!r} lacks model.safetensors; {ADVICE}")
+    for path in weights:
+        check_safetensors(path, ADVICE)

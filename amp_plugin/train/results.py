@@ -158,7 +158,7 @@ def all_metrics(
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write a run's record whole or not at all: a run without a record is an unfinished run."""
     new = path.with_name(f"_{path.name}")
-    new.write_text(json.dumps(record, default=str) + "\n")
+    new.write_text(json.dumps(record, default=str) + "\n", encoding="utf-8")
     new.replace(path)
 
 

@@ -7,20 +7,21 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
-import yaml
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
 from transformers.trainer_utils import PredictionOutput
 
 from amp_plugin.data import collate
+from amp_plugin.files import FileError, check_types, read_json
 from amp_plugin.provenance import versions
 from amp_plugin.report import plot_confusion, plot_curves, plot_reliability
 from amp_plugin.report.ledger import check_record
 from amp_plugin.text import tell
 from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments, settings_of
+from amp_plugin.train.plain_yaml import plain_yaml
 from amp_plugin.train.tasks import Task, make_task
 from amp_plugin.trainer.checkpoints import explained
 
@@ -42,7 +43,7 @@ def write_config(path: Path, data: DataArguments, model: ModelArguments, trainin
     if data.data_root is not None:
         lines.append("Its data came from a folder: give --data_root again.")
     lines.append("With " + ", ".join(f"{name} {version}" for name, version in versions().items()) + ".")
-    path.write_text("".join(f"# {line}\n" for line in lines) + yaml.safe_dump(settings, sort_keys=False))
+    path.write_text("".join(f"# {line}\n" for line in lines) + plain_yaml(settings), encoding="utf-8")
 
 
 class RecordsFile(TrainerCallback):
@@ -61,13 +62,13 @@ class RecordsFile(TrainerCallback):
         if state.is_world_process_zero:
             new = self._path.with_name(f"_{self._path.name}")
             with explained(self._path.name, self._path.parent):
-                new.write_text("".join(map(_line, state.log_history)))
+                new.write_text("".join(map(_line, state.log_history)), encoding="utf-8")
                 new.replace(self._path)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Append the newest record."""
         if state.is_world_process_zero:
-            with explained(self._path.name, self._path.parent), self._path.open("a") as records:
+            with explained(self._path.name, self._path.parent), self._path.open("a", encoding="utf-8") as records:
                 records.write(_line(state.log_history[-1]))
 
 
@@ -136,14 +137,16 @@ def open_run(folder: str | Path, *, dataset: str | None = None, data_root: str |
     `data_root` is a folder in the layout of the Hub to load the data from, instead of the Hub.
     """
     folder = Path(folder)
+    path, advice = folder / RECORD, "give the output folder of a finished run"
+    if not path.exists():
+        raise ValueError(f"{str(folder)!r} has no {RECORD}: {advice}")
+    record = read_json(path, advice)
     try:
-        record = json.loads((folder / RECORD).read_text())
         check_record(record)
-        settings, metrics = dict(record["settings"]), dict(record["metrics"])
-    except FileNotFoundError:
-        raise ValueError(f"{str(folder)!r} has no {RECORD}: give the output folder of a finished run") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(folder / RECORD)!r} is not the record of a run: {error}") from error
+    except ValueError as error:
+        raise FileError(f"{str(path)!r} is not the record of a run: {error}; {advice}") from error
+    settings, metrics = record["settings"], record["metrics"]
+    check_types(settings, get_type_hints(DataArguments) | {"freeze_backbone": bool}, path, advice)
     recorded = {f.name: settings[f.name] for f in fields(DataArguments) if f.name in settings}
     recorded |= {"data_root": data_root, "augment": "default" if recorded.get("text_column") else "none"}
     if dataset is not None:

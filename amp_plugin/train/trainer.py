@@ -158,6 +158,12 @@ class RecipeTrainer(AMPTrainer, ObjectiveTrainer):
             self.lr_scheduler = scheduler
         return self.lr_scheduler
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse the weights of another network, which the stock Trainer mixes with the initial ones and warns."""
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        if differ := [key for key in (*load_result.missing_keys, *load_result.unexpected_keys) if key not in tied]:
+            raise ValueError(f"its weights are of another network, {differ[0]} is in one of them alone")
+
     def training_for_card(self) -> dict[str, Any]:
         """Return what the model card says of the training, with `card_details`."""
         return {**super().training_for_card(), **self.card_details}

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
 
-from amp_plugin.doors.trainer_mixin import TrainerMixin
+from amp_plugin.trainer.resuming import ResumingMixin, read_trainer_state
 
 LAST = "last"
 # The Trainer's uploads to the Hub leave out names that begin with "_".
@@ -40,7 +40,7 @@ class SaveError(OSError):
     """A file could not be saved; the message tells why, which checkpoint is still there and what to do."""
 
 
-class CheckpointMixin(TrainerMixin):
+class CheckpointMixin(ResumingMixin):
     """Checkpoints of any `transformers.Trainer` that stay intact when the process is killed or the disk is full.
 
     The mixin stands before the Trainer: ``class MyTrainer(CheckpointMixin, Trainer)``. It takes the renaming of a
@@ -64,7 +64,8 @@ class CheckpointMixin(TrainerMixin):
             **kwargs: further arguments of the Trainer's method.
 
         Raises:
-            ValueError: `resume_from_checkpoint` is True, but there is no complete checkpoint.
+            ValueError: `resume_from_checkpoint` is True, but there is no complete checkpoint; or a file of the
+                checkpoint is damaged, or belongs to another training.
         """
         folder = Path(str(self.args.output_dir))
         if self.args.save_strategy != SaveStrategy.NO:
@@ -77,6 +78,8 @@ class CheckpointMixin(TrainerMixin):
             if last is None and resume_from_checkpoint is True:
                 raise ValueError(f"there is no complete checkpoint to resume from in {str(folder)!r}")
             resume_from_checkpoint = last
+        if isinstance(resume_from_checkpoint, str) and (Path(resume_from_checkpoint) / TRAINER_STATE_NAME).exists():
+            read_trainer_state(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

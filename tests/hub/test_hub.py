@@ -213,7 +213,7 @@ def test_weights_that_are_not_whole_are_told_before_the_hub_is_asked(
     save_file({"weight": torch.ones(8)}, weights)
     weights.write_bytes(weights.read_bytes()[:-4])
     monkeypatch.setattr("amp_plugin.hub.upload.require_write_access", lambda *_, **__: pytest.fail("asked the Hub"))
-    with pytest.raises(HubError, match=r"model\.safetensors' is not whole .* train or save again\. Nothing was pushed"):
+    with pytest.raises(HubError, match=r"model\.safetensors' is damaged .*; train or save again\. Nothing was pushed"):
         push_folder(tmp_path, NAME)
 
 
