@@ -74,7 +74,7 @@ def machine(threads: int) -> str:
     """Name the processor, threads and versions in one line."""
     processor = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
             processor = next((li.partition(":")[2].strip() for li in file if li.startswith("model name")), processor)
     capability = torch.backends.cpu.get_cpu_capability() + (", bf16" if cpu_computes_in_bf16() else ", no bf16")
     names = ("torch", "timm", "transformers", "accelerate", "torchvision", "pytorch_optimizer")
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     def measure_subject(subject: str) -> None:
         for some in measure(subject, args):
             with (folder / "benchmark.jsonl").open(
-                "a" if rows else "w"
+                "a" if rows else "w", encoding="utf-8"
             ) as file:  # earlier rows stay until there are new
                 lines = [{"machine": where}] * (not rows) + [asdict(row) for row in some]
                 file.write("".join(json.dumps(line) + "\n" for line in lines))

@@ -51,6 +51,8 @@ def reason(error: Exception, logged: list[str], path: str) -> str:
         logged: what it has logged.
         path: folder of the data set, or its name on the Hub.
     """
+    from datasets.table import CastError
+
     said = str(error)
     found = [match[1] for text in logged if (match := _IN_LOG.search(text))]
     found += [match[1] for match in _IN_ERROR.finditer(said)]
@@ -61,6 +63,9 @@ def reason(error: Exception, logged: list[str], path: str) -> str:
     why = f"{type(cause).__name__}: {in_one_line(str(cause))}" if str(cause) else type(cause).__name__
     if _IN_ERROR.search(said):  # its second paragraph tells which columns differ
         why = in_one_line(said.split("\n\n")[1])
+    elif isinstance(cause, CastError):
+        here, others = (", ".join(sorted(names)) for names in (cause.table_column_names, cause.requested_column_names))
+        why = f"all files must have the same columns, and one has {here} where others have {others}"
     return f"{found[0]!r} cannot be read ({why})" if found else why
 
 

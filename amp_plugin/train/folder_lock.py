@@ -63,7 +63,7 @@ def check_free(folder: Path) -> None:
         return
     import fcntl
 
-    with path.open("r+") as file:
+    with path.open("r+", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):

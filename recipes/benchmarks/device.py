@@ -77,8 +77,8 @@ def main(argv: list[str] | None = None) -> list[str]:
     here = machine(device)
     done = {row["part"] for row in read(file, here) if "left_out" not in row and "failed" not in row}
     file.parent.mkdir(parents=True, exist_ok=True)
-    if file.exists() and not file.read_text().endswith("\n"):  # the command was cut off
-        with file.open("a") as stream:
+    if file.exists() and not file.read_text(encoding="utf-8").endswith("\n"):  # the command was cut off
+        with file.open("a", encoding="utf-8") as stream:
             stream.write("\n")
     say(file, device, {"machine": here})
     failed: list[str] = []
@@ -210,7 +210,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 def say(file: Path, device: torch.device, row: Row) -> None:
     """Print a row and add it to the file; absolute figures are for devices that nobody else uses."""
     kept = {name: value for name, value in row.items() if device.type == "cuda" or name not in ABSOLUTE}
-    with file.open("a") as stream:
+    with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(kept) + "\n")
     print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in kept.items()), flush=True)
 
@@ -219,7 +219,7 @@ def read(file: Path, of: dict[str, Any] | None = None) -> list[Row]:
     """Return the rows of a file, or those of one machine; a line that was cut off counts for nothing."""
     rows: list[Row] = []
     where: Any = None
-    for line in file.read_text().splitlines() if file.exists() else ():
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         try:
             row = json.loads(line)
         except ValueError:

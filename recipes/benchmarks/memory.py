@@ -42,14 +42,14 @@ def _measure(loop: Loop, threads: int, steps: int, keep_freed: bool) -> Peak:
         nonlocal faults
         if next(steps_begun) == _WARM_UP:
             if _CLEAR.exists():
-                _CLEAR.write_text("5")  # the peak counts from here
+                _CLEAR.write_text("5", encoding="utf-8")  # the peak counts from here
             if accelerated:
                 torch.accelerator.reset_peak_memory_stats()
             faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
     take_turns({"": loop}, (steps, steps), warm_up=_WARM_UP, prepare=prepare)
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []
+    lines = _STATUS.read_text(encoding="utf-8").splitlines() if _STATUS.exists() else []
     kibibytes = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), usage.ru_maxrss)
     allocated = torch.accelerator.max_memory_allocated() if accelerated else 0
     return Peak(1024 * kibibytes, allocated, (usage.ru_minflt - faults) / steps)

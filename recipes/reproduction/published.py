@@ -62,7 +62,7 @@ class Method(NamedTuple):
 @cache
 def published() -> Published:
     """Read published.yaml."""
-    data: dict[str, Any] = yaml.safe_load((HERE / "published.yaml").read_text())
+    data: dict[str, Any] = yaml.safe_load((HERE / "published.yaml").read_text(encoding="utf-8"))
     models = {name: Model(**fields) for name, fields in data.pop("models").items()}
     results = by_setting(data.pop("results"), lambda figure: Figure(*figure))
     return Published(models=models, results=results, **data)
@@ -71,7 +71,7 @@ def published() -> Published:
 @cache
 def methods() -> dict[str, Method]:
     """Read the methods by name, in the order in which a sweep runs them."""
-    data = yaml.safe_load((HERE / "methods.yaml").read_text())
+    data = yaml.safe_load((HERE / "methods.yaml").read_text(encoding="utf-8"))
     return {
         name: Method(fields["label"], fields["options"], _names(fields.get("tuned_as", name)))
         for name, fields in data.items()

@@ -37,7 +37,9 @@ def write_script(folder: Path, tasks: Sequence[int], argv: Sequence[str]) -> Pat
     script = logs / "reproduce.sbatch"
     program = shlex.join([sys.executable, str(Path(sys.argv[0]).resolve()), *argv])
     array, here = indices(tasks), shlex.quote(str(Path.cwd()))
-    script.write_text(_SCRIPT.format(array=array, logs=logs, count=len(tasks), folder=here, command=program))
+    script.write_text(
+        _SCRIPT.format(array=array, logs=logs, count=len(tasks), folder=here, command=program), encoding="utf-8"
+    )
     return script
 
 

@@ -43,7 +43,7 @@ class Failure(NamedTuple):
 
     def __str__(self) -> str:
         """Show the end of the log."""
-        lines = self.log.read_text(errors="replace").splitlines()[-_LINES:]
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LINES:]
         head = f"failed with status {self.status}: {self.cell}; {self.log} ends:"
         return "\n".join([head, *(f"    {line}" for line in lines)])
 
@@ -136,7 +136,7 @@ class Sweep:
         """Start a cell, unless another sweep runs it or has run it by now."""
         folder = self.folder / cell.name(self.scale)
         folder.mkdir(parents=True, exist_ok=True)
-        lock, done = (folder / "lock").open("w"), ""
+        lock, done = (folder / "lock").open("w", encoding="utf-8"), ""
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -147,7 +147,7 @@ class Sweep:
             _say(number, cell, f"{done or 'has been run'} by another sweep")
             return None
         command = self.command(cell)
-        with (folder / LOG).open("a") as log:
+        with (folder / LOG).open("a", encoding="utf-8") as log:
             print(shlex.join(command), file=log, flush=True)
             process = subprocess.Popen(
                 command,
@@ -176,7 +176,7 @@ class Sweep:
             _say(child.number, child.cell, "stopped; the same command continues")
         else:
             if status == 0:
-                with (child.folder / LOG).open("a") as log:
+                with (child.folder / LOG).open("a", encoding="utf-8") as log:
                     print("error: the run ended well, but the ledger does not have these settings", file=log)
             self.failures.append(Failure(child.cell, status, child.folder / LOG))
             _say(child.number, child.cell, f"FAILED with status {status}")
