@@ -9,6 +9,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from amp_plugin.interrupts import leave_while_importing
+
+leave_while_importing()  # before what takes seconds
+# ruff: noqa: E402
 from amp_plugin import models as models
 from amp_plugin._moved import find_moved_modules
 from amp_plugin.core.capture import CapturedStep

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from amp_plugin.interrupts import INTERRUPTED, leave_when_interrupted_again, raise_when_interrupted
 from amp_plugin.text import for_terminal, print_all_characters
 
 _STDERR = 2
-_INTERRUPTED, _CLOSED = 130, 141  # as a shell reports SIGINT and SIGPIPE
+_CLOSED = 141  # as a shell reports SIGPIPE
 _PATIENCE = 30.0  # seconds for the same mistake to reach the first process, which may take some of them to end
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC)
 
@@ -61,15 +62,18 @@ def run_command(main: Callable[[], object], mistakes: tuple[type[Exception], ...
             launcher that have one, the first tells it, and another only where the first has none.
         mistakes: errors whose message tells the user all.
     """
-    outputs = [output for name in ("stdout", "stderr") if (output := _outlive(name)) is not None]
-    print_all_characters()
+    outputs: list[Output] = []
     code: Any
     try:
+        raise_when_interrupted()
+        outputs += [output for name in ("stdout", "stderr") if (output := _outlive(name)) is not None]
+        print_all_characters()
         code = main()
     except KeyboardInterrupt as interrupt:
+        leave_when_interrupted_again()
         if _is_first():  # every process of a launcher is interrupted, and one tells
             _tell(f"\ninterrupted{f': {interrupt}' if str(interrupt) else ''}")
-        code = _INTERRUPTED
+        code = INTERRUPTED
     except SystemExit as left:
         code = left.code
     except mistakes as error:

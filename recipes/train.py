@@ -10,8 +10,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 try:
     from amp_plugin.train.job import run
-except KeyboardInterrupt:
-    sys.exit(130)  # the imports take seconds
+except KeyboardInterrupt:  # the imports take seconds
+    print("\ninterrupted", file=sys.stderr)
+    sys.exit(130)
 
 if __name__ == "__main__":
     run(sys.argv[1:])

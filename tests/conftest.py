@@ -59,6 +59,15 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_is_as_it_was() -> Iterator[None]:
+    """A command that was interrupted in this process leaves at once when it is interrupted again."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    if signal.getsignal(signal.SIGINT) is not before:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
     """SIGINT is a KeyboardInterrupt, also where the tests run in the background and a shell has had it ignored."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,6 +111,11 @@ def fetch(
                 f"data set {name!r}: the Hugging Face Hub cannot be reached ({why}) and the cache {cache} does"
                 f" not have {path}; use --data_root DIR, a copy laid out like the Hub, or --dataset {BUNDLED}"
             ) from None
+        if isinstance(error, OSError) and (problem := _problem_of(cache)):
+            raise DatasetError(
+                f"data set {name!r}: the cache {cache} cannot be written to ({problem}); set HF_HOME to a folder that"
+                " can be"
+            ) from None
         raise DatasetError(
             f"data set {name!r}: datasets.load_dataset({path!r}, {config!r}) fails, {reason(error, logged, path)};"
             " check the name, config_name and the files, use --data_root DIR, a copy laid out like the Hub,"
@@ -171,6 +177,16 @@ def _not_utf8(values: Any) -> int:
         except UnicodeDecodeError:
             return row
     return len(values)
+
+
+def _problem_of(cache: Path) -> str | None:
+    """Return why no file can be written in a folder, which is made if need be; None if one can."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def _first_line(error: Exception) -> str:

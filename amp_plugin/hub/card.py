@@ -130,7 +130,8 @@ def model_card(run: Run) -> ModelCard:
 
 def pictures_in(folder: Path) -> list[str]:
     """List the names of the pictures in a run's folder, the training curves first."""
-    return sorted((path.name for path in folder.glob("*.png")), key=lambda name: (name != "curves.png", name))
+    names = (path.name for path in folder.glob("*.png") if not path.name.startswith("_"))
+    return sorted(names, key=lambda name: (name != "curves.png", name))
 
 
 def with_later_pictures(card: str, folder: Path) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock
 
@@ -15,6 +16,7 @@ from amp_plugin.files import FileError, read_text
 from amp_plugin.text import shortened
 
 _LARGEST = 2**1000  # a float can be as large
+_BEGINNING = b'{"commit": '  # of each line
 
 
 def append_to_ledger(path: Path, record: Mapping[str, Any]) -> None:
@@ -27,13 +29,44 @@ def append_to_ledger(path: Path, record: Mapping[str, Any]) -> None:
         record: what `amp_plugin.provenance.run_record` returns; what JSON cannot hold becomes text.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(record, default=str).encode() + b"\n"
     with FileLock(f"{path}.lock"), path.open("ab+") as ledger:
-        if ledger.tell():
-            ledger.seek(-1, os.SEEK_END)
-            begun = ledger.read(1) != b"\n"  # an editor left the last line without its end
-        else:
-            begun = False
-        ledger.write(b"\n" * begun + json.dumps(record, default=str).encode() + b"\n")
+        size = ledger.tell()
+        last, kept = _last_line(ledger), size
+        if last and _is_half(last):
+            kept -= len(last)
+            ledger.truncate(kept)
+        elif last:  # an editor left the last line without its end
+            line = b"\n" + line
+        try:
+            ledger.write(line)
+            ledger.flush()
+            os.fsync(ledger.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):  # closing tries to write again
+                ledger.close()
+            os.truncate(path, kept)
+            raise
+
+
+def _last_line(ledger: BinaryIO) -> bytes:
+    """Return what follows the last line's end."""
+    ledger.seek(0)
+    last = b""
+    while chunk := ledger.read(2**20):
+        last = (last + chunk).rpartition(b"\n")[2]
+    return last
+
+
+def _is_half(line: bytes) -> bool:
+    """Tell whether a line without an end is the beginning of a run, whose process was killed while it wrote."""
+    if not (line.startswith(_BEGINNING) or _BEGINNING.startswith(line)):
+        return False
+    try:
+        json.loads(line)
+    except ValueError:
+        return bool(line)
+    return False
 
 
 def check_ledger(path: Path) -> None:
@@ -63,6 +96,9 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
     """
     text = read_text(path, "give a ledger, with a run of train.py in each line")
     records = []
+    whole, newline, last = text.rpartition("\n")
+    if _is_half(last.encode()):
+        text = whole + newline
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue

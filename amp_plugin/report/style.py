@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from amp_plugin.text import for_matplotlib
+from amp_plugin.whole_file import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,7 +49,8 @@ def picture(path: Path, title: str, size: tuple[float, float], figures: str = ""
         lines = (for_matplotlib(part) for line in title.split("\n") for part in textwrap.wrap(line, columns) or [""])
         figure.suptitle("\n".join(lines))
         yield figure
-        figure.savefig(path, dpi=120, metadata=stamp(figures) if figures else None)
+        with whole_file(path) as new:
+            figure.savefig(new, dpi=120, metadata=stamp(figures) if figures else None)
 
 
 def legend_below(figure: Figure, columns: int = 0) -> None:

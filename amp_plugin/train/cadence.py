@@ -144,7 +144,8 @@ def interruption(args: RecipeArguments, argv: Sequence[str], step: int) -> str:
     """Tell what is left of a training that its user interrupts; `argv` is what the command was given."""
     last = last_checkpoint(Path(str(args.output_dir)))
     if last is None:
-        return f"stopped at step {step:,}, with no checkpoint to continue from; --save_strategy epoch makes them"
+        hint = "; --save_strategy epoch makes them" if args.save_strategy == "no" else ""
+        return f"stopped at step {step:,}, with no checkpoint to continue from{hint}"
     return f"stopped at step {step:,}; this continues after {last}: {continuing(args, argv)}"
 
 

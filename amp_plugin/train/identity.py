@@ -98,6 +98,7 @@ def check_checkpoint(checkpoint: str, settings: Settings, training: RecipeArgume
             f"{checkpoint!r} was made with other settings: {_listed(differ)}; give the same ones to continue, or"
             " another --output_dir to start a new run"
         )
+    _check_best(state, changed, training)
     longer = {name: c for name, c in changed.items() if name in _LENGTH}
     epochs, steps = training.num_train_epochs, training.max_steps
     made, enough = (state["global_step"], steps) if steps > 0 else (state["epoch"] or 0, epochs)
@@ -199,12 +200,32 @@ def _state_of(checkpoint: Path) -> dict[str, Any]:
     with blamed(path, ADVICE):
         told = _told(state)
         check_types(told, dict.fromkeys(told, dict[str, Any] | None), path, ADVICE)
-    return state
+    return {"best_metric": None, "best_global_step": None, "best_model_checkpoint": None} | state
 
 
 def _told(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return what `RunSettings` has told of a run; nothing where the state of the checkpoint is without."""
     return state["stateful_callbacks"].get(RunSettings.__name__, {}).get("args", {})  # type: ignore[no-any-return]
+
+
+def _check_best(state: Mapping[str, Any], changed: Mapping[str, tuple[Any, Any]], training: RecipeArguments) -> None:
+    """Check that the best model so far was chosen as this training would choose it, and is there to be loaded."""
+    if state["best_metric"] is None or training.metric_for_best_model is None:
+        return
+    then, now = changed.get("metric_for_best_model", (None, None))
+    if then and now and then.removeprefix("eval_") != now.removeprefix("eval_"):
+        raise ValueError(
+            f"metric_for_best_model: {then} -> {now}: the best model so far was chosen by {then}; give the same one to"
+            " continue, or another --output_dir to start a new run"
+        )
+    if not training.load_best_model_at_end or not state["best_global_step"]:
+        return
+    name = f"checkpoint-{state['best_global_step']}"
+    if not any(Path(p).is_dir() for p in (Path(str(training.output_dir), name), state["best_model_checkpoint"] or "-")):
+        raise ValueError(
+            f"{name}, the best model so far, is not in {str(training.output_dir)!r} any more, and"
+            " --load_best_model_at_end would need it: put it back, or give --load_best_model_at_end false"
+        )
 
 
 def _check_files(checkpoint: Path, training: RecipeArguments) -> None:

@@ -43,7 +43,7 @@ from amp_plugin.train.places import check_places
 from amp_plugin.train.plan import plan
 from amp_plugin.train.progress import EpochLine
 from amp_plugin.train.results import check_room, save_results
-from amp_plugin.train.run_folder import RecordsFile, write_config
+from amp_plugin.train.run_folder import RECORDS, RecordsFile, write_config
 from amp_plugin.train.stock_options import check_precision
 from amp_plugin.train.tasks import check_batch_of_one, make_task
 from amp_plugin.train.trainer import RecipeTrainer
@@ -135,7 +135,7 @@ def _main(argv: list[str], held: contextlib.ExitStack) -> None:
             EpochCallback(),
             cadence,
             RunSettings(settings, task.fingerprints),
-            RecordsFile(folder / "metrics.jsonl"),
+            RecordsFile(folder / RECORDS),
         ],
     )
     disable_progress_bar()  # transformers shows one for every file that it writes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import shlex
 import shutil
@@ -24,10 +23,11 @@ from amp_plugin.train.card import card_details
 from amp_plugin.train.costs import passes_made
 from amp_plugin.train.execution import execution
 from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments, settings_of
-from amp_plugin.train.run_folder import RECORD, draw_pictures
+from amp_plugin.train.run_folder import RECORD, RECORDS, draw_pictures, write_records
 from amp_plugin.train.tasks import Task
 from amp_plugin.train.trainer import RecipeTrainer
-from amp_plugin.trainer.checkpoints import SaveError, explained
+from amp_plugin.trainer.checkpoints import SaveError, explained, last_checkpoint
+from amp_plugin.whole_file import write_json
 
 T = TypeVar("T")
 _LOGGED = ("loss", "amp_loss", "perturbed_loss", "sharpness", "clipped")
@@ -74,7 +74,10 @@ class Steps:
     def end(self, folder: Path, others: str = "the other results of the training") -> None:
         """Raise a `SaveError` of one line for each failure, if there was any; tell where the `others` are."""
         if self.failures:
-            raise SaveError("\nerror: ".join([*self.failures, f"{others} are in {folder}"]))
+            rest = f"{others} are in {folder}"
+            if last_checkpoint(folder) is not None:
+                rest += "; when this is mended, the same command with --resume_from_checkpoint last makes all of them"
+            raise SaveError("\nerror: ".join([*self.failures, rest]))
 
 
 def save_results(
@@ -104,20 +107,29 @@ def save_results(
     if trainer.is_world_process_zero():
         with contextlib.suppress(OSError):
             (folder / RECORD).unlink()  # an earlier run's, which is not of the weights that come now
+    steps.failures += trainer.failures
     # A public call would push before there is a card.
     steps.do(folder / "model.safetensors", lambda: trainer.save_model(_internal_call=True), together=True)
     if steps.out_of_step and args.world_size > 1:
         return steps
-    lacking = f"without its figures {folder} gets no {RECORD}, and no ledger a line"
+    lacking = f"without it {folder} gets no {RECORD}, and no ledger a line"
     tested = steps.do(f"the final {where}", trainer.final_test, without=lacking, together=True)
     metrics = all_metrics(trainer, trained, tested)
     steps.do(folder / "trainer_state.json", trainer.save_state)
-    steps.do(folder / "all_results.json", lambda: trainer.save_metrics("all", metrics))
     if trainer.is_world_process_zero():
-        record = run_record(settings_of(*parsed), metrics, execution(trainer, task.fingerprints))
-        if tested is not None:
+        history = trainer.state.log_history
+        steps.do(folder / RECORDS, lambda: write_records(folder / RECORDS, history))
+        figures = folder / "all_results.json"
+        steps.do(figures, lambda: write_metrics(figures, metrics))
+        found = steps.do(
+            "the record",
+            lambda: run_record(settings_of(*parsed), metrics, execution(trainer, task.fingerprints)),
+            without=f"{lacking}; nor is there a model card",
+        )
+        record = found or {}
+        if tested is not None and found:
             steps.do(folder / RECORD, lambda: write_record(folder / RECORD, record))
-        if tested is not None and args.ledger is not None:
+        if tested is not None and found and args.ledger is not None:
             ledger, line = Path(args.ledger), f"the line to append is {folder / RECORD}"
             steps.do(ledger, lambda: append_to_ledger(ledger, record), without=line)
         steps.do("the table", lambda: report(metrics, where, folder))
@@ -127,9 +139,10 @@ def save_results(
             trainer.create_model_card()
             tell(f"model card: {folder / 'README.md'}")
 
-        title, history = f"{model.name}, {args.optim} on {task.dataset}", trainer.state.log_history
+        title = f"{model.name}, {args.optim} on {task.dataset}"
         draw_pictures(folder, title, history, tested, task.class_names(), where, steps.do)
-        steps.do(folder / "README.md", write_card)
+        if found:
+            steps.do(folder / "README.md", write_card)
     if args.push_to_hub and not (steps.out_of_step and args.world_size > 1):
         if steps.in_all(args.world_size):
             steps.do("the push", lambda: publish(trainer), together=True)
@@ -157,9 +170,12 @@ def all_metrics(
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write a run's record whole or not at all: a run without a record is an unfinished run."""
-    new = path.with_name(f"_{path.name}")
-    new.write_text(json.dumps(record, default=str) + "\n", encoding="utf-8")
-    new.replace(path)
+    write_json(path, record)
+
+
+def write_metrics(path: Path, metrics: Mapping[str, float]) -> None:
+    """Write a run's metrics as the stock Trainer's `save_metrics` does, whole or not at all."""
+    write_json(path, metrics, indent=4, sort_keys=True)
 
 
 def publish(trainer: RecipeTrainer) -> None:

@@ -23,9 +23,10 @@ from amp_plugin.text import tell
 from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments, settings_of
 from amp_plugin.train.plain_yaml import plain_yaml
 from amp_plugin.train.tasks import Task, make_task
-from amp_plugin.trainer.checkpoints import explained
+from amp_plugin.trainer.checkpoints import SaveError, explained
+from amp_plugin.whole_file import write_text
 
-RECORD = "run.json"
+RECORD, RECORDS = "run.json", "metrics.jsonl"
 
 
 def write_config(path: Path, data: DataArguments, model: ModelArguments, training: RecipeArguments) -> None:
@@ -43,7 +44,8 @@ def write_config(path: Path, data: DataArguments, model: ModelArguments, trainin
     if data.data_root is not None:
         lines.append("Its data came from a folder: give --data_root again.")
     lines.append("With " + ", ".join(f"{name} {version}" for name, version in versions().items()) + ".")
-    path.write_text("".join(f"# {line}\n" for line in lines) + plain_yaml(settings), encoding="utf-8")
+    with explained(path.name, path.parent):
+        write_text(path, "".join(f"# {line}\n" for line in lines) + plain_yaml(settings))
 
 
 class RecordsFile(TrainerCallback):
@@ -51,25 +53,44 @@ class RecordsFile(TrainerCallback):
 
     A run that is killed keeps its records. A run that continues from a checkpoint first drops the records after the
     checkpoint, whose steps it makes again; a run from the beginning starts the file anew. Numbers that are not finite
-    become null. The main process alone writes the file.
+    become null. The main process alone writes the file. A record that cannot be written ends no training: it is told
+    once, and the next record tries to write all of them.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self._told = path, False
+        self._complete = True  # the file holds all records that are logged
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave in the file the records that the checkpoint holds, none without a checkpoint."""
         if state.is_world_process_zero:
-            new = self._path.with_name(f"_{self._path.name}")
-            with explained(self._path.name, self._path.parent):
-                new.write_text("".join(map(_line, state.log_history)), encoding="utf-8")
-                new.replace(self._path)
+            self._write_all(state.log_history)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Append the newest record."""
-        if state.is_world_process_zero:
-            with explained(self._path.name, self._path.parent), self._path.open("a", encoding="utf-8") as records:
-                records.write(_line(state.log_history[-1]))
+        if not state.is_world_process_zero:
+            return
+        try:
+            if self._complete:
+                self._complete = False
+                with explained(self._path.name, self._path.parent), self._path.open("a", encoding="utf-8") as records:
+                    records.write(_line(state.log_history[-1]))
+            else:
+                self._write_all(state.log_history)
+            self._complete = True
+        except SaveError as error:
+            if not self._told:
+                tell(f"note: {error}; the training goes on")
+            self._told = True
+
+    def _write_all(self, records: list[dict[str, Any]]) -> None:
+        with explained(self._path.name, self._path.parent):
+            write_records(self._path, records)
+
+
+def write_records(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write records of ``trainer.state.log_history`` as JSON Lines, all of them or none."""
+    write_text(path, "".join(map(_line, records)))
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,6 +118,7 @@ class RecipeTrainer(AMPTrainer, ObjectiveTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.card_details: dict[str, Any] = {}  # what the Trainer does not know
+        self.failures: list[str] = []  # of the training, that cost no result but are told with those of the results
         super().__init__(*args, **kwargs)
         if self.args.baseline is not None:
             self._check_host()
@@ -163,6 +165,17 @@ class RecipeTrainer(AMPTrainer, ObjectiveTrainer):
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
         if differ := [key for key in (*load_result.missing_keys, *load_result.unexpected_keys) if key not in tied]:
             raise ValueError(f"its weights are of another network, {differ[0]} is in one of them alone")
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint as `AMPTrainer` does; the last weights are kept where that fails."""
+        best = str(self.state.best_model_checkpoint)
+        try:
+            if not Path(best).is_dir() and not (Path(str(self.args.output_dir)) / Path(best).name).is_dir():
+                raise FileNotFoundError("there is no such folder")
+            super()._load_best_model()
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self.failures.append(f"could not load the best model, {best!r}: {reason}; the results are the last step's")
 
     def training_for_card(self) -> dict[str, Any]:
         """Return what the model card says of the training, with `card_details`."""

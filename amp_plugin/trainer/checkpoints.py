@@ -20,15 +20,18 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from amp_plugin.trainer.resuming import ResumingMixin, read_trainer_state
+from amp_plugin.whole_file import sync, whole_file
 
 LAST = "last"
 # The Trainer's uploads to the Hub leave out names that begin with "_".
 _INCOMPLETE = "_incomplete"
+_SAVED = "saved"
 _REPLACED = ".replaced"
 _MEBIBYTE = 2**20
 
@@ -93,13 +96,42 @@ class CheckpointMixin(ResumingMixin):
         return folder if self._write_errors is None else os.path.join(folder, _INCOMPLETE)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self._write_errors is None:
+            self._save_whole(Path(output_dir or str(self.args.output_dir)), state_dict)
+            return
         try:
             super()._save(output_dir, state_dict)
         except Exception as error:
-            if self._write_errors is None or not _is_write_error(error):
+            if not _is_write_error(error):
                 raise
             # The error is raised later: here the other processes may be waiting for this one.
             self._write_errors.append(error)
+
+    def _save_whole(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
+        """Save as the stock method does; weights that are in the folder stay until the new ones are written."""
+        written = folder / _INCOMPLETE / _SAVED
+        if not self.args.should_save:
+            super()._save(str(written), state_dict)  # takes part in the communication alone
+            return
+        written.mkdir(parents=True, exist_ok=True)
+        try:
+            super()._save(str(written), state_dict)
+            _move(folder, written, "*")
+        except Exception:
+            with contextlib.suppress(OSError, SafetensorError), safe_open(written / SAFE_WEIGHTS_NAME, "pt"):
+                for name in (CONFIG_NAME, SAFE_WEIGHTS_NAME):  # another file failed
+                    _move(folder, written, name)
+            raise
+        finally:
+            shutil.rmtree(written, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                written.parent.rmdir()
+
+    def save_state(self) -> None:
+        """Save the state as the stock method does, whole or not at all."""
+        if self.is_world_process_zero():
+            with whole_file(Path(str(self.args.output_dir), TRAINER_STATE_NAME)) as new:
+                self.state.save_to_json(str(new))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial))
@@ -122,9 +154,13 @@ class CheckpointMixin(ResumingMixin):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_best_model(self) -> None:
+        folder = Path(str(self.args.output_dir))
+        best = str(self.state.best_model_checkpoint)
+        if (folder / Path(best).name).is_dir():  # the folder was renamed, or copied from one that is still there
+            self.state.best_model_checkpoint = best = os.path.join(folder, Path(best).name)
         super()._load_best_model()
-        if self.args.should_save and self.args.save_total_limit == 1:  # the stock method would delete them in place
-            folder, best = Path(str(self.args.output_dir)), str(self.state.best_model_checkpoint)
+        # The stock method would delete them in place.
+        if self.args.should_save and self.args.save_total_limit == 1 and os.path.isdir(best):
             _discard(folder, [c for c in sort_checkpoints(str(folder)) if not os.path.samefile(c, best)])
 
     def _find_best(self, folder: Path, name: str) -> None:
@@ -205,12 +241,21 @@ def _complete(folder: Path, name: str) -> None:
         # A file may lack its end: torch 2.9 does not tell that it could not write the last bytes.
         if path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
             raise OSError(f"{path.name} could not be written whole")
-        _sync(path)
+        sync(path)
     if final.exists():
         final.rename(written.with_name(f"{name}{_REPLACED}"))
     written.rename(final)
-    _sync(folder)
+    sync(folder)
     _clean_up(folder)
+
+
+def _move(folder: Path, written: Path, names: str) -> None:
+    """Move files that are written, also those in folders of their own, to where they belong."""
+    for path in sorted(path for path in written.rglob(names) if path.is_file()):
+        final = folder / path.relative_to(written)
+        final.parent.mkdir(exist_ok=True)
+        sync(path)
+        path.replace(final)
 
 
 def _clean_up(folder: Path) -> None:
@@ -229,20 +274,6 @@ def _discard(folder: Path, checkpoints: list[str]) -> None:
         (folder / _INCOMPLETE).mkdir(exist_ok=True)
         Path(checkpoint).rename(folder / _INCOMPLETE / Path(checkpoint).name)
     _clean_up(folder)
-
-
-def _sync(path: Path) -> None:
-    """Write a file to the disk, so that a power failure after the rename does not lose it and late errors show."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        if not path.is_dir():  # some file systems cannot sync folders
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _is_write_error(error: Exception) -> bool:

@@ -19,6 +19,7 @@ from amp_plugin.doors.trainer_mixin import TrainerMixin
 from amp_plugin.hub.access import require_write_access
 from amp_plugin.hub.card import PLACEHOLDER, Run, RunData, model_card, pictures_in
 from amp_plugin.hub.upload import upload, upload_later
+from amp_plugin.whole_file import whole_file
 
 logger = logging.get_logger(__name__)
 
@@ -122,7 +123,9 @@ class PublishingMixin(TrainerMixin):
             pictures=pictures_in(folder),
         )
         folder.mkdir(parents=True, exist_ok=True)
-        model_card(dataclasses.replace(run, **self.training_for_card())).save(folder / "README.md")
+        card = model_card(dataclasses.replace(run, **self.training_for_card()))
+        with whole_file(folder / "README.md") as new:
+            card.save(new)
 
     def training_for_card(self) -> dict[str, Any]:
         """Return fields of :class:`amp_plugin.hub.Run` that the card shows instead of what the Trainer knows.

@@ -699,6 +699,14 @@ def test_the_real_cifar10(data_root: Path, tmp_path: Path, sample: ImageData) ->
         assert set(chosen) <= set(digests(whole))
 
 
+def test_a_cache_that_cannot_be_written_names_what_to_set(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        DatasetError, match=r"the cache .*cache cannot be written to \(Not a directory\); set HF_HOME to"
+    ):
+        load_images("cifar10_sample", cache_dir=tmp_path / "file" / "cache")
+
+
 # --- fingerprints
 
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from main_job import QUICK
+from main_job import QUICK, SCRIPT
+from repository import ROOT
 
 from amp_plugin import command
 from amp_plugin.command import run_command
+from amp_plugin.interrupts import leave_while_importing
 from amp_plugin.train import job
 from amp_plugin.train.progress import EpochLine
 
@@ -65,6 +68,72 @@ def test_an_interrupted_training_tells_how_to_continue(
     resume = [*given, "--save_strategy", "epoch", "--resume_from_checkpoint", "last"]
     assert interrupted(capsys, *resume) == f"interrupted: the training was over; what is saved of it is in {tmp_path}"
     assert (tmp_path / "model.safetensors").is_file()
+
+
+# A torch that is found before the real one, and sends Ctrl-C as it is imported.
+TORCH = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"
+START = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which may be ignored in the background
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["-m", "amp_plugin.train"], ["-m", "amp_plugin.flatness", "run"], ["-m", "amp_plugin.hub", "run", "ann/run"]),
+        [str(SCRIPT)],
+    ],
+)
+def test_an_interruption_of_the_imports_is_one_line(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(TORCH)
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-c", START, sys.executable, *words]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted\n")
+    second = subprocess.run(
+        command, env={**variables, "LOCAL_RANK": "1"}, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (second.returncode, second.stderr) == (130, "")
+
+
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize("program", ["-c", "train.py", "", "-m"])
+def test_programs_of_others_are_interrupted_as_they_like(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [program])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "unittest"])
+    leave_while_importing()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_a_command_can_be_interrupted_once_and_then_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["-m"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "amp_plugin.train"])
+    leave_while_importing()
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+
+    def main() -> None:
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        interrupt()
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(main, ())
+    assert (ended.value.code, left) == (130, [])
+    signal.raise_signal(signal.SIGINT)
+    assert left == [130]
+
+
+def test_a_command_in_the_background_is_not_interrupted() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit):
+            run_command(interrupt, ())
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_process_of_several_leaves_the_line_to_the_first(
@@ -135,24 +204,24 @@ def test_an_error_that_is_no_mistake_keeps_its_traceback() -> None:
         run_command(main, (ValueError,))
 
 
-# The runner's file needs no other of the package, so the processes below start fast.
-SCRIPT = f"""
-import importlib.util, pathlib, sys
-spec = importlib.util.spec_from_file_location("command", {command.__file__!r})
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
+# The package itself, which imports torch, is left out, so the processes below start fast.
+LINES = f"""
+import pathlib, sys, types
+sys.modules["amp_plugin"] = types.ModuleType("amp_plugin")
+sys.modules["amp_plugin"].__path__ = [{str(Path(command.__file__).parent)!r}]
+from amp_plugin.command import run_command
 def main():
     for _ in range(int(sys.argv[1])):
         print("a line", flush=True)
         print("a figure", file=sys.stderr)
     pathlib.Path("done").write_text("done")
-module.run_command(main, ())
+run_command(main, ())
 """
 
 
 def lines_of(shell: str, folder: Path) -> tuple[int, list[str]]:
     """Run the script as a shell's ``"$@"``; return its exit code and what it wrote where nothing was closed."""
-    given = ["bash", "-c", shell, "bash", sys.executable, "-c", SCRIPT, "20000"]
+    given = ["bash", "-c", shell, "bash", sys.executable, "-c", LINES, "20000"]
     done = subprocess.run(given, cwd=folder, capture_output=True, text=True, check=False, timeout=60)
     assert (folder / "done").read_text() == "done", "the work was done"
     return done.returncode, [line for line in done.stderr.splitlines() if line != "a figure"]

@@ -50,7 +50,7 @@ STAGES: dict[str, tuple[Any, str, Exception, list[str], str]] = {
     "weights": (RecipeTrainer, "save_model", DISK, ALL[:1], "could not save model.safetensors in"),
     "test": (RecipeTrainer, "final_test", torch.OutOfMemoryError("out of memory"), ["run.json"], "the final test"),
     "state": (RecipeTrainer, "save_state", DISK, ["trainer_state.json"], "could not save trainer_state.json in"),
-    "metrics": (RecipeTrainer, "save_metrics", DISK, ["all_results.json"], "could not save all_results.json in"),
+    "metrics": (results, "write_metrics", DISK, ["all_results.json"], "could not save all_results.json in"),
     "record": (results, "write_record", DISK, ["run.json"], "could not save run.json in"),
     "ledger": (results, "append_to_ledger", DISK, [], "could not save ledger.jsonl in"),
     "table": (results, "report", MATHS, [], "the table failed: ValueError: Expected end of text, found '$'"),
@@ -114,7 +114,7 @@ def test_the_weights_are_there_before_the_test(tmp_path: Path, monkeypatch: pyte
 class Publishing:
     """The trainer of a finished training that is to be published."""
 
-    optimizer, state = None, SimpleNamespace(log_history=[], global_step=1, epoch=1.0)
+    optimizer, state, failures = None, SimpleNamespace(log_history=[], global_step=1, epoch=1.0), ()
     hub_model_id = "ann/out"
 
     def __init__(self, folder: Path) -> None:

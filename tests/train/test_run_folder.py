@@ -150,11 +150,23 @@ def test_only_the_main_process_writes_records(tmp_path: Path) -> None:
     assert records_of(tmp_path) == [{"loss": None, "epoch": 1.0, "step": 3}], "JSON has no NaN"
 
 
-def test_a_record_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").mkdir()
-    state = TrainerState(log_history=[{"loss": 1.0}], is_world_process_zero=True)
+def test_a_record_that_cannot_be_written_is_told_and_ends_no_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, state = tmp_path / "metrics.jsonl", TrainerState(log_history=[{"loss": 1.0}], is_world_process_zero=True)
+    path.mkdir()
+    file = RecordsFile(path)
     with pytest.raises(SaveError, match=r"could not save metrics\.jsonl in .*: Is a directory"):
-        RecordsFile(tmp_path / "metrics.jsonl").on_log(None, state, None)
+        file.on_train_begin(None, state, None)
+    file.on_log(None, state, None)
+    file.on_log(None, state, None)
+    (told,) = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"note: could not save metrics\.jsonl in .*: Is a directory .*; the training goes on", told)
+    path.rmdir()
+    path.write_text('{"half a li')
+    state.log_history.append({"loss": 2.0})
+    file.on_log(None, state, None)
+    assert records_of(tmp_path) == [{"loss": 1.0}, {"loss": 2.0}], "all of them"
 
 
 @pytest.mark.parametrize(
