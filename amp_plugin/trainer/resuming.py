@@ -19,6 +19,9 @@ ADVICE = "resume from an earlier checkpoint, or start anew"
 _STATE = get_type_hints(TrainerState) | {
     "log_history": list[dict[str, Any]],
     "stateful_callbacks": dict[str, Any],
+    **dict.fromkeys(
+        ("logging_steps", "eval_steps", "save_steps"), float
+    ),  # annotated as integers, which they need not be
 }
 # Their state holds, for a parameter, tensors of its shape and single numbers.
 _ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad, torch.optim.RMSprop)

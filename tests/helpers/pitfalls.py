@@ -843,9 +843,9 @@ PITFALLS = [
     Pitfall(
         "a job that is interrupted counts as one that ended well",
         "by interrupting the main job",
-        "command.py",
-        "_INTERRUPTED, _CLOSED = 130, 141",
-        "_INTERRUPTED, _CLOSED = 0, 141",
+        "interrupts.py",
+        "INTERRUPTED = 130",
+        "INTERRUPTED = 0",
         "train/test_command.py::test_an_interruption_before_the_training_is_one_line",
     ),
     Pitfall(

@@ -63,6 +63,7 @@ def test_the_drawing_has_the_rooms_and_the_doors() -> None:
     assert modules - drawn <= {
         "arguments.py",
         "command.py",
+        "files.py",
         "interrupts.py",
         "intervals.py",
         "suggest.py",

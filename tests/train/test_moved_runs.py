@@ -142,7 +142,7 @@ OTHER = {
     **{"torch_compile_backend": "eager", "torch_compile_mode": "default", "train_images": "50"},
     **{"accelerator_config": '{"even_batches": false}', "dataloader_multiprocessing_context": "fork"},
     **{"max_steps": "99", "num_train_epochs": "4", "lr_gamma": "0.5", "metric_for_best_model": "accuracy"},
-    **{"dataset": "cifar100", "mixup_alpha": "0.5", "validation_images": "100"},
+    **{"data_root": ".", "dataset": "cifar100", "mixup_alpha": "0.5", "validation_images": "100"},
 }
 # These go on: they choose the length, what is tested, logged, saved and told when, and where the run is made.
 GOES_ON = """
