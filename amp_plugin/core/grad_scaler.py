@@ -20,7 +20,7 @@ from amp_plugin.core.step import Step
 
 def scale_of(scaler: Any) -> float | Tensor:
     """Return what a scaler multiplies the loss by: a 0-d tensor on the device, so that nobody waits; 1 without one."""
-    if scaler is None:
+    if scaler is None or not scaler.is_enabled():
         return 1.0
     scale: Tensor | None = scaler._get_scale_async()
     return float(scaler.get_scale()) if scale is None else scale  # before the first loss the scale is only a number

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from amp_plugin.core.find import find_amp
+from amp_plugin.core.loss import LossPlace
 from amp_plugin.core.module_parts import parts_of
 from amp_plugin.core.replay import BatchNormPolicy, ExtraPasses, RngPolicy
 from amp_plugin.doors.attachment import Attachment, check_held
@@ -28,6 +29,7 @@ def attach(
     rng: RngPolicy = "same",
     generators: Sequence[Any] = (),
     sync_ascent: bool = True,
+    loss: LossPlace | None = None,
 ) -> Attachment:
     """Make a module that returns its loss train with AMP in a plain ``loss.backward(); optimizer.step()`` loop.
 
@@ -48,6 +50,9 @@ def attach(
         generators: generators of the module's own, see :class:`amp_plugin.ExtraPasses`; default none.
         sync_ascent: whether DDP's processes average the ascent's gradients, so that any number of them equals one; if
             not, each process perturbs along its own gradient. Default True.
+        loss: where the module's output has the loss, if it is none of the places above: an index or a key,
+            ``loss=1`` for a module that returns ``(logits, loss)``, or a function of the output that returns a tensor
+            in it. Default None.
 
     Returns:
         The attachment, with the losses of the last forward pass. ``detach(module)`` undoes it.
@@ -57,7 +62,7 @@ def attach(
         ValueError: the module does not hold the optimizer's parameters; or it, a part of it or the optimizer is
             attached already.
     """
-    amp = find_amp(optimizer)
+    module, amp = _called(module), find_amp(optimizer)
     if amp is None:
         raise TypeError(f"attach() needs amp_plugin.AMP, got {type(optimizer).__name__}")
     if amp.attached:
@@ -67,13 +72,13 @@ def attach(
     check_held(amp, module)
     amp.name_parameters(module)
     passes = ExtraPasses(module, batch_norm=batch_norm, rng=rng, generators=generators)
-    return Attachment(amp, module, passes, sync_ascent)
+    return Attachment(amp, module, passes, sync_ascent, loss)
 
 
 def detach(module: nn.Module) -> None:
     """Undo :func:`attach`, or raise ValueError if the module is not attached."""
     for attachment in attachments(module):
-        if attachment.module is module:
+        if attachment.module is _called(module):
             attachment.detach()
             return
     raise ValueError(f"this {type(module).__name__} is not attached")
@@ -86,3 +91,9 @@ def attachments(module: nn.Module) -> Iterator[Attachment]:
             attachment = getattr(hook, "__self__", None)
             if isinstance(attachment, Attachment) and attachment.module is part:
                 yield attachment
+
+
+def _called(module: nn.Module) -> nn.Module:
+    """Return the module inside Lightning Fabric's wrapper, which lets nobody but Fabric differentiate its outputs."""
+    called: nn.Module = getattr(module, "_forward_module", module)
+    return called

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from amp_plugin.core.compilation import not_compiled, not_compiled_itself
 from amp_plugin.core.distributed import data_parallel
 from amp_plugin.core.inputs import detached_inputs
-from amp_plugin.core.loss import loss_of, with_tensors
+from amp_plugin.core.loss import LossPlace, loss_of, with_tensors
 from amp_plugin.core.module_parts import parameters_of, parts_of
 from amp_plugin.core.optimizer import AMP
 from amp_plugin.core.outputs import graph_tensors
@@ -41,10 +41,18 @@ class Attachment:
         handles: handles of the hooks that :meth:`detach` removes.
     """
 
-    def __init__(self, amp: AMP | None, module: nn.Module | None, passes: ExtraPasses | None, sync: bool) -> None:
+    def __init__(
+        self,
+        amp: AMP | None,
+        module: nn.Module | None,
+        passes: ExtraPasses | None,
+        sync: bool,
+        loss: LossPlace | None = None,
+    ) -> None:
         self.loss: Tensor | None = None
         self.amp_loss: Tensor | None = None
         self.amp, self.module, self.passes, self._sync_ascent = amp, module, passes, sync
+        self._place = loss
         self._ascending = False  # whether the hooks see a pass of the ascent, which they leave alone
         self._inputs: tuple[Any, Any] | None = None  # of the descent's forward pass, if they are a part of the call's
         self._forward: ExitStack | None = None  # the guard of the descent's forward pass, while that runs
@@ -164,7 +172,7 @@ class Attachment:
         seen = self.passes.seen() if self.passes and amp.perturbed and output is not None else None
         try:
             forward.close()
-            loss = loss_of(output, module) if output is not None else None  # None: the forward pass failed
+            loss = self._loss_of(output) if output is not None else None  # None: the forward pass failed
         except BaseException:
             amp.restore()
             raise
@@ -187,7 +195,11 @@ class Attachment:
         old = [loss, *(t for t in graph_tensors(output) if id(t) not in given)]
         new = AtDisplacement.apply(descent, clean, *old)
         descent.watch(new)
-        return with_tensors(output, new[0], old, new, module)
+        return with_tensors(output, new[0], old, new, module, place=self._place)
+
+    def _loss_of(self, output: Any) -> Tensor:
+        assert self.module is not None
+        return loss_of(output, self.module, place=self._place)
 
     def _note_scale(self, scale: Tensor) -> None:
         self.grad_scale = scale
@@ -232,7 +244,7 @@ class Attachment:
                 for [(args_, kwargs_)], _ in ascent:
                     # CUDA graphs of a compiled module record which outputs are alive in a backward pass, so this has
                     # to be the same in all: the loss alone.
-                    loss = loss_of((yield detached_inputs(args_), detached_inputs(kwargs_)).pop(), module)
+                    loss = self._loss_of((yield detached_inputs(args_), detached_inputs(kwargs_)).pop())
                     if not loss.requires_grad:
                         raise RuntimeError("the loss of an attached module requires no gradient, so there is no ascent")
                     if made == 0:

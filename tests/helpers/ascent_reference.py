@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from reference import Tensors, project, sgd
+from reference import Tensors, l2, project, sgd
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -129,6 +129,7 @@ def policy_trajectory(
     nesterov: bool,
     weight_decay: float,
     each: bool = False,
+    clip_norm: float | None = None,
     descent_on: Callable[[Sequence[Batch]], Sequence[Batch]] = lambda window: window,
 ) -> list[tuple[Tensors, bool]]:
     """Train a float64 copy of `model`.
@@ -140,6 +141,7 @@ def policy_trajectory(
         rule: what to ascend along.
         lr, epsilon, inner_lr, momentum, nesterov, weight_decay: of AMP around SGD.
         each: whether every micro-batch is perturbed for itself.
+        clip_norm: largest norm of the gradient of the descent, as `torch.nn.utils.clip_grad_norm_` clips.
         descent_on: micro-batches for the descent of a step that ascends.
 
     Returns:
@@ -167,6 +169,9 @@ def policy_trajectory(
             moved = {name: p + delta[name] if name in delta else p for name, p in theta.items()}
             for name, g in gradient(moved, group if along is None else descent_on(group)).items():
                 descent[name] += g / len(groups)
+        if clip_norm is not None:
+            factor = min(1.0, clip_norm / (l2(descent.values()) + 1e-6))  # the 1e-6 is clip_grad_norm_'s
+            descent = {name: g * factor for name, g in descent.items()}
         theta = sgd(theta, descent, velocity, lr, momentum, nesterov, weight_decay)
         descents.append(descent)
         trajectory.append((theta, along is not None))
