@@ -23,6 +23,7 @@ from amp_plugin.core.replay import ExtraPasses
 from amp_plugin.doors.accelerate import amp_backward, watch_accelerate
 from amp_plugin.doors.attach import attach, detach
 from amp_plugin.doors.attachment import Attachment
+from amp_plugin.doors.lightning import watch_lightning
 from amp_plugin.doors.stock_trainer import watch_trainer
 from amp_plugin.doors.timm import register_optimizers
 from amp_plugin.doors.timm_tasks import watch_tasks
@@ -63,6 +64,7 @@ _LAZY = {
 find_moved_modules()
 register_optimizers()
 watch_accelerate()
+watch_lightning()
 watch_tasks()
 watch_trainer()
 
