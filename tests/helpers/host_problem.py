@@ -74,18 +74,23 @@ def plainly(steps: int = STEPS, dtype: torch.dtype = torch.float64) -> dict[str,
     return parameters_of(model)
 
 
-def set_gradients_of_amp(model: nn.Module, loss_at: Callable[[nn.Module], Tensor], share: float = 1.0) -> None:
+def set_gradients_of_amp(
+    model: nn.Module, loss_at: Callable[[nn.Module], Tensor], share: float = 1.0, ball: Mapping[str, float] = BALL
+) -> None:
     """Add to the gradients a share of that of the loss at theta + delta, written out; statistics stay as they are."""
 
+    def trained(point: nn.Module) -> list[nn.Parameter]:
+        return [p for p in point.parameters() if p.requires_grad]
+
     def gradients(point: nn.Module) -> Sequence[Tensor | None]:
-        return torch.autograd.grad(loss_at(point), list(point.parameters()), allow_unused=True)
+        return torch.autograd.grad(loss_at(point), trained(point), allow_unused=True)
 
     worst = copy.deepcopy(model)
-    for p, g in zip(worst.parameters(), gradients(copy.deepcopy(model)), strict=True):
+    for p, g in zip(trained(worst), gradients(copy.deepcopy(model)), strict=True):
         if g is not None:
-            delta = BALL["inner_lr"] * g
-            p.data += delta * (BALL["epsilon"] / delta.norm()).clamp(max=1.0)
-    for p, g in zip(model.parameters(), gradients(worst), strict=True):
+            delta = ball["inner_lr"] * g
+            p.data += delta * (ball["epsilon"] / delta.norm()).clamp(max=1.0)
+    for p, g in zip(trained(model), gradients(worst), strict=True):
         p.grad = None if g is None else share * g + (0.0 if p.grad is None else p.grad)
 
 
