@@ -133,7 +133,7 @@ def test_a_snippet_runs_and_trains_with_amp(block: Block, tmp_path: Path, traini
 
 @pytest.mark.parametrize("block", [b for page in PAGES for b in pages.blocks(page, "python theirs")], ids=str)
 def test_code_of_other_libraries_runs_where_they_are_installed(block: Block) -> None:
-    library = re.match(r"from (\w+) import", block.code)
+    library = re.match(r"from (\w+)[.\w]* import", block.code)
     code, before = block.compiled(), pages.blocks(block.page)[0].compiled()
     assert library is not None
     if importlib.util.find_spec(library[1]) is not None:
