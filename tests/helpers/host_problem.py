@@ -41,19 +41,19 @@ def amp(params: Any, **changes: Any) -> AMP:
     return AMP(params, **{**SGD_ARGS, **BALL, **changes})
 
 
-def windows(accumulate: int, count: int = STEPS) -> list[list[Batch]]:
-    data = batches(count=count)
-    return [data[i : i + accumulate] for i in range(0, len(data), accumulate)]
-
-
 def reference(
-    *, accumulate: int = 1, clip_norm: float | None = None, each: bool = True, count: int = STEPS
+    *,
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+    each: bool = True,
+    windows: Sequence[Sequence[Batch]] | None = None,
 ) -> list[dict[str, Tensor]]:
     """Weights after each step; with `each` every micro-batch is perturbed for itself, as attached modules do it."""
+    data = batches()
     trajectory = policy_trajectory(
         net(),
         F.cross_entropy,
-        windows(accumulate, count),
+        windows or [data[i : i + accumulate] for i in range(0, len(data), accumulate)],
         full,
         **SGD_ARGS,
         **BALL,

@@ -84,14 +84,16 @@ class ManualPasses(ManualAlone):
         optimizer.step()
 
 
-def fit(module: Any, *, steps: int = problem.STEPS, ckpt_path: Any = None, **options: Any) -> Any:
+def fit(
+    module: Any, *, steps: int = problem.STEPS, ckpt_path: Any = None, loader: Any = problem.batches, **options: Any
+) -> Any:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     options = {"enable_checkpointing": False, "accelerator": "cpu", "max_epochs": 1, "max_steps": steps, **options}
     trainer = lightning.Trainer(**quiet, **options)
     dtype = next(module.parameters()).dtype
-    loader = torch.utils.data.DataLoader(problem.batches(dtype), batch_size=None, num_workers=0)
-    trainer.fit(module, loader, ckpt_path=ckpt_path)
+    data = None if loader is None else torch.utils.data.DataLoader(loader(dtype), batch_size=None)
+    trainer.fit(module, data, ckpt_path=ckpt_path)
     return trainer
 
 
@@ -160,6 +162,23 @@ def test_attached_with_an_average_of_the_weights() -> None:
     fit(module, callbacks=[averaging])
     expected = problem.moving_average(problem.reference(), 0.9)
     problem.assert_arrived(problem.weights(module), expected)
+
+
+class Halves(Attached):
+    """Each of two processes trains on its half of every batch."""
+
+    def train_dataloader(self) -> Any:
+        half = slice(4 * self.global_rank, 4 * self.global_rank + 4)
+        return torch.utils.data.DataLoader([(x[half], y[half]) for x, y in problem.batches()], batch_size=None)
+
+
+@pytest.mark.slow
+def test_attached_in_two_processes_it_equals_one() -> None:
+    """The processes have statistics of their halves, as micro-batches have."""
+    module = Halves()
+    fit(module, loader=None, strategy="ddp_fork", devices=2, use_distributed_sampler=False)
+    halves = [[(x[:4], y[:4]), (x[4:], y[4:])] for x, y in problem.batches()]
+    problem.assert_arrived(problem.weights(module), problem.reference(windows=halves, each=False)[-1])
 
 
 def test_the_closure_is_refused_where_it_sees_the_last_micro_batch_alone() -> None:
