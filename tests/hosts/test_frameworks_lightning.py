@@ -193,7 +193,7 @@ def test_manual_optimization_does_not_train_without_amp() -> None:
 
 
 def test_an_attached_module_takes_lightnings_wrapper_for_the_optimizer() -> None:
-    class AttachesLate(Manual):
+    class AttachesLate(Attached):
         configure_optimizers = Plain.configure_optimizers
 
         def on_train_start(self) -> None:
