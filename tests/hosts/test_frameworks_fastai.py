@@ -137,7 +137,8 @@ def test_all_passes_see_what_other_callbacks_do() -> None:
     problem.assert_arrived(found, problem.weights(model), within=ROUNDING)
 
 
-def test_lr_find_leaves_the_weights() -> None:
+def test_lr_find_leaves_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where it saves them
     learn = learner()
     before = problem.weights(learn.model)
     with learn.no_bar(), learn.no_logging():
