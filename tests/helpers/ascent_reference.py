@@ -128,9 +128,9 @@ def policy_trajectory(
     momentum: float,
     nesterov: bool,
     weight_decay: float,
-    each: bool = False,
-    clip_norm: float | None = None,
+    each: int = 0,
     descent_on: Callable[[Sequence[Batch]], Sequence[Batch]] = lambda window: window,
+    clip: float = 0.0,
 ) -> list[tuple[Tensors, bool]]:
     """Train a float64 copy of `model`.
 
@@ -140,9 +140,9 @@ def policy_trajectory(
         windows: the micro-batches of each step.
         rule: what to ascend along.
         lr, epsilon, inner_lr, momentum, nesterov, weight_decay: of AMP around SGD.
-        each: whether every micro-batch is perturbed for itself.
-        clip_norm: largest norm of the gradient of the descent, as `torch.nn.utils.clip_grad_norm_` clips.
+        each: how many micro-batches are perturbed together; 0 for all of a step.
         descent_on: micro-batches for the descent of a step that ascends.
+        clip: largest global norm of the descent gradient, as `torch.nn.utils.clip_grad_norm_` clips; 0 for no limit.
 
     Returns:
         For each step the parameters after it, and whether it ascended.
@@ -161,7 +161,7 @@ def policy_trajectory(
 
     for step, window in enumerate(windows):
         descent = {name: torch.zeros_like(p) for name, p in theta.items()}
-        groups = [[batch] for batch in window] if each else [window]
+        groups = [window[i : i + each] for i in range(0, len(window), each)] if each else [window]
         for group in groups:
             at_theta = lambda part: gradient(theta, part)  # noqa: B023, E731
             along = rule(Moment(step, group, theta, dict(velocity), descents, at_theta))
@@ -169,9 +169,9 @@ def policy_trajectory(
             moved = {name: p + delta[name] if name in delta else p for name, p in theta.items()}
             for name, g in gradient(moved, group if along is None else descent_on(group)).items():
                 descent[name] += g / len(groups)
-        if clip_norm is not None:
-            factor = min(1.0, clip_norm / (l2(descent.values()) + 1e-6))  # the 1e-6 is clip_grad_norm_'s
-            descent = {name: g * factor for name, g in descent.items()}
+        if clip:
+            factor = min(1.0, clip / (l2(descent.values()) + 1e-6))  # the 1e-6 is clip_grad_norm_'s
+            descent = {name: factor * g for name, g in descent.items()}
         theta = sgd(theta, descent, velocity, lr, momentum, nesterov, weight_decay)
         descents.append(descent)
         trajectory.append((theta, along is not None))

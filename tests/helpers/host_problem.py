@@ -57,8 +57,8 @@ def reference(
         full,
         **SGD_ARGS,
         **BALL,
-        each=each,
-        clip_norm=clip_norm,
+        each=int(each),
+        clip=clip_norm or 0.0,
     )
     return [theta for theta, _ in trajectory]
 
