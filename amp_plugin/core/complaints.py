@@ -59,15 +59,23 @@ def check_ascents(amp: AMP, step: Step) -> None:
             " optimizer.descent_batches([batch]), or take ascent='subset(...)', whose descent is on all"
         )
     harmless = step.plain or (step.idle and not amp.has_gradients())
-    if step.ascents != amp.inner_iter and not step.descents and not harmless:
+    if step.ascents == amp.inner_iter or step.descents or harmless:
+        return
+    if amp.attached:
         raise RuntimeError(
-            f"AMP.step() without a closure needs {amp.inner_iter} ascent step(s) before it, got {step.ascents}; it"
-            " would train without the perturbation that you asked for. Use one of: optimizer.step(closure);"
-            " loss.backward(), optimizer.ascend(), loss.backward(), optimizer.step(); the same with `for _ in"
-            " optimizer.ascent_passes(): loss.backward()`, whatever the ascent policy; amp_plugin.attach(optimizer,"
-            " module) with a module that returns its loss; or amp_plugin.AMPTrainer."
-            " (After an interrupted step, optimizer.restore() starts afresh.)"
+            "AMP.step() found no gradient of the attached module, so it would train without the perturbation that you"
+            " asked for. Before each step call that module itself (not its parts, a copy of it, or module.forward()) in"
+            " training mode, module.train(), with gradients on, and then backward() on the loss that it returned; or"
+            " amp_plugin.detach(module)"
         )
+    raise RuntimeError(
+        f"AMP.step() without a closure needs {amp.inner_iter} ascent step(s) before it, got {step.ascents}; it"
+        " would train without the perturbation that you asked for. Use one of: optimizer.step(closure);"
+        " loss.backward(), optimizer.ascend(), loss.backward(), optimizer.step(); the same with `for _ in"
+        " optimizer.ascent_passes(): loss.backward()`, whatever the ascent policy; amp_plugin.attach(optimizer,"
+        " module) with a module that returns its loss; or amp_plugin.AMPTrainer."
+        " (After an interrupted step, optimizer.restore() starts afresh.)"
+    )
 
 
 def check_closure_gradients(amp: AMP, ascended: bool, before: Mapping[Tensor, Tensor], versions: list[int]) -> None:

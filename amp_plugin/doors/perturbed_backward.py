@@ -91,7 +91,9 @@ class PerturbedBackward:
             raise RuntimeError(
                 "the loop differentiates another output of an attached module than its loss, but the ascent was along"
                 " the gradient of that loss alone; compute the whole loss inside the attached module, e.g."
-                " amp_plugin.LossModule(model, criterion), and call register_hook() and retain_grad() there"
+                " amp_plugin.LossModule(model, criterion), and call register_hook() and retain_grad() there. In"
+                " transformers, where the Trainer computes the loss (TRL's do): class"
+                " MyTrainer(amp_plugin.AMPMixin, TheirTrainer)"
             )
 
 

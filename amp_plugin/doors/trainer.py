@@ -22,10 +22,12 @@ from amp_plugin.core.inputs import detached_inputs
 from amp_plugin.core.optimizer import AMP
 from amp_plugin.doors.attach_callback import AttachCallback, release
 from amp_plugin.doors.captured_training import CapturedTraining, check_optimizer, fused_options
+from amp_plugin.doors.counters import uncounted
 from amp_plugin.doors.flops import CountedFlops
 from amp_plugin.doors.logged_loss import loss_for_log
 from amp_plugin.doors.means import Means
 from amp_plugin.doors.num_items import uses_num_items
+from amp_plugin.doors.trainer_mixin import MethodOfEither
 from amp_plugin.doors.trainer_window import (
     EndOfEpoch,
     TrainingStep,
@@ -58,6 +60,8 @@ class AMPMixin(WindowPasses):
     Attributes:
         amp_generators: Generators that the model or the loss draws from besides torch's, numpy's and Python's global
             ones, see :class:`amp_plugin.ExtraPasses`; default none. A subclass or the caller sets it before training.
+        amp_counters: names of the Trainer's attributes, numbers or containers of numbers, that count each micro-batch
+            once, in the pass at the clean weights; default those of TRL and sentence-transformers.
 
     Raises:
         TypeError: The arguments are not :class:`amp_plugin.AMPArguments`.
@@ -97,9 +101,11 @@ class AMPMixin(WindowPasses):
             if name in vars(cls):
                 setattr(cls, name, wrapped(vars(cls)[name]))
 
-    # A class method where the Trainer has a static one: it is called alike, and `super()` reaches an override below.
-    @classmethod
-    def get_optimizer_cls_and_kwargs(cls, args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
+    # Static in the Trainer. So it is called alike, and `super()` reaches an override below, even one with a self.
+    @MethodOfEither
+    def get_optimizer_cls_and_kwargs(  # type: ignore[override]
+        self, args: TrainingArguments, model: Any = None
+    ) -> tuple[Any, Any]:
         """Return the Trainer's choice of the base optimizer, inside AMP if ``args.optim`` asks for it."""
         if not isinstance(args, AMPArguments) or not args.uses_amp:
             plain, kwargs = super().get_optimizer_cls_and_kwargs(args, model)
@@ -117,7 +123,10 @@ class AMPMixin(WindowPasses):
             )
         base, kwargs = super().get_optimizer_cls_and_kwargs(args.base_arguments(), model)
         kwargs |= fused_options(base, args)
-        special = {"params", "model", "optimizer_dict"} & kwargs.keys()
+        groups = kwargs.get(
+            "optimizer_dict", []
+        )  # a list of those from sentence-transformers, which has more parameters
+        special = {"params", "model"} & kwargs.keys() or not isinstance(groups, list)
         if special or not (isinstance(base, type) and issubclass(base, Optimizer)):
             raise refusal
         return AMP, {**kwargs, **args.optimizer_kwargs(), "base_optimizer": base, "capturable": args.captures}
@@ -154,7 +163,8 @@ class AMPMixin(WindowPasses):
         self._end_amp_window()
         samples, num_items = super().get_batch_samples(*args, **kwargs)
         if num_items is not None and self._loss_uses_num_items is None:
-            self._loss_uses_num_items = uses_num_items(self, samples[0], num_items)
+            with uncounted(self, self.amp_counters):
+                self._loss_uses_num_items = uses_num_items(self, samples[0], num_items)
             if self._loss_uses_num_items is False:
                 logger.warning(
                     f"The loss of {type(self.model).__name__} does not use num_items_in_batch, so every micro-batch"
@@ -230,7 +240,16 @@ class AMPMixin(WindowPasses):
         if not window.in_step:
             return prepare(inputs)
         if window.current not in window.prepared:
-            window.prepared[window.current] = prepare(inputs)
+            if self.amp is not None and self.amp.perturbed:
+                raise ValueError(
+                    f"{type(self).__name__} prepares batches by itself, perhaps with the model, and would see perturbed"
+                    f" weights with amp_ascent={self.args.amp_ascent!r}; use amp_ascent='full' or 'every(2)'"
+                )
+            window.prepares = True
+            try:
+                window.prepared[window.current] = prepare(inputs)
+            finally:
+                window.prepares = False
         return detached_inputs(window.prepared[window.current])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -295,6 +314,9 @@ class AMPMixin(WindowPasses):
         reasons = {
             "DeepSpeed (it steps inside backward); use DDP": self.is_deepspeed_enabled,
             "FSDP; use DDP": self.is_fsdp_enabled,
+            "use_adaptive_entropy, which adapts in every pass; leave it out": getattr(
+                self.args, "use_adaptive_entropy", False
+            ),
             "XLA; use CUDA or CPU": bool(self.is_fsdp_xla_enabled) or self.args.device.type == "xla",
         }
         for reason, applies in reasons.items():

@@ -31,6 +31,8 @@ class Window:
     descent: ExitStack | None = None  # closing it leads back to theta
     prepared: dict[int, Any] = field(default_factory=dict)  # by identity of the micro-batch
     current: int = 0  # identity of the micro-batch whose step is being made
+    counts: bool = True  # whether the Trainer counts tokens and the like in the pass under way
+    prepares: bool = False  # whether the Trainer is preparing a micro-batch
     in_step: bool = False  # whether a pass is under way, in which the Trainer's steps are its own
     returned: list[Tensor] = field(default_factory=list)  # losses that the loop has not asked for yet, if captured
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from amp_plugin.core.inputs import detached_inputs
 from amp_plugin.core.optimizer import AMP
 from amp_plugin.core.replay import ExtraPasses
 from amp_plugin.doors.captured_training import Passes
+from amp_plugin.doors.counters import COUNTERS, uncounted
+from amp_plugin.doors.generation import generation_refused
 from amp_plugin.doors.trainer_mixin import TrainerMixin
 from amp_plugin.doors.trainer_window import TrainingStep, Window, backward_observed, gradient_sync
 from amp_plugin.doors.training_args import AMPArguments
@@ -27,6 +29,7 @@ class WindowPasses(TrainerMixin):
 
     args: AMPArguments
     amp_generators: Sequence[Any] = ()
+    amp_counters: Sequence[str] = COUNTERS
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._amp_window = Window()
@@ -51,7 +54,7 @@ class WindowPasses(TrainerMixin):
                 generators=self.amp_generators,
             )
         passes, window = self._amp_extra_passes, self._amp_window
-        made, k = 0, len(window.batches)
+        made, counted, k = 0, False, len(window.batches)
         window.descent = ExitStack()
         window.descent.callback(amp.restore)
         ascent = ascend_over(
@@ -65,10 +68,14 @@ class WindowPasses(TrainerMixin):
         )
         with closing(ascent), backward_observed(self.accelerator, passes.spare_leaves):
             for part, sync in ascent:
+                # The pass at theta counts, unless it is on a part of what the descent, which then counts, is on.
+                window.counts = made == 0 and (part is window.batches or amp.progress.rest is not None)
+                counted |= window.counts and part is window.batches
                 losses = self._passes_over(step, model, part, num_items, sync=sync, detach=True)
                 if made == 0:
                     window.clean_losses = losses if len(part) == k else [torch.stack(losses).sum() / k] * k
                 made += 1
+        window.counts = not counted
         window.rest = amp.descent_batches(window.batches)
         window.descent.enter_context(passes.nth(made))
 
@@ -87,8 +94,11 @@ class WindowPasses(TrainerMixin):
         self, step: TrainingStep, model: nn.Module, inputs: Any, num_items: Any, *, detach: bool = False
     ) -> Tensor:
         """Make the step of a micro-batch; an ascent detaches its inputs, whose gradient the descent may want."""
-        self._amp_window.current = id(inputs)
-        return detached_for_good(step(model, detached_inputs(inputs) if detach else inputs, num_items))
+        window = self._amp_window
+        window.current = id(inputs)
+        generates = generation_refused(self.model, type(self).__name__, unless=lambda: window.prepares)
+        with generates, nullcontext() if window.counts else uncounted(self, self.amp_counters):
+            return detached_for_good(step(model, detached_inputs(inputs) if detach else inputs, num_items))
 
     @contextmanager
     def _as_window(self, part: Sequence[Any], num_items: Any) -> Iterator[Any]:

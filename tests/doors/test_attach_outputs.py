@@ -340,3 +340,36 @@ def test_the_memory_of_a_pass_is_free_before_the_next_one_begins() -> None:
         module(X)["loss"].backward()
     assert alive == [0] * 8
     assert attachment.amp_loss is not None
+
+
+class LossLast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        outputs = self.layer(x)
+        return outputs, outputs.square().mean()
+
+
+def test_a_tuple_with_the_loss_elsewhere_is_told_where_it_is() -> None:
+    module = LossLast()
+    attach(AMP(module.parameters(), lr=0.1), module)
+    with pytest.raises(TypeError, match=r"If \[1\] is the loss, attach to a module around .* \{\"loss\": outputs\[1\]"):
+        module(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("how", ["in eval mode", "its forward()", "its parts", "not at all"])
+def test_a_step_without_a_call_of_the_attached_module_tells_how_to_call_it(how: str) -> None:
+    module = LossModule(nn.Linear(3, 2), nn.MSELoss())
+    optimizer = AMP(module.parameters(), lr=0.1)
+    attach(optimizer, module)
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    if how == "in eval mode":
+        module.eval()(x, y)["loss"].backward()
+    elif how == "its forward()":
+        module.forward(x, y)["loss"].backward()
+    elif how == "its parts":
+        module.criterion(module.model(x), y).backward()
+    with pytest.raises(RuntimeError, match=r"call that module itself .* in training mode, module\.train\(\)"):
+        optimizer.step()
