@@ -342,23 +342,6 @@ def test_the_memory_of_a_pass_is_free_before_the_next_one_begins() -> None:
     assert attachment.amp_loss is not None
 
 
-class LossLast(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Any:
-        outputs = self.layer(x)
-        return outputs, outputs.square().mean()
-
-
-def test_a_tuple_with_the_loss_elsewhere_is_told_where_it_is() -> None:
-    module = LossLast()
-    attach(AMP(module.parameters(), lr=0.1), module)
-    with pytest.raises(TypeError, match=r"If \[1\] is the loss, attach to a module around .* \{\"loss\": outputs\[1\]"):
-        module(torch.randn(4, 3))
-
-
 @pytest.mark.parametrize("how", ["in eval mode", "its forward()", "its parts", "not at all"])
 def test_a_step_without_a_call_of_the_attached_module_tells_how_to_call_it(how: str) -> None:
     module = LossModule(nn.Linear(3, 2), nn.MSELoss())
