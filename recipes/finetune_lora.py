@@ -54,9 +54,15 @@ class LoraTrainer(AMPMixin, Trainer):
     """The Trainer with AMP."""
 
 
+def parse(argv: Sequence[str] | None = None) -> tuple[Task, Arguments]:
+    """Return what the command line asks for."""
+    task, args = HfArgumentParser((Task, Arguments)).parse_args_into_dataclasses(argv)  # type: ignore[arg-type]
+    return task, args
+
+
 def main(argv: Sequence[str] | None = None) -> LoraTrainer:
     """Train, save the adapters and return the Trainer."""
-    task, args = HfArgumentParser((Task, Arguments)).parse_args_into_dataclasses(argv)  # type: ignore[arg-type]
+    task, args = parse(argv)
     set_seed(args.seed)
     tokenizer: Any = AutoTokenizer.from_pretrained(task.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

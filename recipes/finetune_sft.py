@@ -36,9 +36,15 @@ class AMPSFTTrainer(AMPMixin, SFTTrainer):
     """SFTTrainer with AMP."""
 
 
+def parse(argv: Sequence[str] | None = None) -> tuple[ScriptArguments, Arguments, ModelConfig]:
+    """Return what the command line asks for."""
+    script, args, model = TrlParser((ScriptArguments, Arguments, ModelConfig)).parse_args_and_config(argv)
+    return script, args, model
+
+
 def main(argv: Sequence[str] | None = None) -> AMPSFTTrainer:
     """Train, save the model or its adapters, and return the Trainer."""
-    script, args, model = TrlParser((ScriptArguments, Arguments, ModelConfig)).parse_args_and_config(argv)
+    script, args, model = parse(argv)
     trainer = AMPSFTTrainer(
         model=model.model_name_or_path,
         args=args,

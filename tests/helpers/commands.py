@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -21,6 +21,8 @@ from transformers import HfArgumentParser
 import amp_plugin
 from amp_plugin import AMPTrainingArguments
 from amp_plugin.train.options import parse
+
+NEEDS = {"finetune_lora": "peft", "finetune_sft": "trl"}  # what recipes import that is not the package's
 
 
 def check(words: list[str], scripts: set[str]) -> None:
@@ -43,7 +45,11 @@ def check(words: list[str], scripts: set[str]) -> None:
         importlib.import_module("amp_plugin.flatness.__main__").parse(arguments)
     else:
         assert (ROOT / script).is_file(), f"{script} is neither in the repository nor on the page"
-        importlib.import_module(Path(script).stem).parse(arguments)
+        name = Path(script).stem
+        if name not in NEEDS:
+            importlib.import_module(name).parse(arguments)
+        elif importlib.util.find_spec(NEEDS[name]) is not None:
+            importlib.import_module(name).parse([*arguments, "--use_cpu", "true"])  # where there is no GPU
 
 
 def launched(words: list[str]) -> tuple[str, list[str]]:

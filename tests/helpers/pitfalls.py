@@ -864,6 +864,38 @@ PITFALLS = [
         "    if False:\n",
         "train/test_command.py::test_a_reader_that_goes_ends_no_work",
     ),
+    Pitfall(
+        "the tokens that a Trainer counts are counted in every pass",
+        "TRL with a mixin before it",
+        "doors/counters.py",
+        "    held.update({name: _copied(value) for name, value in counted.items()})\n",
+        "    counted = {}\n",
+        "doors/test_other_trainers.py::test_each_micro_batch_is_counted_once",
+    ),
+    Pitfall(
+        "texts that are generated within a step are others in every pass",
+        "TRL's GKD with a mixin before it",
+        "doors/generation.py",
+        "        if unless():\n",
+        "        if True:\n",
+        "doors/test_other_trainers.py::test_what_is_generated_in_a_pass_is_refused",
+    ),
+    Pitfall(
+        "a policy lets texts be generated at perturbed weights",
+        "TRL's GRPO with a mixin before it",
+        "doors/trainer.py",
+        "            if self.amp is not None and self.amp.perturbed:\n",
+        "            if False:\n",
+        "doors/test_other_trainers.py::test_what_is_generated_before_the_passes_is_generated_once",
+    ),
+    Pitfall(
+        "a Trainer's own choice of parameters is not heard",
+        "sentence-transformers with a mixin before it",
+        "doors/trainer_mixin.py",
+        "        return MethodType(self.__func__, owner if instance is None else instance)\n",
+        "        return MethodType(self.__func__, owner)\n",
+        "doors/test_other_trainers.py::test_a_trainer_that_names_its_parameters_is_heard",
+    ),
 ]
 
 
