@@ -54,6 +54,11 @@ def with_amp(trainer: Any, config: Any) -> tuple[Any, Any]:
     return MyTrainer, MyConfig
 
 
+@dataclass
+class MySFTConfig(trl.SFTConfig, AMPArguments):  # type: ignore[misc]
+    """As :func:`with_amp` makes it, and so that a checkpoint can name it."""
+
+
 def in_order(trainer: Any) -> Any:
     class InOrder(trainer):  # type: ignore[misc]
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
@@ -239,6 +244,17 @@ def test_adapters_in_sft(bf16: bool, tmp_path: Path) -> None:
     assert distance(trainer.steps, expected) < (0.5 * matters if bf16 else 2e-5)
 
 
+def test_sft_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    host = HOSTS[0]
+    settings = {**WITH_AMP, "save_strategy": "steps", "save_steps": 1}
+    classes = with_amp(*host.classes)[0], MySFTConfig
+    straight = host(tmp_path, classes, **settings)
+    straight.train()
+    resumed = host(tmp_path, classes, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert distance(resumed.steps, straight.steps[1:]) == 0.0
+
+
 # --- what generates
 
 
@@ -280,9 +296,10 @@ def generating(folder: Path, name: str, *, amp: bool, **settings: Any) -> Any:
     return made
 
 
-@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
-def test_texts_are_generated_at_theta_and_as_often_as_without_amp(name: str, tmp_path: Path) -> None:
-    theirs, ours = (generating(tmp_path, name, amp=amp) for amp in (False, True))
+@pytest.mark.parametrize(("name", "ascent"), [("GRPO", "full"), ("GRPO", "every(2)"), ("RLOO", "full")])
+def test_texts_are_generated_at_theta_and_as_often_as_without_amp(name: str, ascent: str, tmp_path: Path) -> None:
+    theirs = generating(tmp_path, name, amp=False)
+    ours = generating(tmp_path, name, amp=True, amp_ascent=ascent)
     starts = copy.deepcopy(ours.model.state_dict())
     for trainer in (theirs, ours):
         trainer.train()
@@ -291,7 +308,7 @@ def test_texts_are_generated_at_theta_and_as_often_as_without_amp(name: str, tmp
     points = [starts, *ours.steps]
     for step, theta, _ in ours.rounds:
         assert all(torch.equal(theta[n], p) for n, p in points[step].items() if n in theta)
-    assert ours.amp.passes == 2
+    assert [r["amp_passes"] for r in last_numbers(ours)] == ([2.0] * 4 if ascent == "full" else [2.0, 1.0, 2.0, 1.0])
     assert distance(ours.steps, theirs.steps) > 1e-3, "the perturbation matters"
 
 
