@@ -148,6 +148,24 @@ def test_parts_of_a_loss_are_logged_as_they_are_at_theta(checkpoint: Path, tmp_p
         assert record["amp_loss"] != pytest.approx(record["loss"], rel=1e-3)
 
 
+def test_weights_of_the_loss_are_perturbed_too(checkpoint: Path, tmp_path: Path) -> None:
+    model = embedder(checkpoint)
+    loss = losses.SoftmaxLoss(model, model.get_embedding_dimension(), num_labels=2)
+    seen: list[Tensor] = []
+    loss.classifier.register_forward_pre_hook(lambda layer, _: seen.append(layer.weight.detach().clone()))
+    rows = pairs()
+    labelled = rows.add_column("label", [i % 2 for i in range(len(rows))])
+    trainer = MyTrainer(
+        model=model, args=MyArguments(str(tmp_path), **SETTINGS, **WITH_AMP), train_dataset=labelled, loss=loss
+    )
+    trainer.train()
+    for theta, again, moved, too in zip(*(seen[k::4] for k in range(4)), strict=True):  # two passes over two batches
+        assert torch.equal(theta, again)
+        assert torch.equal(moved, too)
+        assert not torch.equal(theta, moved)
+    assert len(seen) == 4 * len(WINDOWS)
+
+
 def test_attaching_the_loss_is_amp(checkpoint: Path, tmp_path: Path) -> None:
     model, start = embedder(checkpoint), embedder(checkpoint)
     loss = losses.MultipleNegativesRankingLoss(model, scale=SCALE)
