@@ -39,8 +39,8 @@ class LossModule(nn.Module):
 _FOR_ATTACH = (
     "attach() needs the mean loss in training mode",
     "If it is elsewhere in the output, say where, attach(optimizer, module, loss=1) for (logits, loss); for a model and"
-    " a criterion attach to amp_plugin.LossModule(model, criterion). In transformers, where the Trainer computes the loss"
-    " (label smoothing, compute_loss_func, Trainers of other libraries), use amp_plugin.AMPTrainer or class"
+    " a criterion attach to amp_plugin.LossModule(model, criterion). In transformers, where the Trainer computes the"
+    " loss (label smoothing, compute_loss_func, Trainers of other libraries), use amp_plugin.AMPTrainer or class"
     " MyTrainer(amp_plugin.AMPMixin, TheirTrainer)",
 )
 

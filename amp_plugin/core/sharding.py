@@ -7,9 +7,8 @@ attribute, because importing `torch.distributed.tensor` takes up to a second, an
 Gradients must be synchronised before they come here, as FSDP does in each backward pass. Parameters that other
 processes hold altogether (pipeline stages) are unknown here: each stage has balls and a finite flag of its own.
 
-FSDP gathers the weights for a forward pass and may keep them until the end of its backward pass. So if that backward
-pass never comes (an exception, a loss that is only looked at), a module can go on with gathered weights at
-theta + delta although its parameters are at theta; ``module.reset_iter_state()`` or ``reshard()`` makes it gather anew.
+FSDP gathers the weights for a forward pass and may keep them, see `gathered.py`, which the doors that know the module
+look after. In a loop of one's own ``module.reset_iter_state()`` or ``reshard()`` makes the module gather anew.
 """
 
 from __future__ import annotations

@@ -14,10 +14,13 @@ from torch.optim import Optimizer
 from wrapt import when_imported
 
 from amp_plugin.core.find import find_amp
+from amp_plugin.core.gathered import forget_pass, gather_anew
 from amp_plugin.core.grad_scaler import scale_of
 from amp_plugin.core.inputs import detached_inputs
 from amp_plugin.core.optimizer import AMP
 from amp_plugin.core.replay import BatchNormPolicy, ExtraPasses, RngPolicy
+from amp_plugin.doors.fsdp import inexact_settings
+from amp_plugin.doors.names import own_names
 from amp_plugin.doors.window import ascend_over, note_idle
 
 if TYPE_CHECKING:
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 
 # The guard of an optimizer's passes, kept from call to call for what the first one has found out about the module.
 _GUARDS: weakref.WeakKeyDictionary[AMP, ExtraPasses] = weakref.WeakKeyDictionary()
-_INEXACT_HOSTS = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA")
+_INEXACT_HOSTS = ("DEEPSPEED", "MEGATRON_LM", "XLA")
 
 
 def amp_backward(
@@ -87,7 +90,8 @@ def amp_backward(
     if amp is None:
         raise TypeError(f"amp_backward() needs amp_plugin.AMP, got {type(optimizer).__name__}")
     _check(accelerator, amp, batches)
-    amp.name_parameters(model)
+    gather_anew(model)  # for the names are of the parameters, not of what an evaluation has gathered
+    amp.name_parameters(own_names(model))
     passes = _guard(amp, model, batch_norm, rng, list(generators))
 
     def run(window: Sequence[Any], sync: bool = True) -> Tensor:
@@ -118,10 +122,12 @@ def amp_backward(
             means.append(run(amp.descent_batches(batches)))
         note_idle(amp)
     except BaseException:
+        forget_pass(model)
         clear()
         raise
     finally:
         amp.restore()
+        gather_anew(model)
     if accelerator.scaler is not None:
         amp.propagate_overflow()
     return means[0]
@@ -145,8 +151,12 @@ def _check(accelerator: Accelerator, amp: AMP, batches: Sequence[Any]) -> None:
         )
     if len(batches) == 0:
         raise ValueError("amp_backward() needs at least one micro-batch")
-    if (host := accelerator.distributed_type.value) in _INEXACT_HOSTS:
-        raise ValueError(f"amp_backward() does not work exactly with {host}; use DDP")
+    host = accelerator.distributed_type.value
+    inexact = f"{host}; use DDP or FSDP2" if host in _INEXACT_HOSTS else ""
+    if host == "FSDP":
+        inexact = inexact_settings(accelerator)
+    if inexact:
+        raise ValueError(f"amp_backward() does not work exactly with {inexact}")
 
 
 def watch_accelerate() -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from amp_plugin.core.find import find_amp
+from amp_plugin.core.gathered import gather_anew
 from amp_plugin.core.loss import LossPlace
 from amp_plugin.core.module_parts import parts_of
 from amp_plugin.core.replay import BatchNormPolicy, ExtraPasses, RngPolicy
@@ -69,6 +70,7 @@ def attach(
         raise ValueError("this optimizer is attached to a module already; detach() that first")
     if next(attachments(module), None) is not None:
         raise ValueError("this module, or a part of it, is attached already; detach() it first")
+    gather_anew(module)  # for the names are of the parameters, not of what an evaluation has gathered
     check_held(amp, module)
     amp.name_parameters(module)
     passes = ExtraPasses(module, batch_norm=batch_norm, rng=rng, generators=generators)

@@ -13,9 +13,10 @@ from torch.utils.hooks import RemovableHandle
 
 from amp_plugin.core.compilation import not_compiled, not_compiled_itself
 from amp_plugin.core.distributed import data_parallel
+from amp_plugin.core.gathered import gather_anew, is_fully_sharded
 from amp_plugin.core.inputs import detached_inputs
 from amp_plugin.core.loss import LossPlace, loss_of, with_tensors
-from amp_plugin.core.module_parts import parameters_of, parts_of
+from amp_plugin.core.module_parts import parameters_of
 from amp_plugin.core.optimizer import AMP
 from amp_plugin.core.outputs import graph_tensors
 from amp_plugin.core.replay import ExtraPasses
@@ -60,7 +61,7 @@ class Attachment:
         self.handles: list[RemovableHandle] = []
         if amp is None or module is None:
             return
-        self._sharded = _is_fully_sharded(module)
+        self._sharded = is_fully_sharded(module)
         # torch runs the forward hook after a pass that fails, but not after a KeyboardInterrupt, so the call is guarded
         # as well. Copies of the module do not keep the attribute `_compiled_call_impl`. A proxy (Lightning Fabric's)
         # would set attributes of the module inside, hence vars().
@@ -168,7 +169,7 @@ class Attachment:
         forward, self._forward = self._forward, None
         _running.set(None)
         if amp.perturbed:
-            _reshard(module)
+            gather_anew(module)  # only the backward pass may see these weights again
         seen = self.passes.seen() if self.passes and amp.perturbed and output is not None else None
         try:
             forward.close()
@@ -207,7 +208,7 @@ class Attachment:
     def _check_module(self, module: nn.Module) -> None:
         if getattr(module, "_is_replica", False):
             raise RuntimeError("an attached module does not work in nn.DataParallel; use DistributedDataParallel")
-        if _is_fully_sharded(module) and not self._sharded:
+        if is_fully_sharded(module) and not self._sharded:
             raise RuntimeError("attach() came before fully_shard() on the same module; call fully_shard() first")
         if self.amp is not None:
             check_held(self.amp, module)
@@ -281,14 +282,3 @@ def check_held(amp: AMP, module: nn.Module) -> None:
             f"{len(missing)} of the optimizer's parameters (the first of shape {tuple(missing[0].shape)}) are not in"
             " the module, so their gradient would not be AMP's; attach to the module that holds all of them"
         )
-
-
-def _is_fully_sharded(module: nn.Module) -> bool:
-    return hasattr(module, "set_requires_gradient_sync")
-
-
-def _reshard(module: nn.Module) -> None:
-    """Drop the weights that FSDP has gathered at theta + delta, which only the backward pass may see again."""
-    for part in parts_of(module):
-        if hasattr(type(part), "set_requires_gradient_sync"):  # to ask the part itself takes torch four times as long
-            part.reshard()  # type: ignore[operator]

@@ -24,6 +24,7 @@ from amp_plugin.doors.attach_callback import AttachCallback, release
 from amp_plugin.doors.captured_training import CapturedTraining, check_optimizer, fused_options
 from amp_plugin.doors.counters import uncounted
 from amp_plugin.doors.flops import CountedFlops
+from amp_plugin.doors.fsdp import inexact_settings
 from amp_plugin.doors.logged_loss import loss_for_log
 from amp_plugin.doors.means import Means
 from amp_plugin.doors.num_items import uses_num_items
@@ -65,7 +66,7 @@ class AMPMixin(WindowPasses):
 
     Raises:
         TypeError: The arguments are not :class:`amp_plugin.AMPArguments`.
-        ValueError: The host cannot run AMP exactly (DeepSpeed, FSDP, XLA, optimizers that step inside backward);
+        ValueError: The host cannot run AMP exactly (DeepSpeed, FSDP1, XLA, optimizers that step inside backward);
             the message names what to use instead.
     """
 
@@ -311,9 +312,14 @@ class AMPMixin(WindowPasses):
             )
 
     def _check_host(self) -> None:
+        fsdp = inexact_settings(self.accelerator) if self.is_fsdp_enabled else ""
         reasons = {
-            "DeepSpeed (it steps inside backward); use DDP": self.is_deepspeed_enabled,
-            "FSDP; use DDP": self.is_fsdp_enabled,
+            "DeepSpeed (it steps inside backward); use DDP or FSDP2": self.is_deepspeed_enabled,
+            fsdp: bool(fsdp),
+            "amp_capture under FSDP; leave it off": self.is_fsdp_enabled and self.args.amp_capture,
+            "amp_sync_ascent=False under FSDP, where no process has a whole parameter; leave it on, or use DDP": (
+                self.is_fsdp_enabled and not self.args.amp_sync_ascent
+            ),
             "use_adaptive_entropy, which adapts in every pass; leave it out": getattr(
                 self.args, "use_adaptive_entropy", False
             ),

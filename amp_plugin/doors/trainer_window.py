@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from amp_plugin.core.gathered import is_fully_sharded
+
 if TYPE_CHECKING:
     from amp_plugin.doors.trainer import AMPMixin
 
@@ -58,18 +60,30 @@ def prepared_once(prepare_inputs: Callable[[Any, Any], Any]) -> Callable[[Any, A
 
 
 @contextmanager
-def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """Let DDP's backward average gradients over processes, or not, whatever the caller has set."""
+def gradient_sync(model: nn.Module, enabled: bool, before: bool) -> Iterator[None]:
+    """Let the backward pass of DDP or FSDP average gradients over processes, or not, whatever the loop has set.
+
+    Args:
+        model: module that the Trainer trains.
+        enabled: whether gradients are averaged in here.
+        before: whether the loop lets FSDP average them, which FSDP itself does not tell.
+    """
     model = getattr(model, "_orig_mod", model)  # accelerate compiles around DDP
-    if not isinstance(model, DistributedDataParallel):
+    if isinstance(model, DistributedDataParallel):
+        before, model.require_backward_grad_sync = model.require_backward_grad_sync, enabled
+        try:
+            yield
+        finally:
+            model.require_backward_grad_sync = before
+    elif is_fully_sharded(model):
+        sharded: Any = model
+        sharded.set_requires_gradient_sync(enabled)
+        try:
+            yield
+        finally:
+            sharded.set_requires_gradient_sync(before)
+    else:
         yield
-        return
-    before = model.require_backward_grad_sync
-    model.require_backward_grad_sync = enabled
-    try:
-        yield
-    finally:
-        model.require_backward_grad_sync = before
 
 
 @contextmanager

@@ -9,10 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from amp_plugin.core.distributed import average_gradients, data_parallel, share_overflow
+from amp_plugin.core.gathered import gather_anew
 from amp_plugin.core.inputs import BatchWatch
 from amp_plugin.core.optimizer import AMP
 from amp_plugin.core.other_gradients import GradientsAside
 from amp_plugin.core.replay import ExtraPasses
+from amp_plugin.core.sharding import is_distributed
 
 
 def ascend_over(
@@ -48,7 +50,14 @@ def ascend_over(
 
     Raises:
         RuntimeError: a pass has changed the batch in place.
+        ValueError: the ascent is not averaged, but no process has a whole parameter.
     """
+    if not sync and any(map(is_distributed, _perturbed(amp))):
+        raise ValueError(
+            "each process holds a part of every parameter (FSDP), so it cannot perturb them along its own gradient;"
+            " leave sync_ascent on, or use DDP"
+        )
+    gather_anew(model)  # an evaluation may have left gathered weights, which are none of the optimizer's
     ddp = data_parallel(model)
     # DDP cannot average within a forward pass, and waits for gradients that a restricted ball switches off: in both
     # cases they are averaged here, after the pass.
@@ -57,6 +66,7 @@ def ascend_over(
     before = GradientsAside(p for group in amp.param_groups for p in group["params"])
     try:
         for part in amp.passes_of_step(window, grad_scale, passes=passes):
+            gather_anew(model)  # for the weights have moved, and a loop may let FSDP keep them after a backward pass
             with ddp.no_sync() if within_forward and ddp is not None else nullcontext():
                 yield part, sync and not by_hand
             watch.check(culprit)
@@ -65,6 +75,7 @@ def ascend_over(
             # An attached module without DDP belongs to this process alone, and must not wait for the others.
             elif not sync and (ddp is not None or not within_forward):
                 share_overflow(_perturbed(amp), None if ddp is None else ddp.process_group)
+        gather_anew(model)  # at theta + delta
     finally:
         before.put_back()  # for the descent
 

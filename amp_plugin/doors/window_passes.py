@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from amp_plugin.core.compilation import detached_for_good
 from amp_plugin.core.find import find_amp
+from amp_plugin.core.gathered import forget_pass, gather_anew
 from amp_plugin.core.grad_scaler import scale_of
 from amp_plugin.core.inputs import detached_inputs
 from amp_plugin.core.optimizer import AMP
@@ -18,6 +19,7 @@ from amp_plugin.core.replay import ExtraPasses
 from amp_plugin.doors.captured_training import Passes
 from amp_plugin.doors.counters import COUNTERS, uncounted
 from amp_plugin.doors.generation import generation_refused
+from amp_plugin.doors.names import own_names
 from amp_plugin.doors.trainer_mixin import TrainerMixin
 from amp_plugin.doors.trainer_window import TrainingStep, Window, backward_observed, gradient_sync
 from amp_plugin.doors.training_args import AMPArguments
@@ -53,10 +55,12 @@ class WindowPasses(TrainerMixin):
                 rng=self.args.amp_rng,  # type: ignore[arg-type]
                 generators=self.amp_generators,
             )
+            gather_anew(model)  # for the names are of the parameters, not of what an evaluation has gathered
+            amp.name_parameters(own_names(model))  # of parameters that accelerate may have replaced
         passes, window = self._amp_extra_passes, self._amp_window
         made, counted, k = 0, False, len(window.batches)
         window.descent = ExitStack()
-        window.descent.callback(amp.restore)
+        window.descent.callback(self._end_passes, amp, model, window)
         ascent = ascend_over(
             amp,
             passes,
@@ -84,9 +88,11 @@ class WindowPasses(TrainerMixin):
     ) -> list[Tensor]:
         """Make the step of each micro-batch of a part of the window, as if the part were the window."""
         losses = []
+        each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        loop_syncs = each or len(self._amp_window.batches) == 1  # for its first micro-batch, in whose place this is
         with self._as_window(part, num_items) as items:
             for k, inputs in enumerate(part, 1):
-                with gradient_sync(model, sync and k == len(part)):
+                with gradient_sync(model, sync and (each or k == len(part)), loop_syncs):
                     losses.append(self._pass(step, model, inputs, items, detach=detach))
         return losses
 
@@ -134,6 +140,15 @@ class WindowPasses(TrainerMixin):
         window, self._amp_window = self._amp_window, Window()
         if window.descent is not None:
             window.descent.close()
+
+    @staticmethod
+    def _end_passes(amp: AMP, model: nn.Module, window: Window) -> None:
+        """Go back to theta; FSDP keeps nothing of theta + delta, nor of a window that was cut short."""
+        amp.restore()
+        if window.calls < len(window.batches):
+            forget_pass(model)
+        else:
+            gather_anew(model)
 
     def _measures(self, amp: AMP) -> dict[str, Tensor | float]:
         """Return what this step adds to the means that the next log shows."""

@@ -34,7 +34,9 @@ def read_json_option(name: str, text: str) -> dict[str, Any]:
     if in_file and not JSON_OPTIONS[name]:
         raise ValueError(wanted)
     try:
-        value: Any = json.loads(Path(text).read_text(encoding="utf-8") if in_file else text, object_pairs_hook=_each_once)
+        value: Any = json.loads(
+            Path(text).read_text(encoding="utf-8") if in_file else text, object_pairs_hook=_each_once
+        )
     except OSError as error:
         raise ValueError(f"{wanted}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

@@ -22,7 +22,7 @@ class AMPTrainer(AMPMixin, CheckpointMixin, PublishingMixin, Trainer):
 
     Raises:
         TypeError: The arguments are neither :class:`amp_plugin.AMPTrainingArguments` nor made of `AMPArguments`.
-        ValueError: The host cannot run AMP exactly (DeepSpeed, FSDP, XLA, optimizers that step inside backward);
+        ValueError: The host cannot run AMP exactly (DeepSpeed, FSDP1, XLA, optimizers that step inside backward);
             the message names what to use instead.
         HubError: ``push_to_hub`` is on, but the repository cannot be written to.
     """

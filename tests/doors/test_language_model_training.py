@@ -210,8 +210,8 @@ def test_an_optimizer_that_steps_in_backward_by_hooks_is_noticed(tmp_path: Path)
 @pytest.mark.parametrize(
     ("sign", "instead"),
     [
-        ("is_deepspeed_enabled", r"DeepSpeed \(it steps inside backward\); use DDP"),
-        ("is_fsdp_enabled", "FSDP.*; use "),
+        ("is_deepspeed_enabled", r"DeepSpeed \(it steps inside backward\); use DDP or FSDP2"),
+        ("is_fsdp_enabled", r"FSDP1; use FSDP2 \(fsdp_version: 2\) or DDP"),
         ("is_fsdp_xla_enabled", "XLA; use CUDA or CPU"),
     ],
 )

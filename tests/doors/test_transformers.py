@@ -516,7 +516,7 @@ def test_optim_args_replace_the_defaults_for_sgd(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("sign", "host"),
-    [("is_deepspeed_enabled", "DeepSpeed"), ("is_fsdp_enabled", "FSDP; use DDP"), ("is_fsdp_xla_enabled", "XLA")],
+    [("is_deepspeed_enabled", "DeepSpeed"), ("is_fsdp_enabled", "FSDP1; use FSDP2"), ("is_fsdp_xla_enabled", "XLA")],
 )
 def test_hosts_that_cannot_run_amp_exactly_are_refused(tmp_path: Path, sign: str, host: str) -> None:
     class Elsewhere(AMPTrainer):
