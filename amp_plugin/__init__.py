@@ -51,7 +51,7 @@ __all__ = [
     "attach",
     "detach",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _LAZY = {
     "AMPArguments": "amp_plugin.doors.training_args",

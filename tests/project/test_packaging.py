@@ -50,5 +50,11 @@ def test_sdist_and_wheel_hold_what_the_package_needs(tmp_path: Path) -> None:
     assert (metadata["Name"], metadata["Version"]) == ("amp-plugin", amp_plugin.__version__)
     assert (metadata["License-Expression"], metadata["Requires-Python"]) == ("MIT", ">=3.10")
     assert metadata.get_payload() == (ROOT / "README.md").read_text()
+    assert metadata.get_all("Project-URL") == ["Paper, https://arxiv.org/abs/2010.04925"]
+    assert wheel.stat().st_size < 10_000_000
+    if importlib.util.find_spec("twine"):
+        check = [sys.executable, "-m", "twine", "check", "--strict", str(sdist), str(wheel)]
+        done = subprocess.run(check, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
     required = {line.partition(">")[0] for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line}
     assert required >= {"torch", "timm", "transformers", "accelerate", "datasets", "evaluate"}
