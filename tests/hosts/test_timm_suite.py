@@ -19,8 +19,8 @@ WEIGHTS = "reads weights that timm has published, and there are none of ours"
 NO_MODEL = "is about one of timm's models"
 
 # Tests that do not apply, and why. test_sgd, test_adam and test_lamb run with epsilon 0: a part of each calls step()
-# after a backward pass of its own, which AMP refuses with a ball, because nothing has made the ascent. The tests of Lookahead
-# run with a small ball, because a wide one leaves the narrow valley in which they begin.
+# after a backward pass of its own, which AMP refuses with a ball, because nothing has made the ascent. Those of
+# Lookahead run with a small ball, because a wide one leaves the narrow valley in which they begin.
 NOT_OURS = {
     "test_optim.py": {
         r"test_(kron|muon|adamuon|adopt|adan|adabelief|rectified|adaother|adafactor|laprop|lars|madgrad|mars|novograd"
