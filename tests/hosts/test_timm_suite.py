@@ -24,7 +24,7 @@ NO_MODEL = "is about one of timm's models"
 NOT_OURS = {
     "test_optim.py": {
         r"test_(kron|muon|adamuon|adopt|adan|adabelief|rectified|adaother|adafactor|laprop|lars|madgrad|mars|novograd"
-        r"|rmsprop|adamp|sgdp|lookahead_radam)": ONE_OF_TIMMS,
+        r"|rmsprop|adamp|sgdp|lookahead_radam|cadamp|csgdp|csgdw)": ONE_OF_TIMMS,
         r"test_compiled_\w+": "compiles the step() of an optimizer of timm's; AMP's own step is not compiled",
         r"test_param_groups_\w+": "makes groups, and no optimizer",
     },
