@@ -44,8 +44,8 @@ def test_timms_own_tests_pass_with_ours(name: str, tmp_path: Path) -> None:
     pytest.importorskip("expecttest", reason="torch's own TestCase, which timm's tests use, needs it")
     file = Path(str(FOLDER)).resolve() / name
     report = tmp_path / "report.xml"
-    options = ["-c", os.devnull, "-p", "timm_suite", "-p", "no:cacheprovider", "-q", f"--junitxml={report}"]
-    options.append(f"--rootdir={file.parent}")
+    options = ["-c", os.devnull, f"--rootdir={file.parent}", f"--junitxml={report}", "-q"]
+    options += ["-p", "timm_suite", "-p", "no:cacheprovider", "-p", "no:timeout"]
     without = [f"--deselect={name}::{test}" for test in _tests(file) if _reason(name, test)]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *without, str(file)],
