@@ -41,7 +41,7 @@ BROUGHT = {  # by what is required
     "typing_extensions": "torch",
 }
 IF_THERE = {
-    "composer": "its tests run where it is installed; it wants older packages than the other hosts",
+    "composer": "its test runs where it is installed",
     "peft": "adapters are published where the model has some",
 }
 
