@@ -432,12 +432,12 @@ def by_passes(net: nn.Module, data: Sequence[Batch], *, autocast: bool = False, 
     amp, passes = _amp(net, **kwargs), ExtraPasses(net, generators=own_generators(net))
     for batch in data:
         made = 0
-        for part in amp.ascent_passes([batch]):
-            with passes.nth(made):
-                loss_of(net, detached_inputs(part[0]), autocast).backward()
+        for part in amp.ascent_passes([batch], passes=passes):
+            loss_of(net, detached_inputs(part[0]), autocast).backward()
             made += 1
+        (rest,) = amp.descent_batches([batch])
         with passes.nth(made):
-            loss_of(net, batch, autocast).backward()
+            loss_of(net, rest, autocast).backward()
         amp.step()
         amp.zero_grad()
 
