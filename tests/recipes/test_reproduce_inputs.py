@@ -155,7 +155,7 @@ def test_an_empty_file_of_chosen_values_has_none(tmp_path: Path) -> None:
         (["--data_root", "file"], "--data_root file is no folder"),
         (["--output_dir", "file"], "cannot write to 'file'"),
         (["--output_dir", "file/x"], "cannot write to 'file/x'"),
-        (["--ledger", "folder"], "folder: Is a directory"),
+        (["--ledger", "folder"], "'folder' is a folder, not a file"),
         (["--ledger", "file/x"], "ledger 'file/x' cannot be written"),
         (["--slurm", "--output_dir", "file"], "cannot write to 'file'"),
     ],
@@ -228,7 +228,7 @@ def test_a_foreign_line_of_a_ledger_is_named(
         ("3", "it is 3"),
         ("null", "it is null"),
         ("[" * 100_000, "recursion"),
-        ("\n\n{", "line 3,"),
+        ("\n\n{\n", "line 3,"),
         (b"\xff\xfe", "is no text"),
     ],
 )
