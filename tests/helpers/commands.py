@@ -33,6 +33,7 @@ def check(words: list[str], scripts: set[str]) -> None:
         scripts: files that its page has told the reader to save.
     """
     script, arguments = launched(words)
+    arguments = ["." if word.startswith("/path/to/") else word for word in arguments]  # for a folder of the reader's
     if script in scripts and arguments:
         HfArgumentParser(AMPTrainingArguments).parse_args_into_dataclasses(arguments)
     elif script in scripts:
