@@ -363,7 +363,11 @@ def test_several_columns_of_images_and_of_labels(tmp_path: Path) -> None:
             "a,0\n",
             ", split 'train': label 9223372036854775808 of column 'label' is too",
         ),
-        ("a,0\nb,1\nc,\n", "a,0\n", ", split 'train': 1 labels of column 'label' are missing; drop those rows"),
+        (
+            "a,0\nb,1\nc,\n",
+            "a,0\n",
+            ", split 'train': 1 labels of column 'label' are missing, the first in row 2; drop",
+        ),
         ("a,0\nb,1\n", "a,\n", ", split 'test': all labels of column 'label' are missing; name another split or"),
     ],
 )

@@ -249,6 +249,7 @@ COMMANDS = [
     command
     for block in re.findall(r"^```bash\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
     for command in block.replace("\\\n", "").splitlines()
+    if "recipes/train.py" in command  # and not a script of the recipes' own
 ]
 
 
