@@ -30,7 +30,8 @@ class OneLine(argparse.ArgumentParser):
                 if not isinstance(text, str) or value == action.default:
                     continue
                 if not text.strip() and action.dest not in self.may_be_blank:
-                    self.error(f"--{action.dest} is empty; give a value, or leave it out")
+                    name = f"--{action.dest}" if action.option_strings else action.dest
+                    self.error(f"{name} is empty; give a value{', or leave it out' if action.option_strings else ''}")
                 if "\0" in text:
                     self.error(f"--{action.dest} has a NUL character: {text!r}")
 
