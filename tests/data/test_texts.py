@@ -59,7 +59,7 @@ def test_a_part_has_equally_many_of_every_class(tmp_path: Path) -> None:
     ("change", "kwargs", "message"),
     [
         ({"premise": [1, 2, 3, 4]}, {}, r"column 'premise' holds Value\('int64'\), not texts; .* text_column"),
-        ({"premise": ["a", None, "b", "c"]}, {}, r"1 texts of column 'premise' are missing; drop those rows"),
+        ({"premise": ["a", None, "b", "c"]}, {}, r"1 texts of column 'premise' are missing, the first in row 1; drop"),
         ({}, {"text_pair_column": "proof"}, r"no column 'proof', only premise, claim, verdict; .* text_pair_column"),
         ({"verdict": ["x"] * 4}, {}, r"column 'verdict' has one class only, x"),
         ({}, {"test_split": "exam"}, r"split 'exam' is missing, there are train, test"),
