@@ -73,6 +73,9 @@ def descent_batches(self: AMP, batches: Sequence[Any]) -> Sequence[Any]:
         for x_, y_ in micro_batches:
             (loss_fn(model(x_), y_) / len(micro_batches)).backward()
 
+    A guard of these passes, :class:`amp_plugin.ExtraPasses`, is given to :meth:`AMP.ascent_passes` as ``passes=``: only
+    then does it know that the running statistics to keep are those of the descent.
+
     Args:
         batches: micro-batches of the step.
     """
