@@ -25,6 +25,7 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partialmethod
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -35,14 +36,16 @@ from amp_plugin import AMP
 
 pytest.importorskip("expecttest", reason="torch.testing._internal imports it")
 
-from torch.testing._internal.common_optimizers import (
-    OptimizerErrorEnum,
-    OptimizerInfo,
-    OptimizerInput,
-    _get_optim_inputs_including_global_cliquey_kwargs,
-    optim_db,
-)
-from torch.testing._internal.common_utils import TestCase
+# The import freezes torch's global flags, for every later test of the process.
+with mock.patch("torch.backends.disable_global_flags"):
+    from torch.testing._internal.common_optimizers import (
+        OptimizerErrorEnum,
+        OptimizerInfo,
+        OptimizerInput,
+        _get_optim_inputs_including_global_cliquey_kwargs,
+        optim_db,
+    )
+    from torch.testing._internal.common_utils import TestCase
 
 pytestmark = pytest.mark.slow
 
