@@ -13,7 +13,13 @@ from torch import nn
 from amp_plugin.models.residual import ResidualBlock, ResidualNet
 from amp_plugin.models.staged import check_layers, check_width, register_variants
 
-__all__ = ["PreActBasicBlock", "PreActBottleneck", "PreActResNet"]
+__all__ = [
+    "PreActBasicBlock",
+    "PreActBottleneck",
+    "PreActResNet",
+    "ReleasedPreActBasicBlock",
+    "ReleasedPreActBottleneck",
+]
 
 
 class PreActBasicBlock(ResidualBlock):
@@ -35,6 +41,24 @@ class PreActBottleneck(PreActBasicBlock):
     expansion = 4
 
 
+class ReleasedPreActBasicBlock(PreActBasicBlock):
+    """The basic block of the code released with AMP: every shortcut starts at the first pre-activation."""
+
+    identity_after_act = True
+
+
+class ReleasedPreActBottleneck(PreActBottleneck):
+    """The bottleneck of the code released with AMP: every shortcut starts at the first pre-activation."""
+
+    identity_after_act = True
+
+
+_RELEASED: dict[type[ResidualBlock], type[ResidualBlock]] = {
+    PreActBasicBlock: ReleasedPreActBasicBlock,
+    PreActBottleneck: ReleasedPreActBottleneck,
+}
+
+
 class PreActResNet(ResidualNet):
     """Pre-activation ResNet: a 3x3 stem without pooling and four stages.
 
@@ -44,11 +68,14 @@ class PreActResNet(ResidualNet):
         block: Type of the blocks.
         layers: Number of blocks in each of the four stages.
         width: Channels of the stem and inner channels of the first stage; they double from stage to stage.
+        as_released: Whether to build the network of the code released with AMP (github.com/hiyouga/AMP-Regularizer,
+            models/preresnet.py), which made the AMP paper's tables. It has the same parameters, but each of its
+            identity shortcuts adds the pre-activation, where He et al. add the block's input.
         **options: Further arguments of `ResidualNet`.
 
     Raises:
         ValueError: If `layers` are not four positive counts, `width` is not positive, or there are
-            classes but no pooling.
+            classes but no pooling, or `as_released` comes with a block of another kind.
     """
 
     num_stages = 4
@@ -58,10 +85,15 @@ class PreActResNet(ResidualNet):
         block: type[ResidualBlock] = PreActBasicBlock,
         layers: Sequence[int] = (2, 2, 2, 2),
         width: int = 64,
+        as_released: bool = False,
         **options: Any,
     ) -> None:
         check_layers(layers, 4)
         check_width(width)
+        if as_released:
+            if block not in _RELEASED:
+                raise ValueError(f"as_released=True: there is no released form of {block.__name__}; leave it out")
+            block = _RELEASED[block]
         widths = [[width * 2**stage * block.expansion] * depth for stage, depth in enumerate(layers)]
         super().__init__(block, width, widths, bias=True, **options)
 

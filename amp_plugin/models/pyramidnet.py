@@ -36,7 +36,7 @@ class PyramidShortcut(nn.Module):
 class PyramidBasicBlock(ResidualBlock):
     """Two 3x3 convolutions around one ReLU, with BatchNorm before, between and after."""
 
-    first_act = False
+    first_act = projection_after_act = False
     last_norm = True
 
     def _make_shortcut(self, in_chs: int, out_chs: int, stride: int, **kwargs: Any) -> nn.Module:

@@ -20,10 +20,14 @@ class ResidualBlock(nn.Module):
     convolution, and stochastic depth drops the whole residual branch.
     """
 
-    __constants__ = ("first_act",)
+    __constants__ = ("first_act", "identity_after_act", "projection_after_act")
     expansion = 1  # ratio of the output channels to the inner channels; a block that has one is a bottleneck
     strided = 1  # number of the convolution that has the stride
-    first_act = True  # whether a ReLU follows the first BatchNorm; the shortcut starts there if so, else at the input
+    first_act = True  # whether a ReLU follows the first BatchNorm
+    identity_after_act = (
+        False  # whether a shortcut that is the identity starts after that ReLU, or at the block's input
+    )
+    projection_after_act = True  # whether a shortcut with layers starts after that ReLU, or at the block's input
     last_norm = False  # whether a BatchNorm follows the last convolution
 
     def __init__(
@@ -66,7 +70,10 @@ class ResidualBlock(nn.Module):
         preact = self.bn1(x)
         if self.first_act:
             preact = self.act(preact)
-        shortcut = x if self.shortcut is None else self.shortcut(preact if self.first_act else x)
+        if self.shortcut is None:
+            shortcut = preact if self.identity_after_act else x
+        else:
+            shortcut = self.shortcut(preact if self.projection_after_act else x)
         x = self.act(self.bn2(self.conv1(preact)))
         x = self.conv2(self.drop(x) if self.conv3 is None else x)
         if self.bn3 is not None:

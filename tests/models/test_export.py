@@ -43,6 +43,13 @@ def test_torchscript(name: str, prepare: Callable[[nn.Module], nn.Module]) -> No
     assert script.state_dict().keys() == model.state_dict().keys()
 
 
+@pytest.mark.parametrize("name", ["preactresnet18", "preactresnet50", "wrn28_10"])
+def test_torchscript_of_a_network_as_released(name: str) -> None:
+    model = settled(name, as_released=True, scriptable=True)
+    assert torch.equal(torch.jit.script(model)(images()), model(images()))
+    assert not torch.allclose(model(images()), settled(name)(images()))
+
+
 @every_small
 def test_torchscript_trains(name: str) -> None:
     """Gradients and running statistics are those of the model; a request to recompute the stages is passed over."""

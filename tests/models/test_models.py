@@ -201,6 +201,65 @@ def test_residual_network_by_hand(model_type: Callable[..., Any], kwargs: dict[s
     torch.testing.assert_close(model(x), y @ model.head.fc.weight.T + model.head.fc.bias)
 
 
+# The networks of the code released with AMP, restated from its repository in functions of the weights
+
+
+def trained_norm(x: torch.Tensor, norm: nn.BatchNorm2d) -> torch.Tensor:
+    """BatchNorm by the statistics of the batch."""
+    var, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
+    return (x - mean) / torch.sqrt(var + norm.eps) * norm.weight.view(1, -1, 1, 1) + norm.bias.view(1, -1, 1, 1)
+
+
+def released_preact(x: torch.Tensor, block: Any, stride: int) -> torch.Tensor:
+    preact = trained_norm(x, block.bn1).relu()
+    y = conv(preact, block.conv1, stride)
+    y = conv(trained_norm(y, block.bn2).relu(), block.conv2)
+    if block.conv3 is not None:
+        y = conv(trained_norm(y, block.bn3).relu(), block.conv3)
+    return y + (preact if block.shortcut is None else conv(preact, block.shortcut, stride))
+
+
+def released_wide(x: torch.Tensor, block: Any, stride: int) -> torch.Tensor:
+    y = conv(trained_norm(x, block.bn1).relu(), block.conv1)
+    y = conv(trained_norm(y, block.bn2).relu(), block.conv2, stride)
+    return y + (x if block.shortcut is None else conv(x, block.shortcut, stride))
+
+
+RELEASED = [
+    ("preactresnet18", {"width": 4, "layers": (1, 2, 1, 1)}, released_preact),
+    ("preactresnet50", {"width": 4, "layers": (2, 1, 1, 1)}, released_preact),
+    ("wrn28_10", {"width": 1, "layers": (2, 1, 1)}, released_wide),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "block_by_hand"), RELEASED)
+def test_a_network_as_released_by_hand(
+    name: str, arguments: dict[str, Any], block_by_hand: Callable[[torch.Tensor, Any, int], torch.Tensor]
+) -> None:
+    model = timm.create_model(name, as_released=True, **arguments).double()
+    papers = timm.create_model(name, **arguments).double()
+    papers.load_state_dict(model.state_dict())  # the same parameters
+    randomise_norms(model)
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    y = conv(x, model.stem)
+    for number, stage in enumerate(model.stages):
+        for place, block in enumerate(stage):
+            y = block_by_hand(y, block, 2 if number > 0 and place == 0 else 1)
+    before = model.norm[0].running_mean.clone()
+    torch.testing.assert_close(
+        model(x), trained_norm(y, model.norm[0]).relu().mean((2, 3)) @ model.head.fc.weight.T + model.head.fc.bias
+    )
+    momentum = 0.9 if name == "wrn28_10" else 0.1
+    torch.testing.assert_close(model.norm[0].running_mean, (1 - momentum) * before + momentum * y.mean((0, 2, 3)))
+    papers.load_state_dict(model.state_dict())
+    assert not torch.allclose(papers(x), model(x), rtol=0.05)
+
+
+def test_a_block_that_was_not_released_is_refused() -> None:
+    with pytest.raises(ValueError, match="no released form of PyramidBasicBlock; leave it out"):
+        PreActResNet(block=PyramidBasicBlock, as_released=True)
+
+
 def test_sync_batchnorm_conversion_keeps_the_function() -> None:
     model = PreActResNet(layers=(1, 1, 1, 1), width=4).eval()
     x = torch.randn(2, 3, 32, 32)
