@@ -73,7 +73,8 @@ def check_ascents(amp: AMP, step: Step) -> None:
         " would train without the perturbation that you asked for. Use one of: optimizer.step(closure);"
         " loss.backward(), optimizer.ascend(), loss.backward(), optimizer.step(); the same with `for _ in"
         " optimizer.ascent_passes(): loss.backward()`, whatever the ascent policy; amp_plugin.attach(optimizer,"
-        " module) with a module that returns its loss; or amp_plugin.AMPTrainer."
+        " module) with a module that returns its loss; amp_plugin.AMPTrainer; amp_plugin.AMPMixin before"
+        " another class of Trainer, such as TRL's; or amp_plugin.doors.fastai.AMPCallback."
         " (After an interrupted step, optimizer.restore() starts afresh.)"
     )
 

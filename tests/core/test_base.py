@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import importlib.util
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,6 +110,18 @@ def test_a_base_optimizer_may_have_no_learning_rate(kwargs: dict[str, Any]) -> N
     base.step()
     for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+def test_each_door_that_the_error_of_a_bare_step_names_is_there() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        AMP(small_net().parameters(), 0.1).step()
+    doors = set(re.findall(r"amp_plugin[\w.]*\w", str(raised.value)))
+    assert {name.rpartition(".")[2] for name in doors} == {"attach", "AMPTrainer", "AMPMixin", "AMPCallback"}
+    for name in doors:
+        module, _, door = name.rpartition(".")
+        spec = importlib.util.find_spec(module)  # not imported: fastai may be absent
+        assert spec is not None and spec.origin is not None
+        assert re.search(rf'(class |"){door}\b', Path(spec.origin).read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("base", ["SGD", "AdamW"])
