@@ -29,8 +29,9 @@ import torch
 
 from amp_plugin.arguments import Parser, number, path
 from amp_plugin.provenance import commit
-from benchmarks import device_steps
-from benchmarks.device_steps import MODES, NETWORKS, PRECISIONS, Problem, Row
+from benchmarks import device_steps, device_times
+from benchmarks.device_steps import MODES, NETWORKS, PRECISIONS, Problem
+from benchmarks.device_times import Row
 
 SUBJECTS = ("ceilings", "step", "recipe", "memory", "runs")
 HERE = Path(__file__).resolve().parents[1]
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> list[str]:
             traceback.print_exc()
             failed.append(part.name)
             say(file, device, {"part": part.name, "failed": f"{type(error).__name__}: {error}"[:500]})
-        device_steps.free()
+        device_times.free()
     return failed
 
 
@@ -124,13 +125,13 @@ def parts(args: argparse.Namespace, device: torch.device) -> Iterator[Part]:
     }
 
     def measured_ceilings() -> Iterator[Row]:
-        for row in device_steps.ceilings(device):
+        for row in device_times.ceilings(device):
             ceilings[row["ceiling"]] = row.get("tflops", 0.0)
             yield row
 
     def steps(batch: int, precision: str, mode: str) -> Iterator[Row]:
         case = {"batch": batch, "precision": precision, "mode": mode}
-        for row in device_steps.compare(Problem(device, args.network, batch, precision, mode)):
+        for row in device_times.compare(Problem(device, args.network, batch, precision, mode)):
             if "ms" in row:
                 work = device_steps.passes_of(row["way"]) * batch * flops
                 row |= {"images_s": 1e3 * batch / row["ms"], "tflops": work / row["ms"] / 1e9}
@@ -139,7 +140,7 @@ def parts(args: argparse.Namespace, device: torch.device) -> Iterator[Part]:
             yield case | row
 
     def memory(batch: int, mode: str) -> Iterator[Row]:
-        for row in device_steps.peaks(device, args.network, batch, mode):
+        for row in device_times.peaks(device, args.network, batch, mode):
             yield {"batch": batch, "precision": "bf16", "mode": mode} | row
 
     if "ceilings" in args.only and device.type == "cuda":
@@ -156,7 +157,7 @@ def parts(args: argparse.Namespace, device: torch.device) -> Iterator[Part]:
             for mode in ("eager", "captured") if "memory" in args.only and device.type == "cuda" else ():
                 yield Part(f"memory: {mode}", NEEDED["memory"], partial(memory, args.batch_sizes[0], mode))
     for count in (2, 3) if "runs" in args.only and device.type == "cuda" else ():
-        runs = partial(device_steps.side_by_side, device, args.network, count)
+        runs = partial(device_times.side_by_side, device, args.network, count)
         yield Part(f"runs: {count} at once", NEEDED["runs"], runs)
 
 
@@ -190,8 +191,8 @@ def recipe(name: str, args: argparse.Namespace, device: torch.device) -> Iterato
         job.main([*told, *options])
     finally:
         callbacks.remove(Clock)
-    device_steps.free()
-    bare = device_steps.time_of(device, device_steps.amp_step(Problem(device, args.network, 50, precision, mode)))
+    device_times.free()
+    bare = device_times.time_of(device, device_steps.amp_step(Problem(device, args.network, 50, precision, mode)))
     ms = median(1e3 * (b - a) / every for a, b in pairwise(times[2:]))  # the first ones warm up
     baseline = f"bare passes, {precision}, {mode}"
     yield {"way": name, "batch": 50, "baseline": baseline, "ratio": ms / bare, "ms": ms, "images_s": 5e4 / ms}

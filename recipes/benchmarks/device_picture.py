@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from amp_plugin.report.style import AMBER, BLUE, GREEN, PINK, VERMILION, legend_below, picture
-from benchmarks.device_steps import Row
+from benchmarks.device_times import Row
 
 WAYS = {"SGD": BLUE, "AMP": VERMILION, "AMP, attach": PINK, "SAM": GREEN, "SAM of pytorch_optimizer": AMBER}
 MARKERS = dict(zip(WAYS, "osD^v", strict=True))

@@ -120,7 +120,8 @@ def test_each_door_that_the_error_of_a_bare_step_names_is_there() -> None:
     for name in doors:
         module, _, door = name.rpartition(".")
         spec = importlib.util.find_spec(module)  # not imported: fastai may be absent
-        assert spec is not None and spec.origin is not None
+        assert spec is not None
+        assert spec.origin is not None
         assert re.search(rf'(class |"){door}\b', Path(spec.origin).read_text(encoding="utf-8"))
 
 

@@ -19,7 +19,7 @@ import benchmark
 import pytest
 import torch
 import transformers.trainer
-from benchmarks import counts, device, device_picture, device_steps, host, recipe, step
+from benchmarks import counts, device, device_picture, device_steps, device_times, host, recipe, step
 from benchmarks.memory import peak_memory
 from benchmarks.rows import Row, counted, draw, markdown, picture_of, timed
 from benchmarks.turns import Turn, take_turns
@@ -286,7 +286,7 @@ def measured(file: Path, *arguments: str) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_steps, "GROUP_SECONDS", 0.0)
+    monkeypatch.setattr(device_times, "GROUP_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize("way", device_steps.WAYS)
