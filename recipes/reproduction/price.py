@@ -47,13 +47,13 @@ class Price(NamedTuple):
 
 def price(cell: Cell, scale: Scale) -> Price:
     """Count what a run takes, on tensors without contents."""
-    _, model_args, args = parse(train_argv(cell, scale))
+    data_args, model_args, args = parse(train_argv(cell, scale))
     dataset = published().datasets.get(cell.setting.dataset)
     if dataset is None:
         raise ValueError(
             f"--plan knows the paper's data sets, {', '.join(published().datasets)}; not {cell.setting.dataset}"
         )
-    images = cell.options(scale).get("train_images", dataset["images"])
+    images = data_args.train_images or dataset["images"]
     architecture = (model_args.model, str(model_args.model_kwargs), dataset["classes"])
     model = _model(*architecture)
     kind, kwargs = RecipeTrainer.get_optimizer_cls_and_kwargs(args, model)

@@ -447,6 +447,8 @@ def test_the_plan_counts_the_products(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (erm.passes, amp.passes) == (200, 400)
     assert erm.flops == 200 * 73257 * an_image
     assert amp.flops == 2 * erm.flops
+    short = replace(paper, train_args=["--train_images", "500", "--num_train_epochs", "3"])
+    assert price.price(erm.cell, short).flops == 3 * 500 * an_image
     chosen = "--models preactresnet18 --datasets svhn --methods erm amp --seeds 1 2"
     gpu = "--peak_tflops 100 --utilisation 0.5 --gpu X"
     reproduce.main(f"--scale paper --plan {chosen} {gpu} --output_dir {tmp_path}".split(" "))
