@@ -9,16 +9,17 @@ from transformers import Trainer
 from amp_plugin.doors.trainer import AMPMixin
 from amp_plugin.trainer.checkpoints import CheckpointMixin
 from amp_plugin.trainer.described import optimizer_in_words, settings_in_words
+from amp_plugin.trainer.evaluation import EvaluationMixin
 from amp_plugin.trainer.publishing import PublishingMixin
 
 
-class AMPTrainer(AMPMixin, CheckpointMixin, PublishingMixin, Trainer):
+class AMPTrainer(AMPMixin, CheckpointMixin, EvaluationMixin, PublishingMixin, Trainer):
     """`transformers.Trainer` with Adversarial Model Perturbation when ``args.optim`` asks for it.
 
     :class:`AMPMixin` makes the perturbations and logs what they did; the docstring there names what is logged.
-    :class:`CheckpointMixin` keeps checkpoints complete whatever kills the process. :class:`PublishingMixin` makes sure,
-    before a training begins, that ``push_to_hub`` will work after it. For a Trainer of another library, combine the
-    mixins with that one.
+    :class:`CheckpointMixin` keeps checkpoints complete whatever kills the process. :class:`EvaluationMixin` keeps the
+    weights as they are where an evaluation is in half precision. :class:`PublishingMixin` makes sure, before a training
+    begins, that ``push_to_hub`` will work after it. For a Trainer of another library, combine the mixins with that one.
 
     Raises:
         TypeError: The arguments are neither :class:`amp_plugin.AMPTrainingArguments` nor made of `AMPArguments`.
