@@ -44,16 +44,23 @@ def ladder() -> dict[str, Any]:
     return data
 
 
+def strengths(rung: str) -> list[float]:
+    """Return the strengths that are tried on a rung."""
+    found: list[float] = ladder()["rungs"][rung].get("strengths", ladder()["strengths"])
+    return found
+
+
 def rungs() -> dict[str, tuple[Scale, dict[float, Cell]]]:
     """Return the scale and the runs of each rung, by strength; the strength 0 is ERM."""
     data, base = ladder(), read_scale("cpu")
     ((model, args),), tuning = base.models.items(), base.tuning
     if tuning is None:
         raise ValueError(f"{base.path} has no held-out images")
-    balls = [{"amp_epsilon": s * data["epsilon"], "amp_inner_lr": s * data["inner_lr"]} for s in data["strengths"]]
-    trials: dict[str, list[dict[str, Any]]] = {"erm": [{}], "amp": balls}
     found = {}
     for name, rung in data["rungs"].items():
+        # Rounded, so that 3 * 0.2 is 0.6 in the ledger.
+        balls = [{f"amp_{key}": round(s * data[key], 10) for key in ("epsilon", "inner_lr")} for s in strengths(name)]
+        trials: dict[str, list[dict[str, Any]]] = {"erm": [{}], "amp": balls}
         scale = replace(
             base,
             models={model: {**args, **rung.get("model", {})}},
@@ -62,7 +69,7 @@ def rungs() -> dict[str, tuple[Scale, dict[float, Cell]]]:
             methods=list(trials),
             tuning=replace(tuning, trials=trials, carried={}),
         )
-        found[name] = scale, dict(zip((0.0, *data["strengths"]), Selection(scale).trials(), strict=True))
+        found[name] = scale, dict(zip((0.0, *strengths(name)), Selection(scale).trials(), strict=True))
     return found
 
 
@@ -88,9 +95,11 @@ def table(found: Found) -> str:
     """Render a row for each rung and strength; the lowest of a rung whose strengths have all been run is bold."""
     rows = []
     for name, runs in found.items():
-        whole = len(runs) == 1 + len(ladder()["strengths"])
+        whole = len(runs) == 1 + len(strengths(name))
         for strength, metrics in runs.items():
             ball = [f"{strength * ladder()[key]:g}" for key in ("epsilon", "inner_lr")] if strength else ["ERM", "-"]
+            if strength == ladder()["rungs"][name].get("predicted"):
+                ball[0] += ", predicted"
             row = [name, *ball]
             for measure, (_, digits) in _MEASURES.items():
                 mark = "**" if whole and strength == best(runs, measure) else ""
@@ -103,7 +112,6 @@ def table(found: Found) -> str:
 
 def draw(found: Found, path: Path) -> None:
     """Draw NLL and error against the strength to a PNG, a panel a rung; a dashed line shows ERM."""
-    ticks = ladder()["strengths"]
     title = "AMP by its strength, on each rung"
     with picture(path, title, (1.7 * len(found) + 1, 4.8), figures=table(found)) as figure:
         grid: Any = figure.subplots(len(_MEASURES), len(found), sharey="row", squeeze=False)
@@ -117,6 +125,7 @@ def draw(found: Found, path: Path) -> None:
                     axes.axhline(
                         records.known(runs[0.0], measure), color=VERMILION, linestyle="--", linewidth=1, label="ERM"
                     )
+                ticks = strengths(name)
                 axes.set_xscale("log")
                 axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
                 axes.minorticks_off()
