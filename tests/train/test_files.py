@@ -380,7 +380,8 @@ def test_columns_that_differ_between_files_are_named(sources: Path, tmp_path: Pa
     folder = Path(shutil.copytree(sources / "reviews", tmp_path / "copy"))
     (folder / "test.csv").write_text("text,humour\na,b\n", encoding="utf-8")
     said = one_line(lambda: texts_of(folder, "mood"))
-    assert "all files must have the same columns, and one has humour, text where others have mood, stars, text" in said
+    assert "files must have the same columns" in said
+    assert all(name in said for name in ("humour", "mood", "stars"))  # in words of older datasets too
 
 
 def test_a_cache_that_was_cut_short_is_named(sources: Path, tmp_path: Path) -> None:
