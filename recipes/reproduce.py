@@ -30,10 +30,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from guides.page import run_script, write_part, write_whole
-from reproduction import price, records, slurm, trade_off
+from reproduction import beside, price, records, slurm, trade_off
 from reproduction.cells import Cell, Selection
 from reproduction.choose import choose
-from reproduction.comparison import rows_of
+from reproduction.comparison import Row, rows_of
+from reproduction.published import Setting
 from reproduction.scale import PAPER, Scale, check_train_args, read_scale
 from reproduction.sweep import Sweep
 from reproduction.table import draw, markdown
@@ -130,7 +131,15 @@ def main(argv: list[str] | None = None) -> None:
     elif args.table:
         paper = scale.name == PAPER
         picture = partial(draw, title=f"Scale: {scale.name}", with_paper=paper)
-        show(args, "reproduction", scale, rows_of(chosen, ledger), partial(markdown, with_paper=paper), picture)
+
+        def text(tables: dict[Setting, list[Row]]) -> str:
+            whole = markdown(tables, with_paper=paper)
+            if scale.like is None:
+                return whole
+            others = rows_of(Selection(read_scale(scale.like), seeds=args.seeds), ledger)
+            return "\n\n".join(filter(None, (whole, beside.markdown(tables, others, scale.like))))
+
+        show(args, "reproduction", scale, rows_of(chosen, ledger), text, picture)
     elif args.trade_off:
         seconds, tables = trade_off.seconds_of(args.benchmark), rows_of(chosen, ledger)
         modes = {setting: trade_off.modes_of(rows, seconds) for setting, rows in tables.items()}

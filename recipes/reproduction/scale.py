@@ -45,6 +45,7 @@ class Scale:
     tuning: Tuning | None = None  # None if the published hyper-parameters are taken
     chosen: dict[Setting, dict[str, dict[str, Any]]] = field(default_factory=dict)  # from `chosen_path`, by method
     train_args: list[str] = field(default_factory=list)  # further arguments of train.py, from the command line
+    like: str | None = None  # name of the scale that this one is like, beside which its table stands
 
     @property
     def name(self) -> str:
@@ -73,10 +74,10 @@ def read_scale(name: str) -> Scale:
     if isinstance(data, dict) and "like" in data:
         given = data.get("options") or {}
         base, data = _based(path, data)
-    data = _checked(data, Scale, f"{path}: a scale", {"path", "chosen", "train_args"})
+    data = _checked(data, Scale, f"{path}: a scale", {"path", "chosen", "train_args", "like"})
     if data.get("tuning") is not None:
         data["tuning"] = Tuning(**_checked(data["tuning"], Tuning, f"{path}: tuning"))
-    scale = Scale(path=path, **data)
+    scale = Scale(path=path, like=base.name if base else None, **data)
     _check(scale)
     if base is not None:
         for setting, by_method in base.chosen.items():

@@ -253,6 +253,28 @@ def test_other_hyper_parameters_are_another_row(tabulated: tuple[Scale, list[dic
         rows_of(Selection(scale), [*ledger, ledger[1]])
 
 
+def test_a_scale_stands_beside_the_one_that_it_is_like(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("scipy", reason="intervals")
+    cpu, larger = read_scale("cpu"), read_scale("cpu_batch67")
+    assert (cpu.like, larger.like) == (None, "cpu")
+    errors = {"erm": [50.0, 53.0], "amp": [47.0, 47.0], "amp_split4": [46.0, 51.0]}
+    cells = Selection(cpu, datasets=["cifar10"], methods=list(errors), seeds=[1, 2]).runs()
+    ledger = [run_of(c, cpu, eval_error=errors[c.method][c.seed - 1], eval_nll=2.0, eval_ece=0.1) for c in cells]
+    for cell, error in zip(Selection(larger, seeds=[1, 2]).runs(), (45.0, 46.0), strict=True):
+        ledger.append(run_of(cell, larger, eval_error=error, eval_nll=1.5, eval_ece=0.1))
+    (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(run) + "\n" for run in ledger))
+    reproduce.main(["--scale", "cpu_batch67", "--table", "--output_dir", str(tmp_path)])
+    line = (
+        capsys.readouterr().out.partition("Beside the scale cpu,")[2].split("| AMP, split(0.25) |")[1].splitlines()[0]
+    )
+    seeds, *found, _ = map(str.strip, line.split("|"))
+    # ERM's 5 and 7 points more, AMP's 2 and 1, the same method's 1 and 5.
+    assert (seeds, [cell.split()[0] for cell in found]) == (
+        "2",
+        ["+6.00", "+0.500", "+1.50", "+0.500", "+3.00", "+0.500"],
+    )
+
+
 def test_the_paper_stands_beside_runs_of_its_scale() -> None:
     paper = read_scale("paper")
     cells = Selection(paper, ["preactresnet18"], ["cifar10"], methods=["erm", "amp"], seeds=[1]).runs()
