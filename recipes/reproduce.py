@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -131,15 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.table:
         paper = scale.name == PAPER
         picture = partial(draw, title=f"Scale: {scale.name}", with_paper=paper)
-
-        def text(tables: dict[Setting, list[Row]]) -> str:
-            whole = markdown(tables, with_paper=paper)
-            if scale.like is None:
-                return whole
-            others = rows_of(Selection(read_scale(scale.like), seeds=args.seeds), ledger)
-            return "\n\n".join(filter(None, (whole, beside.markdown(tables, others, scale.like))))
-
-        show(args, "reproduction", scale, rows_of(chosen, ledger), text, picture)
+        show(args, "reproduction", scale, rows_of(chosen, ledger), partial(in_words, chosen, ledger), picture)
     elif args.trade_off:
         seconds, tables = trade_off.seconds_of(args.benchmark), rows_of(chosen, ledger)
         modes = {setting: trade_off.modes_of(rows, seconds) for setting, rows in tables.items()}
@@ -149,6 +141,15 @@ def main(argv: list[str] | None = None) -> None:
         show(args, "plan", scale, [price.price(cell, scale) for cell in chosen.runs()], partial(price.table, gpu=gpu))
     else:
         run(chosen.trials() if args.tune else chosen.runs(), scale, args, sys.argv[1:] if argv is None else argv)
+
+
+def in_words(chosen: Selection, ledger: Sequence[records.Record], tables: dict[Setting, list[Row]]) -> str:
+    """Render the tables of a scale, and what stands beside them."""
+    like = chosen.scale.like
+    parts = [markdown(tables, with_paper=chosen.scale.name == PAPER), beside.combinations(tables)]
+    if like is not None:
+        parts.append(beside.of_scales(tables, rows_of(Selection(read_scale(like), seeds=chosen.seeds), ledger), like))
+    return "\n\n".join(filter(None, parts))
 
 
 def show(

@@ -1,4 +1,4 @@
-"""The methods of a scale against those of the scale that it is like, over the seeds that both have."""
+"""Methods against others than ERM and AMP: those of the scale that theirs is like, and the parts of a combination."""
 
 from __future__ import annotations
 
@@ -12,7 +12,23 @@ from reproduction.published import Setting, methods
 from reproduction.table import DIGITS, differences
 
 
-def markdown(tables: Mapping[Setting, Sequence[Row]], others: Mapping[Setting, Sequence[Row]], other: str) -> str:
+def combinations(tables: Mapping[Setting, Sequence[Row]]) -> str:
+    """Render, by setting, what each part of a combined method has more when it is alone; nothing if there is none."""
+    parts = []
+    for setting, rows in tables.items():
+        lines = []
+        for row in rows:
+            sources = methods()[row.method].sources
+            for source in sources if len(sources) > 1 else ():
+                names = [in_markdown(methods()[name].label) for name in (row.method, source)]
+                lines.append([*names, *differences([reference_of(rows, source)], row, {**DIGITS, "eval_ece": 3})])
+        if lines:
+            heads = ["combined", "part", *(f"part minus combined: {measure}" for measure in ("error", "NLL", "ECE"))]
+            parts.append(f"Combined methods on {setting.dataset}, against each part alone:\n\n{table(heads, lines)}")
+    return "\n\n".join(parts)
+
+
+def of_scales(tables: Mapping[Setting, Sequence[Row]], others: Mapping[Setting, Sequence[Row]], other: str) -> str:
     """Render, by setting, what the other scale's ERM, its AMP and its same method have more than a method here.
 
     Args:

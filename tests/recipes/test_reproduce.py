@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from filelock import FileLock
 from guides.page import read_part
 from PIL import Image
 from repository import ROOT
-from reproduction import price, records, trade_off
+from reproduction import beside, price, records, trade_off
 from reproduction.cells import Cell, Selection
 from reproduction.choose import choose
 from reproduction.comparison import Row, paired, rows_of
@@ -275,6 +276,19 @@ def test_a_scale_stands_beside_the_one_that_it_is_like(tmp_path: Path, capsys: p
     )
 
 
+def test_a_combined_method_stands_beside_its_parts() -> None:
+    pytest.importorskip("scipy", reason="intervals")
+    scale = read_scale("cpu")
+    errors = {"erm": [50.0, 53.0], "amp": [47.0, 47.0], "dropout": [48.0, 47.0], "amp_dropout": [45.0, 46.0]}
+    cells = Selection(scale, datasets=["cifar10"], methods=list(errors), seeds=[1, 2]).runs()
+    ledger = [run_of(c, scale, eval_error=errors[c.method][c.seed - 1], eval_nll=2.0, eval_ece=0.1) for c in cells]
+    lines = beside.combinations(rows_of(Selection(scale), ledger)).splitlines()[4:]
+    found = [[cell.split()[0] for cell in line.strip("| ").split(" | ")[1:3]] for line in lines]
+    assert found == [["AMP", "+1.50"], ["Dropout", "+2.00"]]  # means of 2 and 1, of 3 and 1
+    alone = {setting: rows[:3] for setting, rows in rows_of(Selection(scale), ledger).items()}
+    assert beside.combinations(alone) == ""
+
+
 def test_the_paper_stands_beside_runs_of_its_scale() -> None:
     paper = read_scale("paper")
     cells = Selection(paper, ["preactresnet18"], ["cifar10"], methods=["erm", "amp"], seeds=[1]).runs()
@@ -422,13 +436,19 @@ def test_the_pages_show_the_ledger(tmp_path: Path) -> None:
     rows = rows_of(Selection(scale), ledger)
     seconds = trade_off.seconds_of(reproduce.BENCHMARK)
     modes = {setting: trade_off.modes_of(some, seconds) for setting, some in rows.items()}
-    for page, mark, text in (
-        ("RESULTS.md", "reproduction-cpu", markdown(rows, with_paper=False)),
-        ("guides/ASCENT.md", "trade-off-cpu", trade_off.markdown(modes)),
-    ):
-        file = ROOT / "recipes" / page
-        assert read_part(file, mark).endswith(text), "render it anew from the ledger"
-        assert shows(file.with_name(f"{mark}.png"), text), "draw it anew from the ledger"
+    page = ROOT / "recipes" / "guides" / "ASCENT.md"
+    assert read_part(page, "trade-off-cpu").endswith(trade_off.markdown(modes)), "render it anew from the ledger"
+    assert shows(page.with_name("trade-off-cpu.png"), trade_off.markdown(modes)), "draw it anew from the ledger"
+    page = ROOT / "recipes" / "RESULTS.md"
+    names = re.findall(r"<!-- reproduction-(\w+): begin -->", page.read_text())
+    assert "cpu" in names
+    for name in names:
+        chosen = Selection(read_scale(name))
+        tables = rows_of(chosen, ledger)
+        said = reproduce.in_words(chosen, ledger, tables)
+        assert read_part(page, f"reproduction-{name}").endswith(said), "render it anew from the ledger"
+        table = markdown(tables, with_paper=False)
+        assert shows(page.with_name(f"reproduction-{name}.png"), table), "draw it anew from the ledger"
     anew = replace(scale, path=tmp_path / scale.path.name)  # where nothing has been chosen yet
     choice = choose(anew, Selection(anew).trials(), ledger)
     assert read_part(ROOT / "recipes" / "RESULTS.md", "trials-cpu") == choice.table, "run --choose anew"
