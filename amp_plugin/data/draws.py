@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 _MAX_KEY = 2**64 - 1
-SELECTION_STREAM = _MAX_KEY  # a stream that no epoch reaches
+SELECTION_STREAM, NOISE_STREAM = _MAX_KEY, _MAX_KEY - 1  # streams that no epoch reaches
 
 
 def uniform_draws(seed: int, stream: int, samples: int, columns: int) -> npt.NDArray[np.float64]:

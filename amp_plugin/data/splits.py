@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from amp_plugin.data.draws import SELECTION_STREAM, uniform_draws
+from amp_plugin.data.draws import NOISE_STREAM, SELECTION_STREAM, uniform_draws
 
 Split = TypeVar("Split", bound="LabelledSplit")
 _LARGE = 2**32  # bytes
@@ -71,6 +72,29 @@ class LabelledSplit:
             raise DatasetError(f"holding out all {n} {self.kind} leaves none to train on; hold out fewer")
         order = self._balanced(n, seed)
         return self._take(np.sort(order[n:])), self._take(np.sort(order[:n]))
+
+    def with_label_noise(self: Split, fraction: float, classes: int, seed: int) -> Split:
+        """Give ``round(fraction * N)`` random examples another label, drawn evenly from the other classes.
+
+        Which examples change, and to what, depends on the seed and on their places in the split alone.
+
+        Args:
+            fraction: share of the examples, in [0, 1).
+            classes: number of classes.
+            seed: seed of the noise.
+
+        Raises:
+            DatasetError: the fraction is above 0, and so small that no label would change.
+        """
+        changed = round(fraction * len(self))
+        if fraction and not changed:
+            raise DatasetError(f"label noise of {fraction:g} changes no label of {len(self)} {self.kind}; ask for more")
+        chance, other = uniform_draws(seed, NOISE_STREAM, len(self), 2).T
+        which = np.argsort(chance, kind="stable")[:changed]
+        labels = self.labels.copy()
+        labels[which] += 1 + (other[which] * (classes - 1)).astype(np.int64)
+        split: Any = self
+        return replace(split, labels=labels % classes)  # type: ignore[no-any-return]
 
     def _balanced(self, n: int, seed: int) -> npt.NDArray[np.intp]:
         """Shuffle all indices such that the first ``n`` hold the classes equally often."""

@@ -41,7 +41,7 @@ _PICTURES = {"line": "landscape_line.png", "plane": "landscape.png"}
 # Runs that differ in one of these options would be measured on different data.
 _DATA = (
     *("dataset", "dataset_config_name", "image_column", "text_column", "text_pair_column", "label_column"),
-    *("train_split", "train_images", "validation_images", "image_size"),
+    *("train_split", "train_images", "validation_images", "image_size", "label_noise"),
 )
 
 
@@ -154,7 +154,8 @@ def _settings(arguments: argparse.Namespace, first: SavedRun) -> MeasureSettings
 
 
 def _check_same_data(first: SavedRun, run: SavedRun) -> None:
-    differ = [name for name in _DATA if first.settings.get(name) != run.settings.get(name)]
+    drawn = ("seed",) if first.settings.get("label_noise") else ()  # which the noise is drawn by
+    differ = [name for name in (*_DATA, *drawn) if first.settings.get(name) != run.settings.get(name)]
     if differ:
         told = "; ".join(f"{n} {first.settings.get(n)!r} and {run.settings.get(n)!r}" for n in differ)
         raise ValueError(f"{first.folder} and {run.folder} were trained on different data, so not comparable: {told}")

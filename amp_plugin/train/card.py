@@ -61,12 +61,12 @@ def compared_run(path: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return the settings, except the optimizer's, that both runs have and that differ: theirs and ours.
 
-    A setting that changes the training loss counts even if one run alone has it.
+    A setting that changes the training loss or the labels counts even if one run alone has it.
     """
     ours = json.loads(json.dumps(dict(ours), default=str))
     optimizers = ("optim", *BALLS.values())
     common = [n for n in ours if n in theirs and n not in optimizers and not n.startswith("amp_")]
-    compared = {name: (theirs.get(name), ours.get(name)) for name in (*common, *OBJECTIVES)}
+    compared = {name: (theirs.get(name), ours.get(name)) for name in (*common, *OBJECTIVES, "label_noise")}
     return {name: (t, o) for name, (t, o) in compared.items() if t != o}
 
 
@@ -113,7 +113,7 @@ def _metrics(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _data(task: Task, args: DataArguments) -> RunData:
-    kind, size = task.train.split.kind, ""
+    size = ""
     if isinstance(task.train, ImageBatches):
         height, width = task.train.split.images.shape[1:3]
         size = f"{height}x{width} pixels, "
@@ -127,7 +127,7 @@ def _data(task: Task, args: DataArguments) -> RunData:
         on_hub=not (bundled or local),
         config=args.dataset_config_name or (source.config_name if source else None),
         split="validation" if held_out else args.test_split,
-        described=f"{len(task.train):,} {kind} to train, {len(task.test):,} {'held out' if held_out else 'to test'},"
+        described=f"{task.examples_to_train()}, {len(task.test):,} {'held out' if held_out else 'to test'},"
         f" {size}{len(task.class_names())} classes",
         note="These few images are for trying things out: the results say nothing about CIFAR-10." if bundled else "",
     )
@@ -142,8 +142,10 @@ def _comparison(ours: Mapping[str, Any], theirs: Mapping[str, Any] | None) -> tu
     differ = differences(theirs["settings"], ours["settings"])
     listed = "; ".join(f"`{name}` {_cell(t)}, here {_cell(o)}" for name, (t, o) in differ.items())
     then, now = (record.get("execution", {}).get("data", {}) for record in (theirs, ours))
-    same_name = not differ.keys() & {field.name for field in fields(DataArguments)}
-    if same_name and any(then[part] != now.get(part) for part in then):
+    of_data = {field.name for field in fields(DataArguments)}
+    if ours["settings"].get("label_noise"):
+        of_data.add("seed")  # which the noise is drawn by
+    if not differ.keys() & of_data and any(then[part] != now.get(part) for part in then):
         listed = "; ".join(filter(None, [listed, "the data, which have changed under their name"]))
     same = f"The runs also differ in: {listed}." if listed else "All settings but the optimizer are the same."
     if theirs.get("commit") != ours["commit"] or theirs.get("versions") != ours["versions"]:

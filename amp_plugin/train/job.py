@@ -152,8 +152,8 @@ def _main(argv: list[str], held: contextlib.ExitStack) -> None:
         methods = "".join(f", {name}: {words}" for name, words in methods_in_words(vars(args)).items())
         tell(
             f"{visible(model_args.name)} with {model.num_parameters():,} parameters{task.origin()} on"
-            f" {visible(task.dataset)}: {len(task.train):,} {task.train.split.kind} to train, {len(task.test):,} to"
-            f" test, {len(task.class_names()):,} classes; {args.optim}"
+            f" {visible(task.dataset)}: {task.examples_to_train()}, {len(task.test):,} to test,"
+            f" {len(task.class_names()):,} classes; {args.optim}"
             f" ({amp_in_words(args) if args.uses_amp else 'without AMP'}){methods}; on {where}; results in"
             f" {visible(str(args.output_dir))}"
         )

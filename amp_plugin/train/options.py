@@ -52,6 +52,9 @@ class DataArguments:
     validation_images: int | None = option(
         None, "Hold out so many training images (or texts) and report on them, to choose settings honestly."
     )
+    label_noise: float = option(
+        0.0, "Give this fraction of the training images (or texts) another label, drawn evenly from the other classes."
+    )
 
     def __post_init__(self) -> None:
         """Check the numbers, and that the options are for images or for texts."""
@@ -72,11 +75,12 @@ class DataArguments:
             return "none" if self.dataset == BUNDLED else "plain"
         return self.augment
 
-    def chosen(self, train: Split, test: Split) -> tuple[Split, Split]:
-        """Return the examples to train on and those to report on."""
+    def chosen(self, train: Split, test: Split, *, classes: int, seed: int) -> tuple[Split, Split]:
+        """Return the examples to train on, with the label noise of a seed, and those to report on."""
         if self.validation_images is not None:
             train, test = train.split(self.validation_images)
-        return (train if self.train_images is None else train.subset(self.train_images)), test
+        train = train if self.train_images is None else train.subset(self.train_images)
+        return (train.with_label_noise(self.label_noise, classes, seed) if self.label_noise else train), test
 
 
 _DEFAULT_MODEL, _NARROW = "preactresnet18", '{"width": 16, "layers": [1, 1, 1, 1]}'
@@ -326,6 +330,8 @@ def default_folder(data: DataArguments, model: ModelArguments, training: RecipeA
 
 # These stock options are recorded even at their defaults.
 _STOCK = "seed max_steps gradient_accumulation_steps world_size warmup_steps bf16 fp16 torch_compile optim_args"
+# These are recorded where they are on, so that older runs have the settings of new ones.
+_RECORDED_WHERE_ON = {"amp_capture", "capture", "label_noise"}
 # These options do not decide the outcome of a run; what --fast chose is recorded instead of it.
 _NO_OUTCOME = (
     "compare_with data_root dataloader_pin_memory debug disable_tqdm do_eval dry_run fast hub_license ledger minutes"
@@ -341,11 +347,12 @@ def decides_outcome(option: str) -> bool:
 
 def settings_of(data: DataArguments, model: ModelArguments, training: RecipeArguments) -> dict[str, Any]:
     """Return the settings that decide a run's outcome, for the ledger, without where the run wrote its results."""
-    settings = {**vars(data), "dataset": shown_name(data.dataset), "augment": data.augmentation, **vars(model)}
+    settings = {n: value for n, value in vars(data).items() if value or n not in _RECORDED_WHERE_ON}
+    settings |= {"dataset": shown_name(data.dataset), "augment": data.augmentation, **vars(model)}
     if model.pretrained is not None:
         settings |= {"model": None, "model_kwargs": None, "pretrained": model.name}
     own = {"optim", *RecipeArguments.__annotations__, *(f.name for f in fields(AMPArguments))}
-    own -= {"capture", "amp_capture"}  # recorded where they are on, so that older runs have the settings of new ones
+    own -= _RECORDED_WHERE_ON
     options = fields(training)
     recorded = [f.name for f in options if f.name in own] + _STOCK.split()
     recorded += [f.name for f in options if _changed(f, training)]

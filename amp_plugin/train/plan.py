@@ -43,7 +43,7 @@ def plan(data_args: DataArguments, model_args: ModelArguments, args: RecipeArgum
     factors = {"batches": args.gradient_accumulation_steps, "processes": args.world_size}
     step = " x ".join([f"{args.train_batch_size} images", *(f"{n} {name}" for name, n in factors.items() if n > 1)])
     rows = {
-        "data": f"{task.dataset}: {len(task.train):,} {examples} to train, {len(task.test):,} to"
+        "data": f"{task.dataset}: {task.examples_to_train()}, {len(task.test):,} to"
         f" {'validate' if data_args.validation_images else 'test'}, {sizes}, {len(task.class_names())} classes"
         + augmentation,
         "model": model_args.name

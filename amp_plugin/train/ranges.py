@@ -28,6 +28,7 @@ RANGES = {
     "flood_level": "[0, inf)",
     "gradient_accumulation_steps": "[1, inf)",
     "image_size": "[1, 4096]",
+    "label_noise": "[0, 1)",
     "label_smoothing_factor": "[0, 1)",
     "learning_rate": "[0, inf)",
     "local_rank": "[-1, 65535]",

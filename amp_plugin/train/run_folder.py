@@ -148,7 +148,9 @@ class SavedRun:
         """Load so many training examples, or all, as the model takes them: always the same, equally many a class."""
         train: Any = self.task.train
         count = len(train) if examples is None else examples
-        chosen: Any = Subset(train, train.split.subset_indices(count).tolist())
+        # The classes of all examples need not be equally many.
+        indices = range(count) if count == len(train) else train.split.subset_indices(count).tolist()
+        chosen: Any = Subset(train, indices)
         return DataLoader(chosen, batch_size, collate_fn=collate)
 
 
@@ -172,7 +174,7 @@ def open_run(folder: str | Path, *, dataset: str | None = None, data_root: str |
     recorded |= {"data_root": data_root, "augment": "default" if recorded.get("text_column") else "none"}
     if dataset is not None:
         recorded["dataset"] = dataset
-    args = RecipeArguments(output_dir=str(folder))
+    args = RecipeArguments(output_dir=str(folder), seed=settings["seed"])  # the seed of the label noise
     # The folder is a checkpoint like any other, with the classes of its own data set.
     model = ModelArguments(pretrained=str(folder), freeze_backbone=settings.get("freeze_backbone", False))
     task = make_task(DataArguments(**recorded), model, args)

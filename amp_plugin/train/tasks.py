@@ -34,6 +34,7 @@ class Task:
     test: ImageBatches | TextBatches
     processor: Any = None  # image processor or tokenizer to save beside the model
     new: list[str] | None = None  # parameters that do not come from the checkpoint; None without a checkpoint
+    label_noise: float = 0.0  # share of the examples to train on that were given another label
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -45,6 +46,12 @@ class Task:
         """Return the names of the classes, in the order of the model's outputs."""
         names: Any = self.model.config.id2label
         return [str(names[i]) for i in sorted(names)]
+
+    def examples_to_train(self) -> str:
+        """Tell how many examples there are to train on, and how many of them were given another label, if any."""
+        count, kind = len(self.train), self.train.split.kind
+        noise = f", {round(self.label_noise * count):,} of them with another label" if self.label_noise else ""
+        return f"{count:,} {kind} to train{noise}"
 
     def origin(self) -> str:
         """Tell where the parameters come from, and how many are trained, if not all; the text is empty from scratch."""
@@ -110,7 +117,7 @@ def _image_task(data_args: DataArguments, model_args: ModelArguments, args: Reci
             # Small images of one size are kept and augmented as they are, and resized batch by batch.
             image_size=None if data_args.dataset in SOURCES else side,
         )
-    train, test = data_args.chosen(data.train, data.test)
+    train, test = data_args.chosen(data.train, data.test, classes=len(data.class_names), seed=args.seed)
     check_whole_batches(args, len(train), len(test))
     model: PreTrainedModel
     processor, new, settings = None, None, data.settings
@@ -137,7 +144,7 @@ def _image_task(data_args: DataArguments, model_args: ModelArguments, args: Reci
     if not args.dry_run:
         move_to_device(training, args)
         move_to_device(testing, args)
-    return Task(shown_name(data.name), model, training, testing, processor, new)
+    return Task(shown_name(data.name), model, training, testing, processor, new, data_args.label_noise)
 
 
 def _text_task(data_args: DataArguments, model_args: ModelArguments, args: RecipeArguments) -> Task:
@@ -158,10 +165,11 @@ def _text_task(data_args: DataArguments, model_args: ModelArguments, args: Recip
             train_split=data_args.train_split,
             test_split=data_args.test_split,
         )
-    train, test = data_args.chosen(data.train, data.test)
+    train, test = data_args.chosen(data.train, data.test, classes=len(data.class_names), seed=args.seed)
     check_whole_batches(args, len(train), len(test))
     checkpoint = text_checkpoint(model_args.pretrained, data.class_names, data_args.max_seq_length)
     batches = partial(TextBatches, tokenizer=checkpoint.tokenizer, max_length=checkpoint.max_length)
     return Task(
-        shown_name(data.name), checkpoint.model, batches(train), batches(test), checkpoint.tokenizer, checkpoint.new
+        *(shown_name(data.name), checkpoint.model, batches(train), batches(test)),
+        *(checkpoint.tokenizer, checkpoint.new, data_args.label_noise),
     )

@@ -635,6 +635,54 @@ def test_holding_everything_out(uneven: ImageSplit) -> None:
         uneven.split(60)
 
 
+def labelled(n: int, classes: int) -> ImageSplit:
+    return ImageSplit(np.zeros((n, 1, 1, 3), np.uint8), np.arange(n, dtype=np.int64) % classes)
+
+
+@pytest.mark.parametrize(("fraction", "changed"), [(0.2, 200), (0.4, 401), (0.999, 1001), (0.0, 0), (0.001, 1)])
+def test_label_noise_changes_exactly_so_many_labels(fraction: float, changed: int) -> None:
+    split = labelled(1002, 10)
+    noisy = split.with_label_noise(fraction, 10, seed=3)
+    assert (noisy.labels != split.labels).sum() == changed
+    assert noisy.labels.dtype == np.int64
+    assert set(noisy.labels) <= set(range(10))
+    assert noisy.images is split.images
+    assert split.labels.tolist() == [i % 10 for i in range(1002)], "the split itself stays"
+
+
+def test_label_noise_is_even_over_examples_and_over_the_other_classes() -> None:
+    """Counts of 40,000 changes lie within five standard deviations of those of even chances."""
+    split = labelled(100_000, 5)
+    noisy = split.with_label_noise(0.4, 5, seed=7)
+    changed = noisy.labels != split.labels
+    moved = np.bincount(5 * split.labels[changed] + noisy.labels[changed], minlength=25).reshape(5, 5)
+    assert moved.diagonal().sum() == 0
+    others = moved[~np.eye(5, dtype=bool)]
+    np.testing.assert_allclose(others, 2000, atol=5 * 2000**0.5)
+    np.testing.assert_allclose(changed.reshape(10, -1).sum(axis=1), 4000, atol=5 * 4000**0.5)
+
+
+def test_label_noise_depends_on_the_seed_alone_and_on_no_other_draw() -> None:
+    split = labelled(500, 10)
+    noise = split.with_label_noise(0.2, 10, seed=1).labels
+    np.random.default_rng(0).normal(size=9)
+    np.testing.assert_array_equal(split.with_label_noise(0.2, 10, seed=1).labels, noise)
+    assert (split.with_label_noise(0.2, 10, seed=2).labels != noise).any()
+    more = split.with_label_noise(0.4, 10, seed=1).labels
+    changed = noise != split.labels
+    assert (more[changed] == noise[changed]).all(), "more noise adds to it"
+    chosen = np.zeros(500, bool)
+    chosen[split.subset_indices(100, seed=1)] = True
+    assert 5 < (chosen & changed).sum() < 35, "chosen examples are neither preferred nor spared"
+
+
+def test_label_noise_that_changes_nothing_is_refused() -> None:
+    with pytest.raises(DatasetError, match=r"label noise of 0\.001 changes no label of 100 images; ask for more"):
+        labelled(100, 10).with_label_noise(0.001, 10, seed=1)
+    texts = TextSplit(np.array([["a"], ["b"]], dtype=object), np.array([0, 1]))
+    assert texts.with_label_noise(0.5, 2, seed=0).labels.tolist() in ([0, 0], [1, 1])
+
+
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [

@@ -83,6 +83,7 @@ def copied(finished: Path, tmp_path: Path) -> Path:
         ("optim_args", "momentum=0.5", "optim_args: momentum=0.9,nesterov=True -> momentum=0.5"),
         ("augment", "cutout", "augment: none -> cutout"),
         ("train_images", "80", "train_images: 60 -> 80"),
+        ("label_noise", "0.2", "label_noise: 0.0 -> 0.2"),
         ("dataset", "cifar10", "augment: none -> plain, dataset: cifar10_sample -> cifar10"),
         ("model", "resnet18", "model: preactresnet18 -> resnet18"),
         ("bf16", "true", "bf16: false -> true"),
