@@ -73,6 +73,10 @@ class LabelledSplit:
         order = self._balanced(n, seed)
         return self._take(np.sort(order[n:])), self._take(np.sort(order[:n]))
 
+    def spread(self: Split, n: int) -> Split:
+        """Take ``n`` examples from places that are spread evenly, since a split may be sorted by class."""
+        return self._take(np.arange(n) * len(self) // n)
+
     def with_label_noise(self: Split, fraction: float, classes: int, seed: int) -> Split:
         """Give ``round(fraction * N)`` random examples another label, drawn evenly from the other classes.
 

@@ -75,6 +75,8 @@ class Run:
         base_model: model on the Hub that was fine-tuned.
         settings: settings of the training, by name, both in Markdown.
         command: command that trains the model again.
+        corrupted: metrics of the test on corrupted images, by the name of the corruption.
+        corrupted_note: sentence on these images, in Markdown.
         compared: metrics of another run, by that run's name.
         compared_note: sentence on what else differs in that run, in Markdown.
         pictures: file names in the repository.
@@ -98,6 +100,8 @@ class Run:
     base_model: str | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
     command: str | None = None
+    corrupted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    corrupted_note: str = ""
     compared: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     compared_note: str = ""
     pictures: Sequence[str] = ()
@@ -120,6 +124,7 @@ def model_card(run: Run) -> ModelCard:
         template_path=str(_TEMPLATE),
         run=run,
         results=_results(run),
+        corrupted=_table({in_markdown(name): metrics for name, metrics in run.corrupted.items()}),
         pictures=[captioned(name) for name in run.pictures],
         **_WRITERS,
         versions=versions(),
@@ -198,9 +203,16 @@ def _results(run: Run) -> list[list[str]]:
     """Return a table: its heading, this run, and those it is compared with."""
     if not run.metrics:
         return []
-    formats = {key: _METRICS.get(key, (key, key.replace("_", " "), "{:.4g}")) for key in run.metrics}
     rows = {f"**this model{f' ({in_markdown(run.optimizer)})' if run.optimizer else ''}**": run.metrics}
-    rows |= {in_markdown(name): metrics for name, metrics in run.compared.items()}
+    return _table(rows | {in_markdown(name): metrics for name, metrics in run.compared.items()})
+
+
+def _table(rows: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+    """Return a heading, and a line for each label, in Markdown; the first label has all metrics that are shown."""
+    if not rows:
+        return []
+    shown = next(iter(rows.values()))
+    formats = {key: _METRICS.get(key, (key, key.replace("_", " "), "{:.4g}")) for key in shown}
     table = [["", *(in_markdown(name) for _, name, _ in formats.values())]]
     for label, row in rows.items():
         table.append([label, *(form.format(row[key]) if key in row else "" for key, (_, _, form) in formats.items())])

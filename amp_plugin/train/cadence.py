@@ -40,14 +40,15 @@ class Cadence(TrainerCallback):
         args: options of the run.
         start: time on `clock` from which `--minutes` counts.
         tested: number of examples in a test for each training example.
+        further: number of tests of that size that come after the final one.
     """
 
-    def __init__(self, args: RecipeArguments, start: float, tested: float) -> None:
+    def __init__(self, args: RecipeArguments, start: float, tested: float, further: float = 0.0) -> None:
         self.stopped = False  # whether the training ended early, with a checkpoint
         self._every = args.eval_every_epochs
         self._limit = math.inf if args.minutes is None else 60 * args.minutes
         self._period = math.inf if args.save_minutes is None else 60 * args.save_minutes
-        self._start, self._tested = start, tested
+        self._start, self._tested, self._further = start, tested, further
         self._step = 0.0  # seconds of a step; 0 until they are known
         self._test: float | None = None  # seconds of a test; None until there was one
 
@@ -122,7 +123,7 @@ class Cadence(TrainerCallback):
         step = _MARGIN * self._step
         left = min(self._epoch - state.global_step % self._epoch, state.max_steps - state.global_step)
         if left == 0:
-            return 1, room < test + _REPORT
+            return 1, room < (1 + self._further) * test + _REPORT
         if not step:
             return 1, room < 0
         steps = min(left, max(1, int(min(self._limit, self._period) / _LOOKS / step)))

@@ -15,6 +15,7 @@ from amp_plugin.hub.card import RunData
 from amp_plugin.report import read_ledger
 from amp_plugin.text import for_shell, in_code, in_markdown
 from amp_plugin.train.command_line import as_given
+from amp_plugin.train.corrupted import corrupted_metrics
 from amp_plugin.train.execution import execution_in_words
 from amp_plugin.train.method_options import OBJECTIVES
 from amp_plugin.train.options import DataArguments, RecipeArguments, decides_outcome
@@ -25,6 +26,10 @@ from amp_plugin.trainer.described import BALLS, optimizer_in_words, settings_in_
 _SHOWN = ("accuracy", "error", "nll", "ece")
 _PRETTY = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN", BUNDLED: "a sample of CIFAR-10"}
 _LINE = 100
+_CORRUPTED = (
+    "On {:,} images of that split, corrupted at five severities as"
+    " [CIFAR-10-C](https://arxiv.org/abs/1903.12261) corrupts images of 32x32 pixels; means over the severities."
+)
 
 
 def compared_run(path: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,6 +99,8 @@ def card_details(
         },
         "command": command_line(argv, training.world_size),
         "license": training.hub_license,
+        "corrupted": corrupted_metrics(record["metrics"]),
+        "corrupted_note": _CORRUPTED.format(0 if task.to_corrupt is None else len(task.to_corrupt)),
         "compared": rows,
         "compared_note": note,
     }

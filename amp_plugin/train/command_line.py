@@ -19,8 +19,9 @@ from amp_plugin.train.plain_yaml import read_plain_yaml
 
 # The help shows these options.
 GROUPS = {
-    "data": "dataset data_root augment train_images validation_images label_noise image_size image_column"
-    " text_column text_pair_column label_column train_split test_split dataset_config_name max_seq_length",
+    "data": "dataset data_root augment train_images validation_images label_noise corrupted_test_images"
+    " image_size image_column text_column text_pair_column label_column train_split test_split dataset_config_name"
+    " max_seq_length",
     "model": "model model_kwargs pretrained freeze_backbone",
     "AMP (Adversarial Model Perturbation; for mixed precision see --bf16 below)": "amp_epsilon amp_inner_lr"
     " amp_inner_iter amp_norm amp_ascent amp_parameters amp_batch_norm amp_rng amp_sync_ascent",

@@ -27,8 +27,8 @@ Settings = Mapping[str, Any]
 # The same training may go on with other values of these: they choose its length, what is written and where it runs.
 _LENGTH = ("num_train_epochs", "max_steps")
 _FREE = (
-    "cpu_threads dataloader_num_workers dataloader_persistent_workers dataloader_prefetch_factor greater_is_better"
-    " load_best_model_at_end metric_for_best_model per_device_eval_batch_size use_cpu"
+    "corrupted_test_images cpu_threads dataloader_num_workers dataloader_persistent_workers dataloader_prefetch_factor"
+    " greater_is_better load_best_model_at_end metric_for_best_model per_device_eval_batch_size use_cpu"
 )
 _FREE_PREFIXES = ("eval_", "logging_", "save_")
 _DATA = {"train": "the examples to train on", "test": "the examples to test on", "classes": "the names of the classes"}

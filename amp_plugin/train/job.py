@@ -27,6 +27,7 @@ from amp_plugin.text import tell, visible
 from amp_plugin.train.cadence import Cadence, clock, interruption, stop_line
 from amp_plugin.train.card import compared_run
 from amp_plugin.train.command_line import CommandLine
+from amp_plugin.train.corrupted import TESTS
 from amp_plugin.train.defaults import keep_freed_memory
 from amp_plugin.train.folder_lock import sole_writer
 from amp_plugin.train.identity import (
@@ -122,7 +123,8 @@ def _main(argv: list[str], held: contextlib.ExitStack) -> None:
             tell(plan(data_args, model_args, args, task))
         return
     check_room(folder, model, checkpoints=args.save_strategy != "no")
-    cadence = Cadence(args, begun, len(task.test) / len(task.train))
+    corrupted = 0 if task.to_corrupt is None else TESTS * len(task.to_corrupt)
+    cadence = Cadence(args, begun, len(task.test) / len(task.train), corrupted / len(task.test))
     trainer = RecipeTrainer(
         model=model,
         args=args,

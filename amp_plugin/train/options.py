@@ -55,13 +55,18 @@ class DataArguments:
     label_noise: float = option(
         0.0, "Give this fraction of the training images (or texts) another label, drawn evenly from the other classes."
     )
+    corrupted_test_images: int = option(
+        0,
+        "Test the final model on so many test images under Gaussian noise, Gaussian blur, less contrast and JPEG too,"
+        " at the five severities that CIFAR-10-C has for images of 32x32 pixels.",
+    )
 
     def __post_init__(self) -> None:
         """Check the numbers, and that the options are for images or for texts."""
         check_ranges(self)
         if self.data_root is not None and not Path(self.data_root).is_dir():
             raise ValueError(f"--data_root {self.data_root!r} is no folder")
-        images = {"image_column": None, "image_size": None, "augment": "default"}
+        images = {"image_column": None, "image_size": None, "augment": "default", "corrupted_test_images": 0}
         texts = {"text_pair_column": None, "max_seq_length": None}
         for name, default in (texts if self.text_column is None else images).items():
             if getattr(self, name) != default:
@@ -331,7 +336,7 @@ def default_folder(data: DataArguments, model: ModelArguments, training: RecipeA
 # These stock options are recorded even at their defaults.
 _STOCK = "seed max_steps gradient_accumulation_steps world_size warmup_steps bf16 fp16 torch_compile optim_args"
 # These are recorded where they are on, so that older runs have the settings of new ones.
-_RECORDED_WHERE_ON = {"amp_capture", "capture", "label_noise"}
+_RECORDED_WHERE_ON = {"amp_capture", "capture", "corrupted_test_images", "label_noise"}
 # These options do not decide the outcome of a run; what --fast chose is recorded instead of it.
 _NO_OUTCOME = (
     "compare_with data_root dataloader_pin_memory debug disable_tqdm do_eval dry_run fast hub_license ledger minutes"

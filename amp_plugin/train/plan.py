@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from amp_plugin import AMP
 from amp_plugin.text import visible
+from amp_plugin.train.corrupted import TESTS
 from amp_plugin.train.costs import Costs, costs, counts
 from amp_plugin.train.identity import RESULTS, checkpoint_to_continue
 from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments
@@ -38,14 +39,15 @@ def plan(data_args: DataArguments, model_args: ModelArguments, args: RecipeArgum
         sizes, augmentation = f"{width} x {height}", f"; augmentation: {data_args.augmentation}"
     else:
         sizes = f"{batch['input_ids'].shape[1]} tokens in the longest of the first batch"
+    corrupted = "" if task.to_corrupt is None else f" and {len(task.to_corrupt):,} of them corrupted, {TESTS} times"
     milestones = args.lr_milestones if args.lr_scheduler_type == "steps" else []
     drops = ", at step " * bool(milestones) + " and ".join(f"{round(m * count.steps):,}" for m in milestones)
     factors = {"batches": args.gradient_accumulation_steps, "processes": args.world_size}
     step = " x ".join([f"{args.train_batch_size} images", *(f"{n} {name}" for name, n in factors.items() if n > 1)])
     rows = {
         "data": f"{task.dataset}: {task.examples_to_train()}, {len(task.test):,} to"
-        f" {'validate' if data_args.validation_images else 'test'}, {sizes}, {len(task.class_names())} classes"
-        + augmentation,
+        f" {'validate' if data_args.validation_images else 'test'}{corrupted}, {sizes},"
+        f" {len(task.class_names())} classes{augmentation}",
         "model": model_args.name
         + (f" {model_args.model_kwargs or '{}'}" if model_args.pretrained is None else "")
         + f": {model.num_parameters():,} parameters{task.origin()}",

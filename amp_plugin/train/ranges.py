@@ -15,6 +15,7 @@ RANGES = {
     "amp_epsilon": "[0, inf)",
     "amp_inner_iter": "[1, inf)",
     "amp_inner_lr": "[0, inf)",
+    "corrupted_test_images": "[0, inf)",
     "cpu_threads": "[1, 4096]",
     "data_seed": "[0, inf)",
     "dataloader_num_workers": "[0, 1024]",

@@ -7,6 +7,7 @@ import math
 import shlex
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from amp_plugin.provenance import run_record
 from amp_plugin.report import append_to_ledger, table
 from amp_plugin.text import tell
 from amp_plugin.train.card import card_details
+from amp_plugin.train.corrupted import corrupted_test
 from amp_plugin.train.costs import passes_made
 from amp_plugin.train.execution import execution
 from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments, settings_of
@@ -116,6 +118,12 @@ def save_results(
     tested = steps.do(f"the final {where}", trainer.final_test, without=lacking, together=True)
     metrics = all_metrics(trainer, trained, tested)
     steps.do(folder / "trainer_state.json", trainer.save_state)
+    whole = tested is not None
+    if (images := task.to_corrupt) is not None and not (steps.out_of_step and args.world_size > 1):
+        test = partial(corrupted_test, trainer, images)
+        corrupted = steps.do(f"the {where} on corrupted images", test, without=lacking, together=True)
+        whole &= corrupted is not None
+        metrics |= corrupted or {}
     if trainer.is_world_process_zero():
         history = trainer.state.log_history
         steps.do(folder / RECORDS, lambda: write_records(folder / RECORDS, history))
@@ -127,9 +135,9 @@ def save_results(
             without=f"{lacking}; nor is there a model card",
         )
         record = found or {}
-        if tested is not None and found:
+        if whole and found:
             steps.do(folder / RECORD, lambda: write_record(folder / RECORD, record))
-        if tested is not None and found and args.ledger is not None:
+        if whole and found and args.ledger is not None:
             ledger, line = Path(args.ledger), f"the line to append is {folder / RECORD}"
             steps.do(ledger, lambda: append_to_ledger(ledger, record), without=line)
         steps.do("the table", lambda: report(metrics, where, folder))
@@ -191,9 +199,10 @@ def report(metrics: Mapping[str, float], where: str, folder: Path) -> None:
     rows = {
         "train loss": f"{metrics['loss']:.4f}",
         **{
-            f"{where} {name if name == 'error' else name.upper()}": form.format(metrics[f"eval_{name}"])
+            f"{images} {name if name == 'error' else name.upper()}": form.format(metrics[f"{prefix}_{name}"])
+            for prefix, images in (("eval", where), ("corrupted", "corrupted"))
             for name, form in tested.items()
-            if f"eval_{name}" in metrics
+            if f"{prefix}_{name}" in metrics
         },
         "sharpness": f"{metrics['sharpness']:.4f}" if "sharpness" in metrics else "- (none logged)",
         "time": f"{metrics['seconds']:.0f} s",

@@ -35,6 +35,7 @@ class Task:
     processor: Any = None  # image processor or tokenizer to save beside the model
     new: list[str] | None = None  # parameters that do not come from the checkpoint; None without a checkpoint
     label_noise: float = 0.0  # share of the examples to train on that were given another label
+    to_corrupt: ImageBatches | None = None  # images to test on that the final model is tested on as corrupted ones too
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -144,7 +145,9 @@ def _image_task(data_args: DataArguments, model_args: ModelArguments, args: Reci
     if not args.dry_run:
         move_to_device(training, args)
         move_to_device(testing, args)
-    return Task(shown_name(data.name), model, training, testing, processor, new, data_args.label_noise)
+    count = min(data_args.corrupted_test_images, len(test))
+    to_corrupt = batches(test.spread(count)) if count else None
+    return Task(shown_name(data.name), model, training, testing, processor, new, data_args.label_noise, to_corrupt)
 
 
 def _text_task(data_args: DataArguments, model_args: ModelArguments, args: RecipeArguments) -> Task:

@@ -25,6 +25,7 @@ from PIL import Image
 from repository import ROOT
 
 from amp_plugin.data import DatasetError, DatasetSettings, ImageData, ImageSplit, TextSplit, decode, load_images
+from amp_plugin.data.draws import NOISE_STREAM, SELECTION_STREAM
 from amp_plugin.data.settings import measured_settings
 
 CLASSES = ["cat", "dog", "owl"]
@@ -674,6 +675,7 @@ def test_label_noise_depends_on_the_seed_alone_and_on_no_other_draw() -> None:
     chosen = np.zeros(500, bool)
     chosen[split.subset_indices(100, seed=1)] = True
     assert 5 < (chosen & changed).sum() < 35, "chosen examples are neither preferred nor spared"
+    assert NOISE_STREAM not in (SELECTION_STREAM, *range(10_000)), "which are the choice's stream, and the epochs'"
 
 
 def test_label_noise_that_changes_nothing_is_refused() -> None:

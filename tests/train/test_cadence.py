@@ -83,10 +83,12 @@ class Training:
         control.should_evaluate = control.should_save = False
 
 
-def callback_of(monkeypatch: pytest.MonkeyPatch, training: Training, *arguments: str, tested: float = 0.2) -> Cadence:
+def callback_of(
+    monkeypatch: pytest.MonkeyPatch, training: Training, *arguments: str, tested: float = 0.2, further: float = 0.0
+) -> Cadence:
     _, _, args = options.parse(["--use_cpu", "true", *arguments])
     monkeypatch.setattr(cadence, "clock", training.clock)
-    return Cadence(args, training.now, tested)
+    return Cadence(args, training.now, tested, further)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +140,17 @@ def test_a_training_stops_at_its_end_if_no_time_is_left_for_the_report(monkeypat
     assert callback.stopped
     assert len(training.saved) == 1
     assert training.tested == list(range(1, 11))
+
+
+@pytest.mark.parametrize(("minutes", "stops"), [(9.2, True), (10.0, False)])
+def test_tests_on_corrupted_images_take_their_time_too(
+    minutes: float, stops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten tests more than in the training above, which ends in 9.2 minutes, take 20 seconds, or 25 with the margin."""
+    training = Training(10, 100, step=0.5, test=2.0, save=1.0)
+    callback = callback_of(monkeypatch, training, "--minutes", str(minutes), further=10.0)
+    training.run(callback)
+    assert callback.stopped == stops
 
 
 def test_tests_are_at_every_few_epochs_and_the_last(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,14 +146,14 @@ OTHER = {
 }
 # These go on: they choose the length, what is tested, logged, saved and told when, and where the run is made.
 GOES_ON = """
-    compare_with cpu_threads data_root dataloader_num_workers dataloader_pin_memory ddp_broadcast_buffers
-    ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug disable_tqdm do_eval dry_run
-    eval_accumulation_steps eval_delay eval_every_epochs eval_on_start eval_steps eval_use_gather_object hub_always_push
-    hub_license hub_model_id hub_private_repo hub_revision hub_strategy hub_token ledger load_best_model_at_end
-    log_level log_level_replica log_on_each_node logging_first_step logging_nan_inf_filter logging_steps
-    logging_strategy max_steps minutes num_train_epochs output_dir per_device_eval_batch_size project push_to_hub
-    report_to resume_from_checkpoint run_name save_minutes save_on_each_node save_only_model save_steps save_total_limit
-    trackio_bucket_id trackio_space_id trackio_static_space_id use_cpu
+    compare_with corrupted_test_images cpu_threads data_root dataloader_num_workers dataloader_pin_memory
+    ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug disable_tqdm
+    do_eval dry_run eval_accumulation_steps eval_delay eval_every_epochs eval_on_start eval_steps eval_use_gather_object
+    hub_always_push hub_license hub_model_id hub_private_repo hub_revision hub_strategy hub_token ledger
+    load_best_model_at_end log_level log_level_replica log_on_each_node logging_first_step logging_nan_inf_filter
+    logging_steps logging_strategy max_steps minutes num_train_epochs output_dir per_device_eval_batch_size project
+    push_to_hub report_to resume_from_checkpoint run_name save_minutes save_on_each_node save_only_model save_steps
+    save_total_limit trackio_bucket_id trackio_space_id trackio_static_space_id use_cpu
 """
 # These cannot be set alone, or not in this job, whether or not it continues a run.
 REFUSED_ANYWAY = """

@@ -142,7 +142,7 @@ def test_a_folder_that_lacks_something_is_not_published(
     monkeypatch.setattr(results, "draw_pictures", lambda *args: None)
     monkeypatch.setattr(results, "execution", lambda *args: {})
     monkeypatch.setattr(results, "card_details", failing(MATHS) if fails else lambda *args, **kwargs: {})
-    task: Any = SimpleNamespace(dataset="cifar", class_names=list, fingerprints={})
+    task: Any = SimpleNamespace(dataset="cifar", class_names=list, fingerprints={}, to_corrupt=None)
     trained = {"train_loss": 1.0, "seconds": 1.0}
     steps = results.save_results(trainer, task, trainer.parsed, trained, [], None)
     assert trainer.pushes == (not fails)
