@@ -10,6 +10,7 @@ from typing import Any
 
 from guides.page import table
 
+from amp_plugin.data.corruptions import CORRUPTIONS
 from amp_plugin.report.style import AMBER, BLUE, VERMILION, legend_below, picture
 from amp_plugin.text import for_matplotlib, in_markdown
 from reproduction.comparison import AMP, REFERENCE, Row, interval, paired, reference_of
@@ -23,6 +24,10 @@ _MEASURES = {  # by metric: heading and digits
     "eval_ece": ("ECE", 3),
 }
 DIGITS = {"eval_error": 2, "eval_nll": 3}  # of the differences
+# Tests on corrupted images stand beside the clean ones, and have the differences that the first table lacks.
+_PAIRS = {"error": 2, "nll": 3, "ece": 3}
+_WORDS = {"error": "error %", "nll": "NLL", "ece": "ECE"}
+_FURTHER = {"eval_ece": 3, **{f"corrupted_{name}": digits for name, digits in _PAIRS.items()}}
 _PANELS = {"eval_error": "test error %, last epoch", "eval_nll": "test NLL"}
 _SEED: dict[str, Any] = {"markersize": 4, "markeredgewidth": 0.8, "zorder": 3}
 _LIBRARIES = ("torch", "transformers")
@@ -31,21 +36,31 @@ Mean ± standard deviation over seeds. "Best" is the lowest test error of the ep
 chose it; it stands here because the released code reports it. "ERM minus method" and "AMP minus method" are means over
 the seeds that both have, with a 95 % interval by Student's t: positive where the method is better; not corrected for
 the number of methods. "Passes" counts forward and backward passes over the training images."""
+_CORRUPTED_NOTE = """\
+"Corrupted" is the mean over Gaussian noise, Gaussian blur, less contrast and JPEG compression at the five severities of
+[CIFAR-10-C](https://arxiv.org/abs/1903.12261), on {} of the test images, spread evenly. The last table of a setting has
+the error under each of them."""
 
 
 def markdown(tables: Mapping[Setting, Sequence[Row]], with_paper: bool) -> str:
     """Render all tables with a heading each, and below them what the columns mean and what made the runs."""
-    parts = [
-        f"### {in_markdown(_title(setting))}\n\n"
-        + _table(rows, published().results.get(setting, {}) if with_paper else {})
-        for setting, rows in tables.items()
-    ]
+    parts = []
+    for setting, rows in tables.items():
+        paper = published().results.get(setting, {}) if with_paper else {}
+        parts += [f"### {in_markdown(_title(setting, rows))}", _table(rows, paper)]
+        if any(row.numbers("corrupted_error") for row in rows):
+            parts += ["On corrupted test images:", *_corrupted(rows)]
     runs = [run for rows in tables.values() for row in rows for run in row.runs.values()]
-    return "\n\n".join([*parts, _NOTE, _origin(runs)])
+    counts = {run["settings"].get("corrupted_test_images") for run in runs} - {None}
+    images = " or ".join(f"{count:,}" for count in sorted(counts))
+    corrupted = [_CORRUPTED_NOTE.format(images)] if counts else []
+    return "\n\n".join([*parts, _NOTE, *corrupted, _origin(runs)])
 
 
-def _title(setting: Setting) -> str:
-    return f"{setting.dataset}, {setting.model}, augmentation {setting.augment}"
+def _title(setting: Setting, rows: Sequence[Row]) -> str:
+    noise = sorted({run["settings"].get("label_noise", 0.0) for row in rows for run in row.runs.values()})
+    said = f", label noise {' and '.join(f'{n:g}' for n in noise)}" if any(noise) else ""
+    return f"{setting.dataset}, {setting.model}, augmentation {setting.augment}{said}"
 
 
 def _table(rows: Sequence[Row], paper: Mapping[str, Figure]) -> str:
@@ -61,6 +76,28 @@ def _table(rows: Sequence[Row], paper: Mapping[str, Figure]) -> str:
         cells += _figure(paper.get(row.method)) if paper else []
         lines.append([*cells, *differences(others.values(), row, DIGITS)])
     return table(heads, lines)
+
+
+def _corrupted(rows: Sequence[Row]) -> list[str]:
+    """Render the tests on corrupted images beside those on clean ones, and below them the error of each corruption."""
+    others = {"ERM": reference_of(rows), "AMP": reference_of(rows, AMP)}
+    both = {f"{images}_{name}": digits for name, digits in _PAIRS.items() for images in ("eval", "corrupted")}
+    heads = [*map(_in_words, both), *(f"{name} minus method: {_in_words(key)}" for name in others for key in _FURTHER)]
+    lines, errors = [], []
+    for row in rows:
+        if not row.numbers("corrupted_error"):
+            continue
+        first = [in_markdown(row.label()), str(len(row.numbers("corrupted_error")))]
+        cells = [spread(row.numbers(key), digits) for key, digits in both.items()]
+        lines.append([*first, *cells, *differences(others.values(), row, _FURTHER)])
+        errors.append([*first, *(spread(row.numbers(f"corrupted_{kind}_error"), 2) for kind in CORRUPTIONS)])
+    by_kind = [f"error %, {kind.name}" for kind in CORRUPTIONS.values()]
+    return [table(["method", "seeds", *heads], lines), table(["method", "seeds", *by_kind], errors)]
+
+
+def _in_words(metric: str) -> str:
+    images, _, name = metric.partition("_")
+    return f"{'clean' if images == 'eval' else images} {_WORDS[name]}"
 
 
 def spread(numbers: Sequence[float], digits: int) -> str:
@@ -107,7 +144,7 @@ def draw(tables: Mapping[Setting, Sequence[Row]], path: Path, title: str, with_p
                         panel.plot([published_value], [place], "D", color=AMBER, markersize=5, label="the paper's")
             axes[0].set_yticks(range(len(rows)), [for_matplotlib(row.label()) for row in rows])
             axes[1].set_yticks(range(len(rows)), [""] * len(rows))
-            axes[0].set_title(for_matplotlib(_title(setting)), loc="left")
+            axes[0].set_title(for_matplotlib(_title(setting, rows)), loc="left")
         legend_below(figure)
 
 

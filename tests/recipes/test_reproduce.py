@@ -29,6 +29,7 @@ from reproduction.table import markdown
 from tiny_scale import SAMPLE, TINY, chosen, run_of, written
 from torch import nn
 
+from amp_plugin.data.corruptions import CORRUPTIONS
 from amp_plugin.report import append_to_ledger
 from amp_plugin.report.style import shows
 from amp_plugin.train.options import parse, settings_of
@@ -234,6 +235,66 @@ def test_the_table_has_means_and_paired_differences(tabulated: tuple[Scale, list
     (line,) = (line for line in text.splitlines() if line.startswith("| ERM ("))
     assert f"| - | - | -2.50 [{-2.5 - half:+.2f}, {-2.5 + half:+.2f}] | -0.125 [" in line, "and against AMP"
     assert "7 runs; commits abc" in text
+
+
+FIGURES = {  # of three seeds
+    "erm": {"error": [60.0, 61.0, 65.0], "nll": [3.0, 3.1, 3.5], "ece": [0.2, 0.25, 0.3]},
+    "amp": {"error": [57.0, 59.0, 61.0], "nll": [2.0, 2.2, 2.4], "ece": [0.1, 0.1, 0.1]},
+}
+
+
+def test_tests_on_corrupted_images_stand_beside_the_clean_ones(tmp_path: Path) -> None:
+    options = {**TINY["options"], "label_noise": 0.2, "corrupted_test_images": 2000}
+    scale, plain = written(tmp_path, options=options), written(tmp_path)
+    values = {"erm": {"learning_rate": 0.1}, "amp": {"amp_epsilon": 0.2, "amp_inner_lr": 0.3}}
+    ledger = []
+    for method, figures in FIGURES.items():
+        for seed in (1, 2, 3):
+            found = {f"corrupted_{name}": numbers[seed - 1] for name, numbers in figures.items()}
+            found |= {f"corrupted_{kind}_error": 10.0 * seed + i for i, kind in enumerate(CORRUPTIONS)}
+            clean = {f"eval_{name}": numbers[seed - 1] / 2 for name, numbers in figures.items()}
+            cell = Cell(SAMPLE, method, seed, values[method])
+            ledger.append(run_of(cell, scale, **found, **clean))
+            ledger.append(run_of(cell, plain, **clean))
+    tables = rows_of(Selection(scale, seeds=[1, 2, 3]), ledger)
+    text = markdown(tables, with_paper=False)
+    assert "### cifar10_sample, preactresnet18, augmentation none, label noise 0.2\n" in text
+    assert "6 runs; commits abc" in text, "those without noise are of another scale"
+    heads, _, erm, amp = text.split("On corrupted test images:\n\n")[1].split("\n\n")[0].splitlines()
+    names = [head.strip() for head in heads.strip("| ").split("|")]
+    cells = [dict(zip(names, map(str.strip, row.strip("| ").split("|")), strict=True)) for row in (erm, amp)]
+    assert cells[0]["seeds"] == "3"
+    assert cells[1]["clean error %"] == "29.50 ± 1.00"
+    assert cells[1]["corrupted error %"] == "59.00 ± 2.00"
+    assert cells[1]["corrupted NLL"] == "2.200 ± 0.200"
+    assert cells[0]["corrupted ECE"] == "0.250 ± 0.050"
+    t = 4.302652729911275 / 3**0.5  # Student's t, 97.5 %, 2 degrees of freedom
+    for name, digits, half in (("error %", 2, t * stdev([3, 2, 4])), ("ECE", 3, t * stdev([0.1, 0.15, 0.2]))):
+        middle = {"error %": 3.0, "ECE": 0.15}[name]
+        said = f"{middle:+.{digits}f} [{middle - half:+.{digits}f}, {middle + half:+.{digits}f}]"
+        assert cells[1][f"ERM minus method: corrupted {name}"] == said
+        assert cells[1][f"AMP minus method: corrupted {name}"] == "-"
+    assert cells[1]["ERM minus method: clean ECE"].startswith("+0.075 [")
+    assert cells[0]["AMP minus method: corrupted NLL"].startswith("-1.000 [")
+    assert "| 3 | 20.00 ± 10.00 | 21.00 ± 10.00 | 22.00 ± 10.00 | 23.00 ± 10.00 |\n" in text
+    assert "error %, Gaussian noise | error %, Gaussian blur | error %, contrast | error %, JPEG compression |" in text
+    assert "on 2,000 of the test images" in text
+    clean = markdown(rows_of(Selection(plain, seeds=[1, 2, 3]), ledger), with_paper=False)
+    assert not any(word in clean for word in ("orrupted", "label noise"))
+    assert clean.startswith("### cifar10_sample, preactresnet18, augmentation none\n")
+
+
+@pytest.mark.parametrize(("name", "noise"), [("cpu_noise20", 0.2), ("cpu_noise40", 0.4), ("cpu_corrupted", None)])
+def test_the_scales_of_noise_differ_from_the_cpu_s_in_nothing_else(name: str, noise: float | None) -> None:
+    scale, cpu = read_scale(name), read_scale("cpu")
+    cells = Selection(scale).runs()
+    assert {cell.method for cell in cells} == {"erm", "sam", "amp", "amp_split4", "dropout", "mixup"}
+    assert {cell.seed for cell in cells} == {1, 2, 3}
+    theirs = {(c.method, c.seed): c for c in Selection(cpu, datasets=["cifar10"]).runs()}
+    for cell in cells:
+        ours, plain = records.expected(cell, scale), records.expected(theirs[cell.method, cell.seed], cpu)
+        differ = {n: ours.get(n) for n in ours.keys() | plain.keys() if ours.get(n) != plain.get(n)}
+        assert differ == {"corrupted_test_images": 2000, **({"label_noise": noise} if noise else {})}
 
 
 def test_other_hyper_parameters_are_another_row(tabulated: tuple[Scale, list[dict[str, Any]]]) -> None:
