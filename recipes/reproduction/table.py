@@ -36,6 +36,9 @@ Mean ± standard deviation over seeds. "Best" is the lowest test error of the ep
 chose it; it stands here because the released code reports it. "ERM minus method" and "AMP minus method" are means over
 the seeds that both have, with a 95 % interval by Student's t: positive where the method is better; not corrected for
 the number of methods. "Passes" counts forward and backward passes over the training images."""
+_PAPER_NOTE = """\
+A standard error is the published standard deviation over the root of the number of seeds here; the published mean's own
+error is left out, because it is not published of how many runs it is."""
 _CORRUPTED_NOTE = """\
 "Corrupted" is the mean over Gaussian noise, Gaussian blur, less contrast and JPEG compression at the five severities of
 [CIFAR-10-C](https://arxiv.org/abs/1903.12261), on {} of the test images, spread evenly. The last table of a setting has
@@ -54,7 +57,7 @@ def markdown(tables: Mapping[Setting, Sequence[Row]], with_paper: bool) -> str:
     counts = {run["settings"].get("corrupted_test_images") for run in runs} - {None}
     images = " or ".join(f"{count:,}" for count in sorted(counts))
     corrupted = [_CORRUPTED_NOTE.format(images)] if counts else []
-    return "\n\n".join([*parts, _NOTE, *corrupted, _origin(runs)])
+    return "\n\n".join([*parts, _NOTE, *([_PAPER_NOTE] if with_paper else []), *corrupted, _origin(runs)])
 
 
 def _title(setting: Setting, rows: Sequence[Row]) -> str:
@@ -65,7 +68,7 @@ def _title(setting: Setting, rows: Sequence[Row]) -> str:
 
 def _table(rows: Sequence[Row], paper: Mapping[str, Figure]) -> str:
     heads = ["method", "seeds", *(head for head, _ in _MEASURES.values()), "passes"]
-    heads += ["paper: error %", "paper: NLL"] if paper else []
+    heads += ["paper: error %", "paper: NLL", "error minus paper's, in standard errors"] if paper else []
     others = {"ERM": reference_of(rows), "AMP": reference_of(rows, AMP)}
     heads += [f"{name} minus method: {measure}" for name in others for measure in ("error", "NLL")]
     lines = []
@@ -73,7 +76,7 @@ def _table(rows: Sequence[Row], paper: Mapping[str, Figure]) -> str:
         cells = [in_markdown(row.label()), str(len(row.runs))]
         cells += [spread(row.numbers(name), digits) for name, (_, digits) in _MEASURES.items()]
         cells.append(" to ".join(f"{n:g}" for n in sorted(set(row.numbers("passes")))) or "-")
-        cells += _figure(paper.get(row.method)) if paper else []
+        cells += _figure(row, paper.get(row.method)) if paper else []
         lines.append([*cells, *differences(others.values(), row, DIGITS)])
     return table(heads, lines)
 
@@ -109,10 +112,20 @@ def spread(numbers: Sequence[float], digits: int) -> str:
     return f"{mean(numbers):.{digits}f}{spread}"
 
 
-def _figure(figure: Figure | None) -> list[str]:
+def _figure(row: Row, figure: Figure | None) -> list[str]:
+    """Render what is published for a row, and how far the row's error is from that.
+
+    The standard error is the published standard deviation over the root of the number of seeds here; how many runs the
+    published mean is of is not known, and its own error is left out.
+    """
     if figure is None:
-        return ["-", "-"]
-    return [f"{figure.mean:.2f} ± {figure.std:.3f}", "-" if figure.nll is None else f"{figure.nll:.3f}"]
+        return ["-", "-", "-"]
+    away = (row.mean("eval_error") - figure.mean) / (figure.std / len(row.runs) ** 0.5)
+    return [
+        f"{figure.mean:.2f} ± {figure.std:.3f}",
+        "-" if figure.nll is None else f"{figure.nll:.3f}",
+        f"{away:+.1f}",
+    ]
 
 
 def differences(others: Iterable[Row | None], row: Row, digits: Mapping[str, int]) -> list[str]:
