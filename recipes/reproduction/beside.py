@@ -1,4 +1,4 @@
-"""Methods against others than ERM and AMP: those of the scale that theirs is like, and the parts of a combination."""
+"""Methods against others than ERM and AMP: those of the scale that theirs is like, and those that they are made of."""
 
 from __future__ import annotations
 
@@ -13,18 +13,25 @@ from reproduction.table import DIGITS, differences
 
 
 def combinations(tables: Mapping[Setting, Sequence[Row]]) -> str:
-    """Render, by setting, what each part of a combined method has more when it is alone; nothing if there is none."""
+    """Render, by setting, what the methods that another is made of have more than it; nothing if there is none.
+
+    A method is made of those whose values it takes, of which ERM and AMP alone are in the table of all methods already.
+    """
     parts = []
     for setting, rows in tables.items():
         lines = []
         for row in rows:
             sources = methods()[row.method].sources
-            for source in sources if len(sources) > 1 else ():
+            for source in () if len(sources) == 1 and sources[0] in (row.method, REFERENCE, AMP) else sources:
                 names = [in_markdown(methods()[name].label) for name in (row.method, source)]
                 lines.append([*names, *differences([reference_of(rows, source)], row, {**DIGITS, "eval_ece": 3})])
         if lines:
-            heads = ["combined", "part", *(f"part minus combined: {measure}" for measure in ("error", "NLL", "ECE"))]
-            parts.append(f"Combined methods on {setting.dataset}, against each part alone:\n\n{table(heads, lines)}")
+            heads = [
+                "method",
+                "made of",
+                *(f"that alone minus method: {measure}" for measure in ("error", "NLL", "ECE")),
+            ]
+            parts.append(f"Methods on {setting.dataset} against what they are made of:\n\n{table(heads, lines)}")
     return "\n\n".join(parts)
 
 
