@@ -67,7 +67,7 @@ def assert_same(whole: Path, other: Path) -> None:
         ["--augment", "cutout", "--amp_ascent", "split(0.25)"],
         [*["--augment", "autoaugment", "--per_device_train_batch_size", "5", "--gradient_accumulation_steps", "3"]],
         ["--optim", "sgd", "--mixup_alpha", "0.2", "--train_images", "46"],
-        ["--optim", "sam", "--flood_level", "2.2"],
+        ["--optim", "sam", "--flood_level", "2.2", "--label_noise", "0.2", "--corrupted_test_images", "20"],
     ],
     ids=" ".join,
 )
