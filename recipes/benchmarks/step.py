@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import repeat
 from operator import itemgetter
@@ -19,7 +19,7 @@ from torch.optim import SGD
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
-from amp_plugin import AMP, AMPTrainer, AMPTrainingArguments, LossModule, attach
+from amp_plugin import AMP, AMPTrainer, AMPTrainingArguments, ExtraPasses, LossModule, attach
 from amp_plugin.models.classifier import image_classifier
 from benchmarks.memory import peak_memory
 from benchmarks.rows import Row, counted
@@ -81,6 +81,27 @@ def plain(
                 group["ascent_step"] = 0
         for _ in range(steps):
             module(*batch)["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def own_passes(model: nn.Module, batch: Batch, *, steps: int = 1, **settings: Any) -> Step:
+    """Return the passes of a loop's own, over the batches that AMP's ascent policy asks for; a call makes `steps`."""
+    optimizer = AMP(model.named_parameters(), **SGD_ARGS, **settings)
+    passes = ExtraPasses(model)
+
+    def backward(batches: Iterable[Batch]) -> None:
+        for images, labels in batches:
+            F.cross_entropy(model(images), labels).backward()
+
+    def step() -> None:
+        for _ in range(steps):
+            for part in optimizer.ascent_passes([batch], passes=passes):
+                backward(part)
+            with passes.nth(1):
+                backward(optimizer.descent_batches([batch]))
             optimizer.step()
             optimizer.zero_grad()
 
@@ -169,6 +190,7 @@ _MODE = partial(loop, way=plain, amp=True, steps=STEPS)
 MODES: Ways = {
     "SGD": (partial(loop, way=plain, steps=STEPS), None),
     **{m.ascent: (partial(_MODE, ascent=m.ascent), "SGD") for m in methods().values() if m.ascent is not None},
+    "split(0.25), passes of one's own": (partial(loop, way=own_passes, steps=STEPS, ascent="split(0.25)"), "SGD"),
     'parameters="norm"': (partial(_MODE, parameters="norm"), "SGD"),
 }
 
