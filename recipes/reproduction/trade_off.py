@@ -55,6 +55,12 @@ def seconds_of(benchmark: Path) -> dict[str, float]:
     return ratios
 
 
+def is_mode(method: Method) -> bool:
+    """Tell whether a method is ERM, ERM for longer, or AMP with a policy and nothing else."""
+    plain = method.options.keys() <= {"optim", "amp_ascent", "epochs_times"} and len(method.sources) == 1
+    return plain and (method.ascent is not None or method.sources == (REFERENCE,))
+
+
 def modes_of(rows: Sequence[Row], seconds: Mapping[str, float]) -> list[Mode]:
     """Return ERM, ERM for longer, and AMP with each policy, where they ran with the hyper-parameters they share."""
     reference, amp = reference_of(rows), reference_of(rows, AMP)
@@ -67,7 +73,7 @@ def modes_of(rows: Sequence[Row], seconds: Mapping[str, float]) -> list[Mode]:
     modes = []
     for row in rows:
         method = methods()[row.method]
-        if row.values != shared.get(method.sources[0], row.values) or len(method.sources) > 1:
+        if not is_mode(method) or row.values != shared.get(method.sources[0], row.values):
             continue
         if method.ascent is not None:
             if method.ascent not in seconds:
@@ -75,10 +81,8 @@ def modes_of(rows: Sequence[Row], seconds: Mapping[str, float]) -> list[Mode]:
                     f"the benchmark has no seconds of {method.ascent}: run benchmark.py --only ascents anew"
                 )
             cost = seconds[method.ascent]
-        elif method.sources == (REFERENCE,):
-            cost = float(method.options.get("epochs_times", 1))  # the same step, so many times as often
         else:
-            continue
+            cost = float(method.options.get("epochs_times", 1))  # the same step, so many times as often
         modes.append(Mode(row, row.mean("passes") / passes, cost))
     return sorted(modes, key=lambda mode: (mode.row.method != REFERENCE, mode.passes, mode.seconds))
 
@@ -126,6 +130,7 @@ def kept(reference: Row | None, amp: Row | None, row: Row, name: str) -> float |
 def draw(tables: Mapping[Setting, Sequence[Mode]], path: Path) -> None:
     """Draw error and NLL against the measured seconds, two panels a setting; SGD for longer is joined to SGD."""
     title = "What the ascent costs, and what it brings"
+    styles = dict(zip((name for name, method in methods().items() if is_mode(method)), _STYLES, strict=False))
     with picture(path, title, (10.5, 0.9 + 3.6 * len(tables)), markdown(tables)) as figure:
         grid = figure.subplots(len(tables), len(_MEASURES), squeeze=False)
         for axes, (setting, modes) in zip(grid, tables.items(), strict=True):
@@ -134,7 +139,7 @@ def draw(tables: Mapping[Setting, Sequence[Mode]], path: Path) -> None:
                 panel.plot(*zip(*plain, strict=True), color="0.5", linestyle="--", linewidth=1, zorder=1)
                 for mode in modes:
                     numbers = mode.row.numbers(name)
-                    colour, mark = _STYLES[list(methods()).index(mode.row.method) % len(_STYLES)]
+                    colour, mark = styles[mode.row.method]
                     panel.plot([mode.seconds] * len(numbers), numbers, "o", color=colour, markersize=3, alpha=0.5)
                     label = f"{for_matplotlib(mode.method().label)}: {mode.passes:.2f} passes"
                     panel.plot([mode.seconds], [mode.row.mean(name)], mark, color=colour, markersize=7, label=label)
