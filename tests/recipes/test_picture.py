@@ -7,9 +7,11 @@ from statistics import mean
 import make_picture
 import pytest
 from make_picture import LEDGER, MEASURES, PICTURES
+from repository import ROOT
 from reproduction import records
 from reproduction.cells import Selection
-from reproduction.comparison import reference_of, rows_of
+from reproduction.comparison import paired, reference_of, rows_of
+from reproduction.published import methods
 from reproduction.scale import read_scale
 
 from amp_plugin.report.style import shows
@@ -45,3 +47,15 @@ def test_the_pictures_are_of_the_ledger_as_it_is() -> None:
     for path in PICTURES.values():
         assert shows(path, make_picture.listed(make_picture.differences())), "run recipes/make_picture.py"
         assert path.stat().st_size < 200_000
+
+
+def test_the_table_of_the_readme_is_the_ledgers() -> None:
+    pytest.importorskip("scipy", reason="intervals")
+    tables = rows_of(Selection(read_scale("cpu"), methods=list(make_picture.METHODS)), records.read(LEDGER))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for method in make_picture.METHODS:
+        (line,) = (x for x in readme.splitlines() if x.startswith(f'| `"{methods()[method].ascent}"`'))
+        for measure, digits in {"eval_nll": 2, "eval_error": 1}.items():
+            found = [paired(reference_of(rows), reference_of(rows, method), measure) for rows in tables.values()]
+            words = [f"{f.mean:.{digits}f} [{f.low:.{digits}f}, {f.high:.{digits}f}]" for f in found if f is not None]
+            assert f"| {'; '.join(words)} |" in line, f"{measure} of {method}"
