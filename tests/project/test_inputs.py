@@ -97,6 +97,7 @@ def test_any_number_is_taken_as_it_is_or_is_outside_the_range(name: str, value: 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.filterwarnings("ignore:.* is now .*; the old name goes:DeprecationWarning")  # old names are taken too
 def test_what_is_taken_is_trained(found: Endings) -> None:
     """The first value that each option takes goes through a whole job; what is refused is refused before a step."""
     tiny = ["--train_images", "40", "--per_device_train_batch_size", "20", "--max_steps", "2", "--use_cpu", "true"]
