@@ -18,8 +18,9 @@ from amp_plugin.train.command_line import as_given
 from amp_plugin.train.corrupted import corrupted_metrics
 from amp_plugin.train.execution import execution_in_words
 from amp_plugin.train.method_options import OBJECTIVES
-from amp_plugin.train.options import DataArguments, RecipeArguments, decides_outcome
+from amp_plugin.train.options import DataArguments, RecipeArguments
 from amp_plugin.train.run_folder import RECORD
+from amp_plugin.train.settings import decides_outcome
 from amp_plugin.train.tasks import Task
 from amp_plugin.trainer.described import BALLS, optimizer_in_words, settings_in_words
 

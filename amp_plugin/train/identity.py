@@ -43,7 +43,7 @@ class RunSettings(TrainerCallback, ExportableState):
     """Have every checkpoint tell the settings of its run, and hashes of its data.
 
     Args:
-        settings: what `amp_plugin.train.options.settings_of` returns.
+        settings: what `amp_plugin.train.settings.settings_of` returns.
         data: what `amp_plugin.train.tasks.Task.fingerprints` returns.
     """
 

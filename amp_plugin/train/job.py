@@ -39,12 +39,13 @@ from amp_plugin.train.identity import (
     remove_results,
 )
 from amp_plugin.train.optimizer_arguments import check_optimizer
-from amp_plugin.train.options import TYPES, parse, settings_of, with_recipe
+from amp_plugin.train.options import TYPES, parse, with_recipe
 from amp_plugin.train.places import check_places
 from amp_plugin.train.plan import plan
 from amp_plugin.train.progress import EpochLine
 from amp_plugin.train.results import check_room, save_results
 from amp_plugin.train.run_folder import RECORDS, RecordsFile, write_config
+from amp_plugin.train.settings import settings_of
 from amp_plugin.train.stock_options import check_precision
 from amp_plugin.train.tasks import check_batch_of_one, make_task
 from amp_plugin.train.trainer import RecipeTrainer

@@ -24,8 +24,9 @@ from amp_plugin.train.card import card_details
 from amp_plugin.train.corrupted import corrupted_test
 from amp_plugin.train.costs import passes_made
 from amp_plugin.train.execution import execution
-from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments, settings_of
+from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments
 from amp_plugin.train.run_folder import RECORD, RECORDS, draw_pictures, write_records
+from amp_plugin.train.settings import settings_of
 from amp_plugin.train.tasks import Task
 from amp_plugin.train.trainer import RecipeTrainer
 from amp_plugin.trainer.checkpoints import SaveError, explained, last_checkpoint

@@ -20,8 +20,9 @@ from amp_plugin.provenance import versions
 from amp_plugin.report import plot_confusion, plot_curves, plot_reliability
 from amp_plugin.report.ledger import check_record
 from amp_plugin.text import tell
-from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments, settings_of
+from amp_plugin.train.options import DataArguments, ModelArguments, RecipeArguments
 from amp_plugin.train.plain_yaml import plain_yaml
+from amp_plugin.train.settings import settings_of
 from amp_plugin.train.tasks import Task, make_task
 from amp_plugin.trainer.checkpoints import SaveError, explained
 from amp_plugin.whole_file import write_text

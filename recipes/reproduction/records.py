@@ -11,7 +11,8 @@ from typing import Any
 
 from amp_plugin.report import read_ledger
 from amp_plugin.train.command_line import as_options
-from amp_plugin.train.options import parse, settings_of
+from amp_plugin.train.options import parse
+from amp_plugin.train.settings import settings_of
 from reproduction.cells import Cell
 from reproduction.scale import Scale, processes
 

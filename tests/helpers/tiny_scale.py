@@ -13,7 +13,8 @@ from reproduction.cells import Cell
 from reproduction.published import Setting
 from reproduction.scale import Scale, read_scale
 
-from amp_plugin.train.options import parse, settings_of
+from amp_plugin.train.options import parse
+from amp_plugin.train.settings import settings_of
 
 SAMPLE = Setting("preactresnet18", "none", "cifar10_sample")
 LAUNCH = "--cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"

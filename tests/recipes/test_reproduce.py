@@ -32,7 +32,8 @@ from torch import nn
 from amp_plugin.data.corruptions import CORRUPTIONS
 from amp_plugin.report import append_to_ledger
 from amp_plugin.report.style import shows
-from amp_plugin.train.options import parse, settings_of
+from amp_plugin.train.options import parse
+from amp_plugin.train.settings import settings_of
 
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.stem.startswith("finetune_"))
 

@@ -21,6 +21,7 @@ from transformers import TrainerControl
 from amp_plugin.report import read_ledger
 from amp_plugin.train import cadence, job, options
 from amp_plugin.train.cadence import Cadence
+from amp_plugin.train.settings import settings_of
 
 NARROW = json.dumps({"width": 4, "layers": [1, 1, 1, 1], "drop_rate": 0.3})
 # Three epochs of six steps; dropout and Cutout draw random numbers.
@@ -212,7 +213,7 @@ def test_a_stop_keeps_the_checkpoint_that_continues_beside_the_best(
 
 def test_the_times_are_no_settings_of_a_run_but_the_tests_are() -> None:
     one, other = (
-        options.settings_of(*options.parse(["--use_cpu", "true", *more]))
+        settings_of(*options.parse(["--use_cpu", "true", *more]))
         for more in ([], ["--minutes", "3", "--save_minutes", "2", "--eval_every_epochs", "5"])
     )
     assert {n for n in one.keys() | other.keys() if one.get(n) != other.get(n)} == {"eval_every_epochs"}

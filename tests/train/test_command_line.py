@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from amp_plugin import AMPTrainingArguments
 from amp_plugin.train import command_line, options
+from amp_plugin.train.settings import settings_of
 
 OWN = {
     field.name
@@ -96,7 +97,7 @@ def test_a_mistake_in_a_recipe_names_the_file(tmp_path: Path, text: str, message
 def test_a_recipe_is_found_by_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for path in RECIPES:
-        named, filed = (options.settings_of(*options.parse([word, "--use_cpu"])) for word in (path.stem, str(path)))
+        named, filed = (settings_of(*options.parse([word, "--use_cpu"])) for word in (path.stem, str(path)))
         assert named == filed
     _, _, args = options.parse(["preactresnet18_svhn", "--amp_epsilon", "0.3", "--lr_milestones", "0.4", "--use_cpu"])
     assert (args.amp_epsilon, args.lr_milestones, args.num_train_epochs) == (0.3, [0.4], 200)
@@ -119,6 +120,6 @@ def test_a_recipe_may_have_the_old_name_of_amp_sync_ascent(tmp_path: Path, monke
     Path("old.yaml").write_text("sync_ascent: false\n")
     with pytest.warns(DeprecationWarning, match="sync_ascent is now amp_sync_ascent"):
         parsed = options.parse(["old.yaml", "--use_cpu"])
-    settings = options.settings_of(*parsed)
+    settings = settings_of(*parsed)
     assert settings["amp_sync_ascent"] is False
     assert "sync_ascent" not in settings

@@ -19,6 +19,7 @@ from amp_plugin.metrics import classification_scores
 from amp_plugin.report import read_ledger
 from amp_plugin.train import job, options, results
 from amp_plugin.train.run_folder import open_run
+from amp_plugin.train.settings import settings_of
 from amp_plugin.train.tasks import make_task
 
 JOB = [*QUICK, "--num_train_epochs", "1"]
@@ -83,7 +84,7 @@ def test_card_table_and_settings_tell_of_the_test(finished: tuple[Path, str]) ->
 def test_there_is_no_such_test_by_default(capsys: pytest.CaptureFixture[str]) -> None:
     parsed = options.parse([*QUICK, "--output_dir", "out"])
     assert make_task(*parsed).to_corrupt is None
-    assert "corrupted_test_images" not in options.settings_of(*parsed)
+    assert "corrupted_test_images" not in settings_of(*parsed)
     job.main([*QUICK, "--dry_run", "--corrupted_test_images", "40"])
     assert "500 to test and 40 of them corrupted, 20 times" in " ".join(capsys.readouterr().out.split())
 

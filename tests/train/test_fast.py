@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from amp_plugin import AMP, LossModule, attach
 from amp_plugin.train import defaults, options
+from amp_plugin.train.settings import settings_of
 
 
 @pytest.fixture(params=[True, False], ids=["bf16", "no bf16"])
@@ -74,11 +75,11 @@ def test_it_captures_where_that_can_work(
     monkeypatch.setattr(options, "fast_settings", lambda use_cpu: {"channels_last": True, "capture": True})
     args = options.parse(["--fast", "--use_cpu", "true", *given])[2]
     assert (args.capture, args.amp_capture) == (captures, captures)
-    assert ("capture" in options.settings_of(*options.parse(["--use_cpu", "true", *given]))) is False
+    assert ("capture" in settings_of(*options.parse(["--use_cpu", "true", *given]))) is False
 
 
 def test_the_ledger_holds_what_it_chose(native: bool) -> None:
-    settings = options.settings_of(*options.parse(["--fast", "--use_cpu", "true"]))
+    settings = settings_of(*options.parse(["--fast", "--use_cpu", "true"]))
     assert (settings["channels_last"], settings["bf16"]) == (True, native)
 
 

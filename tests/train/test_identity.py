@@ -22,6 +22,7 @@ from main_job import QUICK
 from amp_plugin.train import job, options
 from amp_plugin.train.folder_lock import sole_writer
 from amp_plugin.train.identity import changes, remove_results
+from amp_plugin.train.settings import settings_of
 
 EPOCHS = [*QUICK, "--save_strategy", "epoch"]
 HOLD = """
@@ -188,7 +189,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_setting_that_was_not_recorded_had_its_default() -> None:
-    settings = options.settings_of(*options.parse(QUICK))
+    settings = settings_of(*options.parse(QUICK))
     older = {name: value for name, value in settings.items() if name != "lr_gamma"}
     assert changes({**older, "an_option_of_old": 1}, settings) == {}
     assert changes(older, {**settings, "lr_gamma": 0.5}) == {"lr_gamma": (0.1, 0.5)}
@@ -292,7 +293,7 @@ def test_the_launchers_precision_is_a_setting(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", wish)
     parsed = options.parse(QUICK)
-    settings = options.settings_of(*parsed)
+    settings = settings_of(*parsed)
     assert (settings["bf16"], settings["fp16"]) == (bf16, fp16)
     assert parsed[2].mixed_precision == wish
 

@@ -16,6 +16,7 @@ from amp_plugin.flatness.__main__ import _check_same_data
 from amp_plugin.train import job, options
 from amp_plugin.train.card import differences
 from amp_plugin.train.run_folder import open_run
+from amp_plugin.train.settings import settings_of
 from amp_plugin.train.tasks import Task, make_task
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -84,7 +85,7 @@ def test_a_run_with_noise_is_told_recorded_and_opened_with_it(
 
 
 def test_a_run_without_noise_is_recorded_as_ever() -> None:
-    plain, noisy = (options.settings_of(*options.parse(words)) for words in ([], ["--label_noise", "0.2"]))
+    plain, noisy = (settings_of(*options.parse(words)) for words in ([], ["--label_noise", "0.2"]))
     assert "label_noise" not in plain
     assert {**plain, "label_noise": 0.2} == noisy
     assert differences(plain, noisy) == {"label_noise": (None, 0.2)}, "an older run had none"

@@ -43,6 +43,7 @@ from amp_plugin.data.loader import ImageBatches
 from amp_plugin.train import job, options
 from amp_plugin.train.card import differences
 from amp_plugin.train.methods.mixup import MixedBatches
+from amp_plugin.train.settings import settings_of
 from amp_plugin.train.tasks import make_task
 from amp_plugin.trainer.described import optimizer_in_words
 
@@ -419,7 +420,7 @@ def test_options_that_make_no_sense_are_refused(words: str, message: str) -> Non
 
 def test_what_is_recorded_and_where_the_results_go() -> None:
     data, model, training = options.parse(["--optim", "asam", "--mixup_alpha", "1", "--use_cpu"])
-    settings = options.settings_of(data, model, training)
+    settings = settings_of(data, model, training)
     assert (settings["optim"], settings["sam_rho"], settings["mixup_alpha"]) == ("asam", 0.5, 1.0)
     assert not {"rmp_epsilon", "flood_level", "adversarial_epsilon"} & settings.keys()
     assert training.output_dir == "runs/cifar10_sample-preactresnet18-asam-mixup-seed42"

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from amp_plugin.train import job, options
 from amp_plugin.train.identity import check_checkpoint
 from amp_plugin.train.run_folder import open_run
+from amp_plugin.train.settings import settings_of
 
 BEST = [*QUICK, "--save_strategy", "epoch", "--load_best_model_at_end", "true", "--metric_for_best_model", "nll"]
 WEIGHTS = "model.safetensors"
@@ -195,7 +196,7 @@ def test_a_setting_that_is_changed_is_named_or_makes_no_difference(
         return
     said, notes = "", list[str]()
     try:
-        notes = check_checkpoint(str(finished / "checkpoint-6"), options.settings_of(*parsed), parsed[2])
+        notes = check_checkpoint(str(finished / "checkpoint-6"), settings_of(*parsed), parsed[2])
     except ValueError as error:
         said = str(error)
     if name in GOES_ON.split():

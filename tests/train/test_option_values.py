@@ -20,6 +20,7 @@ from amp_plugin.train.command_line import CommandLine
 from amp_plugin.train.optimizer_arguments import check_optimizer
 from amp_plugin.train.ranges import RANGES
 from amp_plugin.train.run_folder import write_config
+from amp_plugin.train.settings import settings_of
 from amp_plugin.train.stock_options import METRICS, check_precision
 from amp_plugin.train.unused_options import without_effect
 
@@ -314,8 +315,8 @@ def test_an_option_that_transformers_makes_an_object_of_is_recorded_as_given(tmp
     parsed = checked("--accelerator_config", '{"even_batches": false}')
     write_config(tmp_path / "config.yaml", *parsed)
     again = options.parse([str(tmp_path / "config.yaml"), "--use_cpu", "true"])
-    assert options.settings_of(*again) == options.settings_of(*parsed)
-    assert options.settings_of(*again)["accelerator_config"]["even_batches"] is False
+    assert settings_of(*again) == settings_of(*parsed)
+    assert settings_of(*again)["accelerator_config"]["even_batches"] is False
 
 
 FEATURES_OF_ONE_PIXEL = ["--image_size", "8", "--per_device_train_batch_size", "20", "--dry_run"]

@@ -22,6 +22,7 @@ from transformers.trainer_utils import PredictionOutput
 from amp_plugin.train import job, options
 from amp_plugin.train.progress import EpochLine
 from amp_plugin.train.run_folder import RecordsFile, draw_pictures, write_config
+from amp_plugin.train.settings import settings_of
 from amp_plugin.trainer.checkpoints import SaveError
 
 SETTINGS = [
@@ -86,7 +87,7 @@ def test_tensorboard_has_every_figure_at_its_step(whole: tuple[Path, str]) -> No
 def test_the_config_makes_the_same_run_again(whole: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = whole
     config = str(folder / "config.yaml")
-    assert options.settings_of(*options.parse([config])) == options.settings_of(*options.parse(SETTINGS))
+    assert settings_of(*options.parse([config])) == settings_of(*options.parse(SETTINGS))
     assert options.parse([config])[2].label_smoothing_factor == 0.1, "a stock setting that was changed"
     run(config, "--output_dir", str(tmp_path / "again"))
     before, after = map(metrics_of, (folder, tmp_path / "again"))
