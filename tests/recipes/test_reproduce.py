@@ -512,10 +512,14 @@ def test_the_pages_show_the_ledger(tmp_path: Path) -> None:
         assert read_part(page, f"reproduction-{name}").endswith(said), "render it anew from the ledger"
         table = markdown(tables, with_paper=False)
         assert shows(page.with_name(f"reproduction-{name}.png"), table), "draw it anew from the ledger"
-    anew = replace(scale, path=tmp_path / scale.path.name)  # where nothing has been chosen yet
-    choice = choose(anew, Selection(anew).trials(), ledger)
-    assert read_part(ROOT / "recipes" / "RESULTS.md", "trials-cpu") == choice.table, "run --choose anew"
-    assert scale.chosen_path.read_text() == choice.file
+    names = re.findall(r"<!-- trials-(\w+): begin -->", page.read_text())
+    assert "cpu" in names
+    for name in names:
+        scale = read_scale(name)
+        anew = replace(scale, path=tmp_path / scale.path.name)  # where nothing has been chosen yet
+        choice = choose(anew, Selection(anew).trials(), ledger)
+        assert read_part(page, f"trials-{name}") == choice.table, "run --choose anew"
+        assert scale.chosen_path.read_text() == choice.file
 
 
 def test_appending_to_a_ledger_waits_for_its_turn(tmp_path: Path) -> None:
