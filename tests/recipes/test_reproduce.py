@@ -286,7 +286,7 @@ def test_tests_on_corrupted_images_stand_beside_the_clean_ones(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("name", "noise"), [("cpu_noise20", 0.2), ("cpu_noise40", 0.4), ("cpu_corrupted", None)])
-def test_the_scales_of_noise_differ_from_the_cpu_s_in_noise_tests_and_arithmetic_alone(name: str, noise: float | None) -> None:
+def test_the_scales_of_noise_differ_from_the_cpu_s_in_noise_and_arithmetic(name: str, noise: float | None) -> None:
     scale, cpu = read_scale(name), read_scale("cpu")
     cells = Selection(scale).runs()
     assert {cell.method for cell in cells} == {"erm", "sam", "amp", "amp_split4", "dropout", "mixup"}
