@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ascent_doors import BALL, LOOPS, SGD, make, train, train_with_trainer
@@ -255,6 +256,48 @@ def test_items_are_counted_in_each_part(micro_batches: int, tmp_path: Path) -> N
 def test_what_cannot_be_meant_is_refused(ascent: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_policy(ascent)
+
+
+class Captioned(nn.Module):
+    """Images against captions, which the forward pass itself turns into numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images, self.lengths = nn.Linear(4, 3), nn.Embedding(16, 3)
+        self.pairs: list[tuple[int, list[str]]] = []
+
+    def forward(self, images: Tensor, captions: Any) -> dict[str, Tensor]:
+        captions = captions["text"] if isinstance(captions, dict) else captions
+        self.pairs.append((len(images), list(captions)))
+        scores = self.images(images) @ self.lengths(torch.tensor([len(c) for c in captions])).T
+        return {"loss": F.cross_entropy(scores, torch.arange(len(images)))}
+
+
+CAPTIONS = ["a" * (i + 1) for i in range(8)]
+
+
+@pytest.mark.parametrize("ascent", ["subset(0.25)", PART, "split(0.25, random=True)"])
+@pytest.mark.parametrize("captions", [CAPTIONS, tuple(CAPTIONS), {"text": CAPTIONS}], ids=["list", "tuple", "dict"])
+def test_strings_that_would_stay_whole_beside_a_part_are_refused(ascent: str, captions: Any) -> None:
+    model = Captioned()
+    optimizer = AMP(model.parameters(), lr=0.1, ascent=ascent)
+    message = r"as long as it is; give them as a numpy array"
+    with pytest.raises(ValueError, match=message):
+        next(optimizer.ascent_passes([(torch.randn(8, 4), captions)]))
+    attach(optimizer, model)
+    with pytest.raises(ValueError, match=message):
+        model(torch.randn(8, 4), captions)
+
+
+def test_an_array_of_strings_is_divided_and_a_list_of_other_length_is_not_of_the_samples() -> None:
+    model = Captioned()
+    optimizer = AMP(model.parameters(), lr=0.1, ascent=PART)
+    attach(optimizer, model)
+    model(torch.randn(8, 4), np.array(CAPTIONS))["loss"].backward()
+    optimizer.step()
+    assert model.pairs == [(2, CAPTIONS[:2]), (6, CAPTIONS[2:])]
+    model(torch.randn(8, 4), [*CAPTIONS, "a class more"])
+    assert [len(captions) for _, captions in model.pairs[2:]] == [9, 9]
 
 
 @pytest.mark.parametrize(

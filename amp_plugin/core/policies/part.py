@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ class PartOfBatch(AscentPolicy):
     the part is whole micro-batches. Numbers are rounded up.
 
     A batch is made of tensors and arrays with the samples along their first dimension, in tuples, lists and mappings;
-    what has no dimension is passed on as it is.
+    what has no dimension is passed on as it is. Strings of the samples are given as an array.
 
     Args:
         fraction: share of the batch.
@@ -134,4 +134,19 @@ def _rows(batch: Any, name: str) -> int:
             f"{name} takes samples of every tensor in the batch, along the first dimension, which must be as long in"
             f" all of them; got shapes {', '.join(map(str, shapes)) or 'of no tensor'}"
         )
-    return int(shapes[0][0])
+    rows = int(shapes[0][0])
+    if any(len(texts) == rows for texts in _texts(batch)):
+        raise ValueError(
+            f"{name} takes samples of tensors and arrays, and the batch has a list of {rows} strings, as long as it is;"
+            " give them as a numpy array if they are of the samples, else to the module beforehand"
+        )
+    return rows
+
+
+def _texts(thing: Any) -> Iterator[Sequence[str]]:
+    """Yield the lists and tuples of strings in nested containers."""
+    if isinstance(thing, (list, tuple)) and thing and all(isinstance(part, str) for part in thing):
+        yield thing
+    elif isinstance(thing, (Mapping, list, tuple)):
+        for part in thing.values() if isinstance(thing, Mapping) else thing:
+            yield from _texts(part)
